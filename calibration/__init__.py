@@ -1,0 +1,1 @@
+"""What a model shows when it reads text: the statistics that exports are calibrated with."""

@@ -1,0 +1,35 @@
+"""How large the residual stream grows, and the power of two that keeps it inside fp16 (see `elmexport.graph.rescale`)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from elmexport.graph.ir import Node
+from elmexport.weights import Role
+
+FP16_MAX = 65504.0
+# The stream may grow this many times beyond the peak that was measured before fp16 overflows.
+HEAD_ROOM = 4.0
+# Without a measurement: room for peaks of 2 million, against reports of up to several hundred thousand for the published models.
+DEFAULT_ALPHA = 2.0**-5
+
+
+class ResidualPeak:
+    """An observer for `interpret` that records the largest magnitude on the residual stream."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def __call__(self, node: Node, output: Tensor) -> None:
+        # What is added counts as well as the sum: an addend can overflow before it is added.
+        if node.op == "add" or node.role in (Role.EMBEDDING, Role.ATTENTION_OUT, Role.FFN_DOWN):
+            self.value = max(self.value, float(output.abs().max()))
+
+
+def choose_alpha(peak: float) -> float:
+    """The largest power of two, at most 1, that keeps `HEAD_ROOM * peak` within fp16."""
+    if peak * HEAD_ROOM <= FP16_MAX:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(FP16_MAX / (HEAD_ROOM * peak)))

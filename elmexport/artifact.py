@@ -1,0 +1,190 @@
+"""The output folder: written beside its final place, renamed when complete, described by `manifest.json`, verifiable by hash.
+
+A killed export leaves a folder whose name says `.partial`, never one that looks finished. Same inputs give the same bytes: nothing here
+records a time or a path of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmexport.errors import ElmExportError
+
+MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest; a reader refuses a newer one
+
+
+@contextlib.contextmanager
+def artifact_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to write into; on success it becomes `out`, on any error it is removed.
+
+    Raises:
+        ElmExportError: `out` exists and `force` is false, `out` is not a folder, or its parent cannot be written.
+    """
+    out = out.absolute()
+    check_free(out, force=force)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(out)
+        partial.mkdir()
+        yield partial
+        _sync(partial)
+        _replace(partial, out)
+    except OSError as error:
+        raise ElmExportError(
+            f"cannot write {out}: {error.strerror or error}; free space or choose another --out. Nothing was left behind"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(out: Path, *, force: bool) -> None:
+    """Refuse, before any work, an output that would overwrite something.
+
+    Raises:
+        ElmExportError: `out` exists and `force` is false, or `out` is something other than an artifact folder.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise ElmExportError(f"{out} exists already; pass --force to replace it, or choose another place with --out")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ElmExportError(
+            f"{out} is not an artifact folder (it holds no {MANIFEST}), so --force will not replace it; choose another place with --out"
+        )
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write `manifest.json`: `content` plus the SHA-256 and size in bytes of every file in `folder`."""
+    listing = {
+        str(path.relative_to(folder).as_posix()): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in _files(folder)
+    }
+    manifest = {"format": FORMAT, **content, "files": listing}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact folder."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Artifact:
+        """Read the manifest.
+
+        Raises:
+            ElmExportError: no manifest, a damaged one, or one of a newer format.
+        """
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            missing = [key for key in ("format", "target", "model", "quant", "files") if key not in manifest]
+        except FileNotFoundError:
+            raise ElmExportError(
+                f"{path} holds no {MANIFEST}: it is not an artifact, or its export was interrupted; export it again"
+            ) from None
+        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+            raise ElmExportError(f"{path / MANIFEST} is damaged ({error}); export it again") from None
+        if missing:
+            raise ElmExportError(f"{path / MANIFEST} lacks {', '.join(missing)}; export it again")
+        if manifest["format"] > FORMAT:
+            raise ElmExportError(f"{path}: manifest format {manifest['format']}, this version reads up to {FORMAT}; update elmexport")
+        return cls(path, manifest)
+
+    @property
+    def target(self) -> str:
+        return str(self.manifest["target"])
+
+    def check_sizes(self) -> None:
+        """Compare presence and size of every file with the manifest; instant.
+
+        Raises:
+            ElmExportError: a file is missing or has another size.
+        """
+        problems = [problem for name, facts in self.manifest["files"].items() if (problem := _size_problem(self.path / name, name, facts))]
+        if problems:
+            raise ElmExportError(f"{self.path} is damaged: {'; '.join(problems)}. Copy it again or export it again")
+
+    def verify(self) -> list[str]:
+        """Compare every file's SHA-256 with the manifest, and look for files it does not list; returns the problems found."""
+        problems = []
+        for name, facts in self.manifest["files"].items():
+            problem = _size_problem(self.path / name, name, facts)
+            if problem is None and file_sha256(self.path / name) != facts["sha256"]:
+                problem = f"{name} has been altered (its SHA-256 differs from the manifest's)"
+            if problem is not None:
+                problems.append(problem)
+        found = {path.relative_to(self.path).as_posix() for path in _files(self.path)} - {MANIFEST}
+        return problems + [f"{name} is not in the manifest" for name in sorted(found - set(self.manifest["files"]))]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _size_problem(path: Path, name: str, facts: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    return None if size == facts["bytes"] else f"{name} has {size} bytes, the manifest says {facts['bytes']}"
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what killed exports to `out` left behind: partial folders whose process is gone."""
+    for leftover in out.parent.glob(f".{_glob_escape(out.name)}.partial-*"):
+        pid = re.fullmatch(r".*\.partial-(\d+)", leftover.name)
+        if pid is not None and not _alive(int(pid[1])):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _glob_escape(name: str) -> str:
+    """`name` as a glob pattern that matches only itself."""
+    return re.sub(r"([\[\]*?])", r"[\1]", name)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file to the disk, so that a power cut after the rename cannot leave a complete name with incomplete content."""
+    for path in _files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _replace(partial: Path, out: Path) -> None:
+    if not out.exists():
+        partial.rename(out)
+        return
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""The check that ends every export: does the artifact, run by its engine, still say what the model says?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calibration.residual import ResidualPeak
+from calibration.text import sample_ids
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.errors import ElmExportError, VerificationError
+from elmexport.evaluation.metrics import Divergence, divergence
+from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph.trace import trace
+from elmexport.progress import Progress
+from elmexport.runtimes import open_as
+from elmexport.weights import WeightSpec
+
+TOKENS = 128  # read by the reference and the artifact
+DECODED = 8  # of these, fed one at a time to cover the decode path
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model itself says: float32 logits `[tokens, vocab]` for `ids`, and the peak of its residual stream."""
+
+    ids: NDArray[np.int64]
+    text: str  # what the ids are, in words
+    logits: NDArray[np.float32]
+    residual_peak: float
+
+
+@torch.inference_mode()
+def reference_pass(checkpoint: Checkpoint, tokenizer: Tokenizer | None, context: int, progress: Progress) -> Reference:
+    """Run the checkpoint in float32 on the bundled text, streaming its weights: the memory of one tensor at a time."""
+    ids, text = sample_ids(tokenizer, checkpoint.config.vocab_size, min(TOKENS, context))
+    graph = trace(checkpoint.config, len(ids))
+    peak = ResidualPeak()
+    progress.stage("reference pass", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
+
+    def weight(spec: WeightSpec) -> torch.Tensor:
+        progress.advance(spec.size)
+        return checkpoint.tensor(spec.name).to(torch.float32)
+
+    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph), observe=peak)
+    if not torch.isfinite(logits).all():
+        raise ElmExportError(
+            f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"
+        )
+    return Reference(ids, text, logits[0].numpy(), peak.value)
+
+
+def self_check(target: str, folder: Path, reference: Reference, limit: float, progress: Progress) -> Divergence:
+    """Run the artifact in the engine of its target on the reference's ids, most at once and the last few one by one, and compare.
+
+    Raises:
+        VerificationError: the mean KL divergence exceeds `limit` (nats per token): the artifact is broken.
+        MissingDependencyError: the engine is not installed.
+    """
+    ids = reference.ids
+    prefill = max(1, len(ids) - DECODED)
+    progress.stage("self-check", len(ids))
+    runtime = open_as(target, folder)
+    try:
+        parts = [runtime.logits(ids[:prefill])]
+        progress.advance(prefill)
+        for position in range(prefill, len(ids)):
+            parts.append(runtime.logits(ids[position : position + 1], position))
+            progress.advance(1)
+    finally:
+        runtime.close()
+    result = divergence(reference.logits, np.concatenate(parts))
+    if not result.kl_mean <= limit:
+        raise VerificationError(
+            f"self-check failed: KL(model || artifact) is {result.kl_mean:.3g} nats per token over {result.tokens} tokens, {limit:g} is the most this "
+            f"quantization may cost; top-1 agreement {result.top1_agreement:.1%}. The artifact was discarded. Choose a wider --quant; if a float format fails too, report it as a bug"
+        )
+    return result

@@ -1,0 +1,69 @@
+"""The traced graph: a flat list of op-vocabulary nodes that knows every tensor's name, shape and role, and holds no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.weights import Role, WeightSpec
+
+BATCH, TOKENS = "batch", "tokens"
+Dim = int | str  # a number, or one of the two symbols above
+
+
+@dataclass(frozen=True)
+class Value:
+    """An activation: `shape` may hold the symbols `batch` and `tokens`."""
+
+    name: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One op.
+
+    `inputs` maps the op's tensor arguments to value names, `weights` to weight specs (an absent optional argument is in neither),
+    `attrs` holds the rest. `role` says what a `linear` or `embed` does here, also where it borrows a tied tensor of another role.
+    `weight_scale` is an exact power of two by which a target multiplies the weight (see `elmexport.graph.rescale`).
+    """
+
+    op: str
+    name: str
+    inputs: dict[str, str]
+    weights: dict[str, WeightSpec]
+    attrs: dict[str, float | int]
+    outputs: tuple[str, ...]
+    layer: int | None
+    role: Role | None = None
+    weight_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A forward pass over a static KV cache of `context` tokens.
+
+    Inputs: `ids` `[batch, tokens]` int64, `position` scalar int64, `k_cache.N` and `v_cache.N` `[batch, K_N, context, d]`.
+    Outputs: `logits` `[batch, tokens, vocab]` and the caches as the nodes named in `present_keys`, `present_values` return them.
+    """
+
+    config: OpenELMConfig
+    context: int
+    nodes: tuple[Node, ...]
+    values: dict[str, Value] = field(repr=False)
+    logits: str
+    present_keys: tuple[str, ...]
+    present_values: tuple[str, ...]
+
+    def weight_specs(self) -> Iterator[WeightSpec]:
+        """Every distinct weight, in the order of first use."""
+        seen: set[str] = set()
+        for node in self.nodes:
+            for spec in node.weights.values():
+                if spec.name not in seen:
+                    seen.add(spec.name)
+                    yield spec
+
+    def with_nodes(self, nodes: tuple[Node, ...]) -> Graph:
+        return replace(self, nodes=nodes)

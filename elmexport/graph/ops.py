@@ -1,0 +1,174 @@
+"""The op vocabulary: everything an OpenELM forward pass is made of, as `torch.library` custom ops.
+
+Each op has an eager implementation, which is the numerical reference (it computes in the dtype of its inputs), and a fake one, so that
+`torch.export` traces a model without weights. A target is a table of lowerings from these ops. Formulas follow `modeling_openelm.py`
+of the published checkpoints.
+
+Shapes: `batch` B, `tokens` T, model dimension D, context C (length of the static cache), query heads H, KV heads K, head dimension d.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "elmexport"
+
+
+@torch.library.custom_op(f"{NAMESPACE}::embed", mutates_args=())
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of `table` `[vocab, D]` at `ids` `[B, T]` (int64): `[B, T, D]`."""
+    return torch.nn.functional.embedding(ids, table)
+
+
+@embed.register_fake
+def _(ids: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty((*ids.shape, table.shape[1]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x², last axis) + eps) * weight`; `x` `[..., D]`, `weight` `[D]`."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weightᵀ`; `x` `[..., in]`, `weight` `[out, in]`: `[..., out]`. Every projection, the LM head included."""
+    return torch.nn.functional.linear(x, weight)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
+def swiglu(gate_up: Tensor) -> Tensor:
+    """`silu(gate) * up`, the gate being the first half of the last axis: `[..., 2F]` to `[..., F]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@swiglu.register_fake
+def _(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::silu", mutates_args=())
+def silu(x: Tensor) -> Tensor:
+    """`x * sigmoid(x)`: the activation of a feed-forward network without a gate (`ffn_with_glu` false)."""
+    return torch.nn.functional.silu(x)
+
+
+@silu.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::add", mutates_args=())
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """The residual sum of two tensors of one shape."""
+    return x + y
+
+
+@add.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[T, d]` of rotary embeddings at `positions` `[T]`, each half of the last axis alike (rotate-half form).
+
+    `angle(p, i) = p * theta ** (-2i / d)`, computed in float64 and rounded once to `dtype`.
+    """
+    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim)
+    angles = torch.outer(positions.to(torch.float64), inverse).repeat(1, 2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `x` `[..., T, d]` by `cos` and `sin` `[T, d]`: dimension i pairs with i + d/2."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attention_(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: int,
+    query_heads: int,
+    kv_heads: int,
+    rope_theta: float,
+    eps: float,
+) -> Tensor:
+    """`attention` that writes the new keys and values into the caches it was given; returns the output only."""
+    batch, tokens, _ = qkv.shape
+    head_dim = k_cache.shape[3]
+    heads = qkv.view(batch, tokens, -1, head_dim).transpose(1, 2)
+    query, key, value = heads.split([query_heads, kv_heads, kv_heads], dim=1)
+    if q_norm is not None:
+        query = rms_norm._opoverload(query, q_norm, eps)
+    if k_norm is not None:
+        key = rms_norm._opoverload(key, k_norm, eps)
+    end = position + tokens
+    cos, sin = rope_angles(torch.arange(position, end, device=qkv.device), head_dim, rope_theta, qkv.dtype)
+    query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
+    k_cache[:, :, position:end] = key
+    v_cache[:, :, position:end] = value
+    # Row i of the mask is token position + i: it sees the cache up to and including itself.
+    mask = torch.ones(tokens, end, dtype=torch.bool, device=qkv.device).tril(diagonal=position)
+    out = torch.nn.functional.scaled_dot_product_attention(query, k_cache[:, :, :end], v_cache[:, :, :end], attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).reshape(batch, tokens, query_heads * head_dim)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    query_heads: int,
+    kv_heads: int,
+    rope_theta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped-query causal attention over a static KV cache.
+
+    Splits `qkv` `[B, T, (H + 2K) d]` into heads (queries, keys, values), applies the per-head q/k RMSNorm where a weight `[d]` is
+    given, rotates queries and keys (rotate-half RoPE of base `rope_theta`), writes keys and values into the caches `[B, K, C, d]` at
+    `position` (scalar int64), and lets each token attend to the cache up to itself, scaled by `d ** -0.5`. Query head h reads KV head
+    `h // (H / K)`.
+
+    Returns the output `[B, T, H d]` and the two updated caches.
+    """
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    out = attention_(qkv, q_norm, k_norm, k_cache, v_cache, int(position), query_heads, kv_heads, rope_theta, eps)
+    return out, k_cache, v_cache
+
+
+@attention.register_fake
+def _(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    position: Tensor,
+    query_heads: int,
+    kv_heads: int,
+    rope_theta: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = qkv.new_empty((*qkv.shape[:-1], query_heads * k_cache.shape[3]))
+    return out, torch.empty_like(k_cache), torch.empty_like(v_cache)

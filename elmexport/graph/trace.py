@@ -1,0 +1,116 @@
+"""From the model to a `Graph`: `torch.export` on meta tensors, then a walk over the exported nodes.
+
+No weight is ever allocated, so the 3B model traces in the memory of its Python objects.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.export import Dim, export
+from torch.fx import Node as FxNode
+
+from elmexport.errors import ElmExportError
+from elmexport.graph.ir import BATCH, TOKENS, Graph, Node, Value
+from elmexport.graph.ops import NAMESPACE
+from elmexport.models.openelm import OpenELM
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.weights import Role, WeightSpec
+
+
+def trace(config: OpenELMConfig, context: int | None = None) -> Graph:
+    """Trace one forward pass over a cache of `context` tokens (the model's `max_context_length` where None).
+
+    Raises:
+        ElmExportError: `context` is not in 1 … `rope_max_length`.
+    """
+    context = config.max_context_length if context is None else context
+    if not 1 <= context <= config.rope_max_length:
+        raise ElmExportError(f"context is {context}; this model takes 1 to {config.rope_max_length} tokens (rope_max_length)")
+    with torch.device("meta"):
+        model = OpenELM(config)
+        # Sizes that no dimension of the model can be mistaken for; both are declared dynamic.
+        ids = torch.zeros(2, min(3, context), dtype=torch.int64)
+        caches = [torch.zeros(2, layer.kv_heads, context, config.head_dim) for layer in config.layers]
+        position = torch.zeros((), dtype=torch.int64)
+    batch, tokens = Dim(BATCH, min=1), Dim(TOKENS, min=1, max=max(2, context))
+    cache_dims = [{0: batch} for _ in caches]
+    program = export(
+        model,
+        (ids, position, caches, [cache.clone() for cache in caches]),
+        dynamic_shapes=({0: batch, 1: tokens if context > 1 else None}, None, cache_dims, cache_dims),
+        strict=False,
+    )
+    return _Builder(config, context, program).build()
+
+
+class _Builder:
+    """Turns an `ExportedProgram` over the op vocabulary into a `Graph`."""
+
+    def __init__(self, config: OpenELMConfig, context: int, program: torch.export.ExportedProgram) -> None:
+        self.config, self.context, self.program = config, context, program
+        self.specs = {spec.name: spec for spec in config.weights()}
+        self.weight_of = program.graph_signature.inputs_to_parameters  # placeholder name to parameter name
+        self.symbols: dict[str, str] = {}
+        self.names: dict[FxNode, str] = {}
+        self.values: dict[str, Value] = {}
+        self.nodes: list[Node] = []
+
+    def build(self) -> Graph:
+        layers = self.config.num_transformer_layers
+        names = ["ids", "position", *(f"k_cache.{i}" for i in range(layers)), *(f"v_cache.{i}" for i in range(layers))]
+        outputs: tuple[FxNode, ...] = ()
+        for fx in self.program.graph.nodes:
+            if fx.op == "placeholder":
+                if fx.name not in self.weight_of:
+                    if not self.symbols:  # ids comes first and carries both symbols
+                        self.symbols = {str(size): name for size, name in zip(fx.meta["val"].shape, (BATCH, TOKENS), strict=True)}
+                    self._define(fx, names.pop(0))
+            elif fx.op == "output":
+                outputs = fx.args[0]
+            elif fx.target is not torch.ops.aten.sym_size.int and "getitem" not in str(fx.target):
+                self._node(fx)
+        found = [self.names[fx] for fx in outputs]
+        return Graph(
+            self.config, self.context, tuple(self.nodes), self.values, found[0], tuple(found[1 : 1 + layers]), tuple(found[1 + layers :])
+        )
+
+    def _define(self, fx: FxNode, name: str) -> None:
+        self.names[fx] = name
+        self.values[name] = Value(name, tuple(size if isinstance(size, int) else self.symbols[str(size)] for size in fx.meta["val"].shape))
+
+    def _node(self, fx: FxNode) -> None:
+        assert isinstance(fx.target, torch._ops.OpOverload) and fx.target.namespace == NAMESPACE, f"{fx.target} is not in the op vocabulary"
+        op = fx.target._schema.name.split("::")[1]
+        inputs, weights, attrs = {}, {}, {}
+        for argument, given in zip(fx.target._schema.arguments, fx.args, strict=True):
+            if not isinstance(given, FxNode):
+                if given is not None:
+                    attrs[argument.name] = given
+            elif given.name in self.weight_of:
+                weights[argument.name] = self.specs[self.weight_of[given.name]]
+            else:
+                inputs[argument.name] = self.names[given]
+        first = next(iter(weights.values()), None)
+        layer, role = (None, None) if first is None else (first.layer, first.role)
+        if op == "linear" and role is Role.EMBEDDING:
+            role = Role.LM_HEAD  # the tied head borrows the embedding table
+        if layer is None and op in ("add", "swiglu", "silu", "attention"):
+            layer = max((node.layer for node in self.nodes if node.layer is not None), default=0)
+        name = self._name(op, layer, role, first)
+        outputs = [name]
+        if op == "attention":
+            outputs = [name, f"{name}.k_cache", f"{name}.v_cache"]
+            for user in fx.users:
+                self._define(user, outputs[user.args[1]])
+        else:
+            self._define(fx, name)
+        self.nodes.append(Node(op, name, inputs, weights, attrs, tuple(outputs), layer, role if op in ("linear", "embed") else None))
+
+    def _name(self, op: str, layer: int | None, role: Role | None, weight: WeightSpec | None) -> str:
+        """Nodes with a weight are called after it (`layers.3.ffn.proj_1`), the others after their op (`layers.3.swiglu`)."""
+        if role is Role.LM_HEAD:
+            return "lm_head"
+        if weight is not None and op != "attention":
+            return weight.name.removeprefix("transformer.").removesuffix(".weight")
+        taken = sum(node.op == op and node.layer == layer for node in self.nodes)
+        return f"layers.{layer}.{op}" + (f".{taken}" if taken else "")

@@ -1,0 +1,234 @@
+"""OpenELM's configuration: every field of Apple's `config.json`, and the per-layer dimensions that follow from it.
+
+Layer-wise scaling gives each layer its own number of query heads, KV heads and its own FFN width. They are computed here, once, as
+Apple's configuration class computes them (`configuration_openelm.py` of the published models), and checked against the lists that a
+checkpoint's file carries. No torch in here: listing models must be instant.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from elmexport.errors import ElmExportError
+from elmexport.weights import Role, WeightSpec
+
+RMS_NORM_EPS = 1e-6  # a constant of Apple's OpenELMRMSNorm, not a field of the file
+ACTIVATIONS = ("swish", "silu")
+
+Multipliers = float | tuple[float, ...]
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """Round `value` to the nearest multiple of `divisor`, never below `divisor` nor more than 10 % below `value`.
+
+    The rounding of MobileNet's reference code, which Apple's class uses.
+    """
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+@dataclass(frozen=True)
+class LayerDims:
+    """Sizes of one transformer layer."""
+
+    query_heads: int
+    kv_heads: int
+    ffn_dim: int
+
+
+@dataclass(frozen=True)
+class OpenELMConfig:
+    """The fields of Apple's `config.json` that describe the network, with the defaults of Apple's class.
+
+    `qkv_multipliers` and `ffn_multipliers` are a number (every layer alike), two numbers (interpolated linearly over the layers and
+    rounded to two decimals) or one number per layer.
+    """
+
+    vocab_size: int = 32000
+    max_context_length: int = 2048
+    num_transformer_layers: int = 12
+    model_dim: int = 2048
+    head_dim: int = 128
+    qkv_multipliers: Multipliers = 1.0
+    num_gqa_groups: int = 1
+    ffn_multipliers: Multipliers = 4.0
+    ffn_with_glu: bool = True
+    ffn_dim_divisor: int = 256
+    activation_fn_name: str = "swish"
+    normalization_layer_name: str = "rms_norm"
+    normalize_qk_projections: bool = False
+    share_input_output_layers: bool = False
+    rope_freq_constant: float = 10000
+    rope_max_length: int = 4096
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "config.json") -> OpenELMConfig:
+        """Read the known keys of `data`, check them, and check the per-layer lists it may carry.
+
+        Raises:
+            ElmExportError: another model type, an unusable value, or per-layer lists that contradict the multipliers.
+        """
+        model_type = data.get("model_type", "openelm")
+        if model_type != "openelm":
+            raise ElmExportError(f"{where}: model_type is {model_type!r}; elmexport exports 'openelm' models")
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known and value is not None}
+        for key in ("qkv_multipliers", "ffn_multipliers"):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
+        config = cls(**values)
+        config._check(where)
+        config._check_lists(data, where)
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> OpenELMConfig:
+        """Read `config.json`.
+
+        Raises:
+            ElmExportError: no such file, not JSON, or see `from_dict`.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ElmExportError(f"{path}: no such file; a checkpoint folder holds config.json beside its weights") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ElmExportError(f"{path}: not valid JSON ({error}); download the file again") from None
+        if not isinstance(data, dict):
+            raise ElmExportError(f"{path}: holds a JSON {type(data).__name__}, not an object; download the file again")
+        return cls.from_dict(data, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Apple's `config.json`, per-layer lists expanded, in the order of the published files (alphabetical)."""
+        data: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["ffn_multipliers"] = list(self._per_layer(self.ffn_multipliers, "ffn_multipliers"))
+        if isinstance(self.qkv_multipliers, tuple):
+            data["qkv_multipliers"] = list(self.qkv_multipliers)
+        data["num_query_heads"] = [layer.query_heads for layer in self.layers]
+        data["num_kv_heads"] = [layer.kv_heads for layer in self.layers]
+        data["architectures"] = ["OpenELMForCausalLM"]
+        data["model_type"] = "openelm"
+        data["use_cache"] = True
+        return dict(sorted(data.items()))
+
+    @cached_property
+    def layers(self) -> tuple[LayerDims, ...]:
+        """Sizes of every layer, as Apple's class derives them from the multipliers."""
+        head_multiple = self.head_dim * self.num_gqa_groups
+        query_dims = [make_divisible(self.model_dim * m, head_multiple) for m in self._per_layer(self.qkv_multipliers, "qkv_multipliers")]
+        ffn_dims = [
+            make_divisible(self.model_dim * m, self.ffn_dim_divisor) for m in self._per_layer(self.ffn_multipliers, "ffn_multipliers")
+        ]
+        heads = [dim // self.head_dim for dim in query_dims]
+        return tuple(LayerDims(q, q // self.num_gqa_groups, f) for q, f in zip(heads, ffn_dims, strict=True))
+
+    def weights(self) -> Iterator[WeightSpec]:
+        """Every tensor of the model under Apple's names, in the order in which a forward pass first uses them."""
+        dim = self.model_dim
+        yield WeightSpec("transformer.token_embeddings.weight", (self.vocab_size, dim), Role.EMBEDDING)
+        for i, layer in enumerate(self.layers):
+            prefix = f"transformer.layers.{i}"
+            query = layer.query_heads * self.head_dim
+            qkv = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
+            up = layer.ffn_dim * (2 if self.ffn_with_glu else 1)
+            yield WeightSpec(f"{prefix}.attn_norm.weight", (dim,), Role.NORM, i)
+            yield WeightSpec(f"{prefix}.attn.qkv_proj.weight", (qkv, dim), Role.ATTENTION_QKV, i)
+            if self.normalize_qk_projections:
+                yield WeightSpec(f"{prefix}.attn.q_norm.weight", (self.head_dim,), Role.NORM, i)
+                yield WeightSpec(f"{prefix}.attn.k_norm.weight", (self.head_dim,), Role.NORM, i)
+            yield WeightSpec(f"{prefix}.attn.out_proj.weight", (dim, query), Role.ATTENTION_OUT, i)
+            yield WeightSpec(f"{prefix}.ffn_norm.weight", (dim,), Role.NORM, i)
+            yield WeightSpec(f"{prefix}.ffn.proj_1.weight", (up, dim), Role.FFN_GATE_UP, i)
+            yield WeightSpec(f"{prefix}.ffn.proj_2.weight", (dim, layer.ffn_dim), Role.FFN_DOWN, i)
+        yield WeightSpec("transformer.norm.weight", (dim,), Role.NORM)
+        if not self.share_input_output_layers:
+            yield WeightSpec("lm_head.weight", (self.vocab_size, dim), Role.LM_HEAD)
+
+    @cached_property
+    def parameter_count(self) -> int:
+        return sum(spec.size for spec in self.weights())
+
+    def _per_layer(self, multipliers: Multipliers, name: str) -> tuple[float, ...]:
+        count = self.num_transformer_layers
+        if not isinstance(multipliers, tuple):
+            return (multipliers,) * count
+        if len(multipliers) == 2:
+            first, last = multipliers
+            # numpy.linspace's own arithmetic (start + i * step, the end point exact), so that the rounding falls as Apple's does.
+            step = (last - first) / (count - 1) if count > 1 else 0.0
+            points = [first + i * step for i in range(count)]
+            if count > 1:
+                points[-1] = last
+            return tuple(round(point, 2) for point in points)
+        if len(multipliers) == count:
+            return multipliers
+        raise ElmExportError(
+            f"{name} has {len(multipliers)} entries; allowed: one number, two numbers to interpolate between, or one for each of the {count} layers"
+        )
+
+    def _check(self, where: str) -> None:
+        for key in (
+            "vocab_size",
+            "max_context_length",
+            "num_transformer_layers",
+            "model_dim",
+            "head_dim",
+            "num_gqa_groups",
+            "ffn_dim_divisor",
+            "rope_max_length",
+        ):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ElmExportError(f"{where}: {key} is {value!r}; it must be a whole number above 0")
+        for key in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
+            if not isinstance(getattr(self, key), bool):
+                raise ElmExportError(f"{where}: {key} is {getattr(self, key)!r}; it must be true or false")
+        for key in ("qkv_multipliers", "ffn_multipliers"):
+            value = getattr(self, key)
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, Real) or isinstance(number, bool) or number <= 0:
+                    raise ElmExportError(f"{where}: {key} holds {number!r}; multipliers are numbers above 0")
+            self._per_layer(value, key)
+        if not isinstance(self.rope_freq_constant, Real) or self.rope_freq_constant <= 0:
+            raise ElmExportError(f"{where}: rope_freq_constant is {self.rope_freq_constant!r}; it must be a number above 0")
+        if self.head_dim % 2:
+            raise ElmExportError(f"{where}: head_dim is {self.head_dim}; rotary embeddings need an even number")
+        if self.activation_fn_name not in ACTIVATIONS:
+            raise ElmExportError(
+                f"{where}: activation_fn_name is {self.activation_fn_name!r}; elmexport supports {' and '.join(ACTIVATIONS)} (the same function)"
+            )
+        if self.normalization_layer_name != "rms_norm":
+            raise ElmExportError(f"{where}: normalization_layer_name is {self.normalization_layer_name!r}; elmexport supports 'rms_norm'")
+        for key in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or not 0 <= value < self.vocab_size:
+                raise ElmExportError(f"{where}: {key} is {value!r}; it must lie in 0..{self.vocab_size - 1}")
+
+    def _check_lists(self, data: Mapping[str, Any], where: str) -> None:
+        computed = {
+            "num_query_heads": [layer.query_heads for layer in self.layers],
+            "num_kv_heads": [layer.kv_heads for layer in self.layers],
+        }
+        for key, expected in computed.items():
+            stated = data.get(key)
+            if not isinstance(stated, list):
+                continue
+            if len(stated) != len(expected):
+                raise ElmExportError(
+                    f"{where}: {key} lists {len(stated)} layers, num_transformer_layers says {len(expected)}; one of them is wrong"
+                )
+            for i, (found, want) in enumerate(zip(stated, expected, strict=True)):
+                if found != want:
+                    raise ElmExportError(
+                        f"{where}: {key}[{i}] is {found!r}, but layer {i} has {want} by qkv_multipliers={self.qkv_multipliers}, "
+                        f"model_dim={self.model_dim}, head_dim={self.head_dim}, num_gqa_groups={self.num_gqa_groups}; correct the list or the multipliers"
+                    )

@@ -1,0 +1,178 @@
+"""Recipes: which tensor gets which scheme, as data (TOML). Policy only; no torch, no file format.
+
+name = "int4"
+words = "what it means, one line, printed and recorded"
+activations = "fp32"         # the precision the artifact computes in
+norms = "fp32"               # norms are never quantized
+fallback = "fp16"            # for a tensor whose shape its scheme cannot take: reported, never silent
+max_self_check_kl = 0.5      # nats per token against the reference; beyond it the export fails
+
+[[rule]]                     # the first rule that matches a tensor decides
+roles = ["embedding", "lm_head"]
+scheme = "int8-block32"
+
+[[rule]]
+layers = "0-3"               # optional, inclusive
+scheme = "int8-block32"
+
+[[rule]]
+scheme = "int4-block32"
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from elmexport.errors import ElmExportError
+from elmexport.quantization.schemes import Float, Scheme, find_scheme, scheme_name
+from elmexport.weights import Role, WeightSpec
+
+_KEYS = {"name", "words", "activations", "norms", "fallback", "max_self_check_kl", "rule"}
+_RULE_KEYS = {"roles", "layers", "scheme"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`scheme` for tensors of `roles` (None: every role but norm) in layers `first` … `last` (None: anywhere)."""
+
+    scheme: Scheme
+    roles: frozenset[Role] | None = None
+    layers: tuple[int, int] | None = None
+
+    def matches(self, spec: WeightSpec) -> bool:
+        if self.roles is not None and spec.role not in self.roles:
+            return False
+        return self.layers is None or (spec.layer is not None and self.layers[0] <= spec.layer <= self.layers[1])
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantization policy for a whole model."""
+
+    name: str
+    words: str
+    activations: Float
+    norms: Float
+    fallback: Float
+    max_self_check_kl: float
+    rules: tuple[Rule, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The TOML form, as JSON: what manifests record."""
+        rules = []
+        for rule in self.rules:
+            data: dict[str, Any] = {"scheme": scheme_name(rule.scheme)}
+            if rule.roles is not None:
+                data["roles"] = sorted(rule.roles)
+            if rule.layers is not None:
+                data["layers"] = "{}-{}".format(*rule.layers)
+            rules.append(data)
+        return {
+            "name": self.name,
+            "words": self.words,
+            "activations": self.activations.dtype,
+            "norms": self.norms.dtype,
+            "fallback": self.fallback.dtype,
+            "max_self_check_kl": self.max_self_check_kl,
+            "rule": rules,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, reason)."""
+
+    recipe: Recipe
+    schemes: Mapping[str, Scheme]
+    fallbacks: tuple[tuple[str, str], ...]
+    bits_per_weight: float
+
+
+def resolve(recipe: Recipe, specs: Iterable[WeightSpec]) -> Plan:
+    """Give every tensor its scheme.
+
+    Raises:
+        ElmExportError: no rule matches a tensor.
+    """
+    schemes: dict[str, Scheme] = {}
+    fallbacks: list[tuple[str, str]] = []
+    bits = weights = 0
+    for spec in specs:
+        scheme: Scheme = recipe.norms
+        if spec.role is not Role.NORM:
+            rule = next((rule for rule in recipe.rules if rule.matches(spec)), None)
+            if rule is None:
+                raise ElmExportError(
+                    f"recipe {recipe.name}: no rule matches {spec.name} ({spec.role}); end the recipe with a rule that has no roles"
+                )
+            scheme = rule.scheme
+            reason = scheme.refuses(spec.shape)
+            if reason is not None:
+                fallbacks.append((spec.name, f"{reason}: kept as {recipe.fallback}"))
+                scheme = recipe.fallback
+        schemes[spec.name] = scheme
+        bits += scheme.bits(spec.shape)
+        weights += spec.size
+    return Plan(recipe, schemes, tuple(fallbacks), bits / weights)
+
+
+def load_recipe(path: Path | Traversable) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        ElmExportError: not TOML, an unknown key, role or scheme, or a missing key.
+    """
+    where = path.name
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ElmExportError(f"{where}: not valid TOML ({error})") from None
+    _check_keys(data, _KEYS, where, required=_KEYS)
+    return Recipe(
+        name=data["name"],
+        words=data["words"],
+        activations=_float(data["activations"], "activations", where),
+        norms=_float(data["norms"], "norms", where),
+        fallback=_float(data["fallback"], "fallback", where),
+        max_self_check_kl=float(data["max_self_check_kl"]),
+        rules=tuple(_rule(rule, where) for rule in data["rule"]),
+    )
+
+
+def _rule(data: Mapping[str, Any], where: str) -> Rule:
+    _check_keys(data, _RULE_KEYS, f"{where}, rule", required={"scheme"})
+    roles = None
+    if "roles" in data:
+        known = {str(role): role for role in Role if role is not Role.NORM}
+        unknown = [role for role in data["roles"] if role not in known]
+        if unknown:
+            raise ElmExportError(f"{where}: unknown role {unknown[0]!r}; known: {', '.join(known)} (norms are never quantized)")
+        roles = frozenset(known[role] for role in data["roles"])
+    layers = None
+    if "layers" in data:
+        match = re.fullmatch(r"(\d+)-(\d+)", str(data["layers"]))
+        if match is None or int(match[1]) > int(match[2]):
+            raise ElmExportError(f'{where}: layers is {data["layers"]!r}; write a range like "0-3"')
+        layers = (int(match[1]), int(match[2]))
+    return Rule(find_scheme(data["scheme"]), roles, layers)
+
+
+def _float(name: str, key: str, where: str) -> Float:
+    scheme = find_scheme(name)
+    if not isinstance(scheme, Float):
+        raise ElmExportError(f"{where}: {key} is {name!r}; it must be fp32, fp16 or bf16")
+    return scheme
+
+
+def _check_keys(data: Mapping[str, Any], known: set[str], where: str, required: set[str]) -> None:
+    unknown, missing = sorted(set(data) - known), sorted(required - set(data))
+    if unknown:
+        raise ElmExportError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    if missing:
+        raise ElmExportError(f"{where}: {missing[0]!r} is missing")

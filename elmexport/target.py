@@ -1,0 +1,105 @@
+"""The contract of a target (an output format) and the registry of those that exist.
+
+A target is one package with a lowering from the traced graph, packing of weights, and recipes as data. Third parties add one through
+the entry-point group `elmexport.targets`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import ClassVar
+
+from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.errors import ElmExportError
+from elmexport.graph.ir import Graph
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.planned import PlannedWeights
+from elmexport.quantization.recipes import Recipe, load_recipe
+
+TARGETS: Mapping[str, str] = {
+    "onnx": "targets.onnx:OnnxTarget",
+    "coreml": "targets.coreml:CoreMLTarget",
+    "gguf": "targets.gguf:GgufTarget",
+}
+ENTRY_POINT_GROUP = "elmexport.targets"
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Everything a target needs to write its files.
+
+    `graph` already carries the residual rescaling. `advance(n)` reports that n more weights (elements) have been written.
+    """
+
+    name: str  # display name for file names, "OpenELM-450M"
+    graph: Graph
+    weights: PlannedWeights
+    tokenizer: Tokenizer | None
+    advance: Advance
+
+    @property
+    def config(self) -> OpenELMConfig:
+        return self.graph.config
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.weights.plan.recipe
+
+
+class Target(ABC):
+    """One output format."""
+
+    name: ClassVar[str]
+    quants: ClassVar[tuple[str, ...]]  # the values of --quant, the default first
+
+    def recipe(self, quant: str) -> Recipe:
+        """The recipe called `quant`, read from the `recipes/` folder of the target's package.
+
+        Raises:
+            ElmExportError: the format has no such quantization.
+        """
+        if quant not in self.quants:
+            raise ElmExportError(f"--quant {quant} is not available for {self.name}; choose {', '.join(self.quants)}")
+        return load_recipe(files(type(self).__module__).joinpath("recipes", f"{quant}.toml"))
+
+    @abstractmethod
+    def check(self, config: OpenELMConfig, context: int) -> None:
+        """Refuse, before any work, a model or context that the format cannot express.
+
+        Raises:
+            ElmExportError: what the format cannot hold, and what to do instead.
+        """
+
+    @abstractmethod
+    def needs_tokenizer(self) -> bool:
+        """Whether the artifact cannot be written without a tokenizer."""
+
+    @abstractmethod
+    def write(self, job: ExportJob, folder: Path) -> None:
+        """Write the artifact's files into `folder` (which exists and is empty), weights streamed one tensor at a time."""
+
+    def tools(self) -> Mapping[str, str]:
+        """Names and versions of the packages that shaped the files, for the manifest."""
+        return {}
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`.
+
+    Raises:
+        ElmExportError: no such target.
+    """
+    known = dict(TARGETS) | {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in TARGETS}
+    if name not in known:
+        raise ElmExportError(f"unknown target {name!r}; known: {', '.join(known)}")
+    module, _, attribute = known[name].partition(":")
+    target: Target = getattr(import_module(module), attribute)()
+    return target

@@ -1,0 +1,86 @@
+"""Fixtures that every part of the suite shares. All are read-only and live for the whole session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.models.openelm_config import OpenELMConfig
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Checkpoint:
+    """The embedded trained model, tokenizer included."""
+    from elmexport.checkpoint import open_checkpoint
+
+    return open_checkpoint("tiny")
+
+
+@pytest.fixture(scope="session")
+def small_config() -> OpenELMConfig:
+    """Five layers of 3, 6, 9, 3, 6 query heads over 1, 2, 3, 1, 2 KV heads, each with its own FFN width; every size a multiple of 32."""
+    return OpenELMConfig(
+        vocab_size=512,
+        max_context_length=128,
+        rope_max_length=256,
+        num_transformer_layers=5,
+        model_dim=192,
+        head_dim=32,
+        num_gqa_groups=3,
+        qkv_multipliers=(0.5, 1.0, 1.5, 0.5, 1.0),
+        ffn_multipliers=(0.5, 1.0, 1.5, 2.0, 2.5),
+        ffn_dim_divisor=32,
+        normalize_qk_projections=True,
+        share_input_output_layers=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of Llama's kind (BPE, byte fallback, BOS 1, EOS 2) with the 512 pieces of `small_config`."""
+    import sentencepiece
+
+    from calibration.text import CALIBRATION_TEXT
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = folder / "text.txt"
+    text.write_text(CALIBRATION_TEXT.read(), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=512,
+        model_type="bpe",
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_config: OpenELMConfig, small_tokenizer: Path) -> MemoryCheckpoint:
+    """Random float32 weights for `small_config`; `.arrays` is what `tests.reference.reference_logits` takes."""
+    return random_checkpoint(small_config, tokenizer_path=small_tokenizer)
+
+
+class ExportTo(Protocol):
+    def __call__(self, checkpoint: Checkpoint, target: str, quant: str, **options: Any) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def export_to(tmp_path_factory: pytest.TempPathFactory) -> ExportTo:
+    """`export_to(checkpoint, target, quant, **options)` exports into a fresh folder and returns the artifact's path.
+
+    Options are `export_checkpoint`'s; unlike there, `verify` is false unless asked for.
+    """
+    from elmexport.export import export_checkpoint
+
+    def call(checkpoint: Checkpoint, target: str, quant: str, **options: Any) -> Path:
+        out = tmp_path_factory.mktemp("export") / f"{checkpoint.source.name}-{target}-{quant}"
+        return export_checkpoint(checkpoint, target, quant, **{"out": out, "verify": False} | options).path
+
+    return call
