@@ -105,7 +105,7 @@ def export_checkpoint(
     rescales = recipe.activations.dtype == "fp16"
     reference = None
     if verify or (rescales and calibrate == "auto"):
-        reference = reference_pass(checkpoint, tokenizer, context, progress)
+        reference = reference_pass(checkpoint, graph, tokenizer, progress)
     alpha, calibration = _alpha(reference if calibrate == "auto" else None) if rescales else (1.0, None)
     plan = resolve(recipe, config.weights())
     notes = [f"{name}: {reason}" for name, reason in plan.fallbacks]

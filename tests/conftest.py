@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,13 +45,9 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of Llama's kind (BPE, byte fallback, BOS 1, EOS 2) with the 512 pieces of `small_config`."""
     import sentencepiece
 
-    from calibration.text import CALIBRATION_TEXT
-
     folder = tmp_path_factory.mktemp("tokenizer")
-    text = folder / "text.txt"
-    text.write_text(CALIBRATION_TEXT.read(), encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
+        input=str(files("calibration") / "texts" / "prose.txt"),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=512,
         model_type="bpe",

@@ -29,7 +29,7 @@ class MemoryCheckpoint(Checkpoint):
         return {name: array.shape for name, array in self.arrays.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self.arrays[name])
+        return torch.from_numpy(self.arrays[name].copy())
 
     def identity(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())

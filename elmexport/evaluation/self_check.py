@@ -16,7 +16,7 @@ from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.evaluation.metrics import Divergence, divergence
 from elmexport.graph.interpret import Caches, interpret
-from elmexport.graph.trace import trace
+from elmexport.graph.ir import Graph
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
 from elmexport.weights import WeightSpec
@@ -36,10 +36,9 @@ class Reference:
 
 
 @torch.inference_mode()
-def reference_pass(checkpoint: Checkpoint, tokenizer: Tokenizer | None, context: int, progress: Progress) -> Reference:
-    """Run the checkpoint in float32 on the bundled text, streaming its weights: the memory of one tensor at a time."""
-    ids, text = sample_ids(tokenizer, checkpoint.config.vocab_size, min(TOKENS, context))
-    graph = trace(checkpoint.config, len(ids))
+def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | None, progress: Progress) -> Reference:
+    """Run the checkpoint in float32 on the bundled text, its weights streamed through `graph` one tensor at a time."""
+    ids, text = sample_ids(tokenizer, checkpoint.config.vocab_size, min(TOKENS, graph.context))
     peak = ResidualPeak()
     progress.stage("reference pass", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
 
@@ -47,7 +46,7 @@ def reference_pass(checkpoint: Checkpoint, tokenizer: Tokenizer | None, context:
         progress.advance(spec.size)
         return checkpoint.tensor(spec.name).to(torch.float32)
 
-    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph), observe=peak)
+    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph, context=len(ids)), observe=peak)
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"

@@ -21,10 +21,11 @@ Observer = Callable[[Node, Tensor], None]
 
 
 class Caches:
-    """Static key and value caches of every layer, `[batch, K_n, context, d]`, zero at first."""
+    """Static key and value caches of every layer, `[batch, K_n, context, d]`, zero at first; as long as the graph's where None."""
 
-    def __init__(self, graph: Graph, batch: int = 1, dtype: torch.dtype = torch.float32) -> None:
-        shapes = [(batch, layer.kv_heads, graph.context, graph.config.head_dim) for layer in graph.config.layers]
+    def __init__(self, graph: Graph, batch: int = 1, dtype: torch.dtype = torch.float32, context: int | None = None) -> None:
+        context = graph.context if context is None else context
+        shapes = [(batch, layer.kv_heads, context, graph.config.head_dim) for layer in graph.config.layers]
         self.keys = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype) for shape in shapes]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.weights import Role, WeightSpec
@@ -33,7 +34,7 @@ class Node:
     name: str
     inputs: dict[str, str]
     weights: dict[str, WeightSpec]
-    attrs: dict[str, float | int]
+    attrs: dict[str, Any]
     outputs: tuple[str, ...]
     layer: int | None
     role: Role | None = None

@@ -26,10 +26,14 @@ def _(ids: Tensor, table: Tensor) -> Tensor:
     return table.new_empty((*ids.shape, table.shape[1]))
 
 
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x², last axis) + eps) * weight`; `x` `[..., D]`, `weight` `[D]`."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return _normalize(x, weight, eps)
 
 
 @rms_norm.register_fake
@@ -114,11 +118,11 @@ def attention_(
     batch, tokens, _ = qkv.shape
     head_dim = k_cache.shape[3]
     heads = qkv.view(batch, tokens, -1, head_dim).transpose(1, 2)
-    query, key, value = heads.split([query_heads, kv_heads, kv_heads], dim=1)
+    query, key, value = torch.split(heads, [query_heads, kv_heads, kv_heads], dim=1)
     if q_norm is not None:
-        query = rms_norm._opoverload(query, q_norm, eps)
+        query = _normalize(query, q_norm, eps)
     if k_norm is not None:
-        key = rms_norm._opoverload(key, k_norm, eps)
+        key = _normalize(key, k_norm, eps)
     end = position + tokens
     cos, sin = rope_angles(torch.arange(position, end, device=qkv.device), head_dim, rope_theta, qkv.dtype)
     query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)

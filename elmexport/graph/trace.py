@@ -5,6 +5,8 @@ No weight is ever allocated, so the 3B model traces in the memory of its Python 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.export import Dim, export
 from torch.fx import Node as FxNode
@@ -81,7 +83,9 @@ class _Builder:
     def _node(self, fx: FxNode) -> None:
         assert isinstance(fx.target, torch._ops.OpOverload) and fx.target.namespace == NAMESPACE, f"{fx.target} is not in the op vocabulary"
         op = fx.target._schema.name.split("::")[1]
-        inputs, weights, attrs = {}, {}, {}
+        inputs: dict[str, str] = {}
+        weights: dict[str, WeightSpec] = {}
+        attrs: dict[str, Any] = {}
         for argument, given in zip(fx.target._schema.arguments, fx.args, strict=True):
             if not isinstance(given, FxNode):
                 if given is not None:
@@ -101,7 +105,9 @@ class _Builder:
         if op == "attention":
             outputs = [name, f"{name}.k_cache", f"{name}.v_cache"]
             for user in fx.users:
-                self._define(user, outputs[user.args[1]])
+                which = user.args[1]
+                assert isinstance(which, int)
+                self._define(user, outputs[which])
         else:
             self._define(fx, name)
         self.nodes.append(Node(op, name, inputs, weights, attrs, tuple(outputs), layer, role if op in ("linear", "embed") else None))

@@ -72,31 +72,35 @@ class DecoderLayer(nn.Module):
         return ops.add(x, self.ffn(ops.rms_norm(x, self.ffn_norm.weight, RMS_NORM_EPS))), k_cache, v_cache
 
 
+class Decoder(nn.Module):
+    """Owner of what Apple's names put under `transformer`."""
+
+    def __init__(self, config: OpenELMConfig) -> None:
+        super().__init__()
+        self.token_embeddings = Weight(config.vocab_size, config.model_dim)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers)
+        self.norm = Weight(config.model_dim)
+
+
 class OpenELM(nn.Module):
     """The whole model. `forward` takes and returns one key and one value cache `[B, K_n, C, d]` per layer n."""
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "token_embeddings": Weight(config.vocab_size, config.model_dim),
-                "layers": nn.ModuleList(DecoderLayer(config, layer) for layer in config.layers),
-                "norm": Weight(config.model_dim),
-            }
-        )
+        self.transformer = Decoder(config)
         self.lm_head = None if config.share_input_output_layers else Weight(config.vocab_size, config.model_dim)
 
     def forward(
         self, ids: Tensor, position: Tensor, k_caches: list[Tensor], v_caches: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Logits `[B, T, vocab]` of `ids` `[B, T]` (int64) that stand at `position` (scalar int64) onwards, and the updated caches."""
-        embeddings = self.transformer["token_embeddings"].weight
+        embeddings = self.transformer.token_embeddings.weight
         x = ops.embed(ids, embeddings)
         keys, values = [], []
-        for layer, k_cache, v_cache in zip(self.transformer["layers"], k_caches, v_caches, strict=True):
+        for layer, k_cache, v_cache in zip(self.transformer.layers, k_caches, v_caches, strict=True):
             x, k_cache, v_cache = layer(x, position, k_cache, v_cache)
             keys.append(k_cache)
             values.append(v_cache)
-        x = ops.rms_norm(x, self.transformer["norm"].weight, RMS_NORM_EPS)
+        x = ops.rms_norm(x, self.transformer.norm.weight, RMS_NORM_EPS)
         return ops.linear(x, embeddings if self.lm_head is None else self.lm_head.weight), keys, values

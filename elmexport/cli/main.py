@@ -1,0 +1,64 @@
+"""The `elmexport` program: its commands, and how it ends.
+
+Exit codes: 0 done, 1 a gate failed, 2 bad use or bad input, 3 the environment lacks something, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from elmexport import __version__
+from elmexport.cli import export, generate, inspect, logits, models
+from elmexport.errors import ElmExportError
+
+app = typer.Typer(name="elmexport", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"elmexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def elmexport(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Export OpenELM language models to ONNX, Core ML and GGUF, quantized to 8 or 4 bits, and check what the quantization cost.
+
+    The whole path on the small model that is built in, no download needed:
+
+    \b
+      elmexport coreml --model tiny --quant int4
+      elmexport generate tiny-coreml-int4 "It was a dark night"
+
+    Exit codes: 0 done, 1 an artifact failed its check, 2 bad use or bad input, 3 the environment lacks something.
+    """
+
+
+for _target in export.TARGETS:
+    app.command(_target, help=export.TARGETS[_target])(export.command(_target))
+app.command("models")(models.models)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+app.command("logits")(logits.logits)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line on `arguments` (those of the process where None) and return the exit code.
+
+    Bad use that the parser finds ends in SystemExit(2), as everywhere.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding cannot
+    try:
+        app(arguments)
+    except ElmExportError as error:
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    return 0

@@ -1,0 +1,59 @@
+"""What an artifact holds: whether its files are those of its manifest, and its tensors as the format's own reader finds them.
+
+Each target package says how to list the tensors of its format: `targets/<target>/inspect.py` has `list_tensors(folder)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from elmexport.artifact import MANIFEST, Artifact
+from elmexport.errors import ElmExportError
+from elmexport.weights import Role
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an artifact's files."""
+
+    name: str  # in the file
+    role: Role | None  # None for what is no weight of the model: tables of angles, masks, constants of the graph
+    scheme: str  # how it is stored, in the format's words: "Q4_0", "4-bit, blocks of 32", "float16"
+    shape: tuple[int, ...]  # logical, outermost axis first: [out, in] for a matrix
+    bytes: int  # in the file, scales included
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An artifact, what is wrong with its files (nothing, it is to be hoped), and its tensors where they were asked for."""
+
+    artifact: Artifact
+    problems: tuple[str, ...]
+    tensors: tuple[StoredTensor, ...] | None
+
+
+def inspect_artifact(path: Path, *, tensors: bool = False) -> Inspection:
+    """Verify every file of the artifact folder `path` against its manifest and, with `tensors`, list what they hold.
+
+    Files that have been altered are not read any further: `tensors` is then None.
+
+    Raises:
+        ElmExportError: not an artifact folder, a damaged manifest, or files that the format's reader cannot make sense of.
+    """
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise ElmExportError(f"{path} {found}; give the folder that an export printed, the one that holds {MANIFEST}")
+    artifact = Artifact.open(path)
+    problems = tuple(artifact.verify())
+    listing = tuple(_reader(artifact.target)(path)) if tensors and not problems else None
+    return Inspection(artifact, problems, listing)
+
+
+def _reader(target: str) -> Callable[[Path], Iterable[StoredTensor]]:
+    from elmexport.target import find_target
+
+    reader: Callable[[Path], Iterable[StoredTensor]] = import_module(f"{type(find_target(target)).__module__}.inspect").list_tensors
+    return reader

@@ -1,0 +1,57 @@
+"""Text from a runtime: tokens one at a time, until the end-of-text token, the number asked for, or a full context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from elmexport.errors import ElmExportError
+from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.sampler import Sampler, Sampling
+
+Stop = Literal["end of text", "max tokens", "context full"]
+
+
+class Generation(Iterator[int]):
+    """The tokens of one continuation, as they are generated. `stop` says, once there are no more, why."""
+
+    def __init__(self, tokens: Iterator[int | Stop]) -> None:
+        self._tokens = tokens
+        self.stop: Stop | None = None
+
+    def __next__(self) -> int:
+        if self.stop is not None:
+            raise StopIteration
+        token = next(self._tokens)
+        if isinstance(token, str):
+            self.stop = token
+            raise StopIteration
+        return token
+
+
+def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, eos_id: int | None) -> Generation:
+    """Continue `ids` (BOS included by the caller) by up to `max_tokens` tokens. `eos_id` ends the text and is not given.
+
+    Raises:
+        ElmExportError: `max_tokens` below 1, or see `Runtime.logits`: no ids, unknown ids, more ids than the context holds.
+    """
+    if max_tokens < 1:
+        raise ElmExportError(f"max-tokens is {max_tokens}; it must be 1 or above")
+    return Generation(_generate(runtime, ids, max_tokens, sampling, eos_id))
+
+
+def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: Sampling, eos_id: int | None) -> Iterator[int | Stop]:
+    choose = Sampler(sampling)
+    logits = runtime.logits(ids, last_only=True)
+    for count in range(1, max_tokens + 1):
+        token = choose(logits[-1])
+        if token == eos_id:
+            yield "end of text"
+            return
+        yield token
+        if count < max_tokens:
+            if runtime.length == runtime.context:
+                yield "context full"
+                return
+            logits = runtime.logits([token], runtime.length, last_only=True)
+    yield "max tokens"

@@ -1,0 +1,135 @@
+"""The trace of the four published sizes: its structure, its weights, and that it holds none."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from elmexport.errors import ElmExportError
+from elmexport.graph.ir import BATCH, TOKENS, Graph
+from elmexport.graph.trace import trace
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.weights import Role
+
+# The fields of the published config.json files in which the sizes differ, and the parameters that Apple states.
+PUBLISHED = {
+    "270M": ({"num_transformer_layers": 16, "model_dim": 1280, "head_dim": 64}, 271_527_168),
+    "450M": ({"num_transformer_layers": 20, "model_dim": 1536, "head_dim": 64}, 457_179_136),
+    "1.1B": ({"num_transformer_layers": 28, "model_dim": 2048, "head_dim": 64}, 1_079_891_456),
+    "3B": ({"num_transformer_layers": 36, "model_dim": 3072, "head_dim": 128}, 3_036_647_424),
+}
+
+
+def published_config(size: str) -> OpenELMConfig:
+    return OpenELMConfig(
+        **PUBLISHED[size][0],
+        qkv_multipliers=(0.5, 1.0),
+        ffn_multipliers=(0.5, 4.0),
+        num_gqa_groups=4,
+        normalize_qk_projections=True,
+        share_input_output_layers=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def small_graph(small_config: OpenELMConfig) -> Graph:
+    return trace(small_config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(size: str) -> None:
+    config = published_config(size)
+    graph = trace(config)
+    layers = config.num_transformer_layers
+    assert len(graph.nodes) == 10 * layers + 3  # a layer: 2 norms, 4 projections, attention, swiglu, 2 sums; around them embed, norm, head
+    assert sum(spec.size for spec in graph.weight_specs()) == PUBLISHED[size][1]
+    assert graph.values[graph.logits].shape == (BATCH, TOKENS, 32000)
+    for i, dims in enumerate(config.layers):
+        assert graph.values[graph.present_keys[i]].shape == (BATCH, dims.kv_heads, 2048, config.head_dim)
+
+
+def test_every_weight_is_used_once_in_forward_order(small_config: OpenELMConfig, small_graph: Graph) -> None:
+    assert list(small_graph.weight_specs()) == list(small_config.weights())
+    uses = Counter(spec.name for node in small_graph.nodes for spec in node.weights.values())
+    tied = "transformer.token_embeddings.weight"
+    assert {name for name, count in uses.items() if count != 1} == {tied}
+    assert uses[tied] == 2
+    assert [node.role for node in small_graph.nodes if tied in {spec.name for spec in node.weights.values()}] == [Role.EMBEDDING, Role.LM_HEAD]
+
+
+def test_nodes_of_one_layer(small_config: OpenELMConfig, small_graph: Graph) -> None:
+    layer = [node for node in small_graph.nodes if node.layer == 2]
+    assert [node.op for node in layer] == "rms_norm linear attention linear add rms_norm linear swiglu linear add".split()
+    assert len({node.name for node in small_graph.nodes}) == len(small_graph.nodes)
+    attention = layer[2]
+    assert attention.attrs == {"query_heads": 9, "kv_heads": 3, "rope_theta": 10000.0, "eps": 1e-6}
+    assert set(attention.weights) == {"q_norm", "k_norm"}
+    assert attention.inputs["k_cache"] == "k_cache.2" and attention.inputs["v_cache"] == "v_cache.2"
+    assert attention.outputs[1:] == (small_graph.present_keys[2], small_graph.present_values[2])
+    assert [node.role for node in layer if node.role] == [Role.ATTENTION_QKV, Role.ATTENTION_OUT, Role.FFN_GATE_UP, Role.FFN_DOWN]
+    assert layer[6].outputs[0] in small_graph.values
+    assert small_graph.values[layer[6].outputs[0]].shape == (BATCH, TOKENS, 2 * small_config.layers[2].ffn_dim)
+
+
+def test_nodes_stand_after_what_they_read(small_graph: Graph) -> None:
+    known = {"ids", "position"} | {f"{side}_cache.{i}" for side in "kv" for i in range(5)}
+    for node in small_graph.nodes:
+        assert set(node.inputs.values()) <= known, node.name
+        known |= set(node.outputs)
+    assert {small_graph.logits, *small_graph.present_keys, *small_graph.present_values} <= known
+
+
+def test_symbolic_shapes(small_graph: Graph) -> None:
+    assert small_graph.values["ids"].shape == (BATCH, TOKENS)
+    assert small_graph.values["position"].shape == ()
+    assert small_graph.values["k_cache.1"].shape == (BATCH, 2, 128, 32)
+
+
+def test_options(small_config: OpenELMConfig) -> None:
+    from dataclasses import replace
+
+    config = replace(small_config, normalize_qk_projections=False, share_input_output_layers=False, ffn_with_glu=False)
+    graph = trace(config)
+    assert list(graph.weight_specs()) == list(config.weights())
+    head = next(node for node in graph.nodes if node.name == "lm_head")
+    assert head.weights["weight"].name == "lm_head.weight" and head.role is Role.LM_HEAD
+    counts = Counter(node.op for node in graph.nodes)
+    assert counts["silu"] == 5 and counts["swiglu"] == 0
+    assert all(not node.weights for node in graph.nodes if node.op == "attention")
+
+
+def test_a_head_dimension_equal_to_the_token_count_is_no_trap(small_config: OpenELMConfig) -> None:
+    """Sizes that coincide with the example inputs of the trace must not become symbols, nor symbols numbers."""
+    from dataclasses import replace
+
+    config = replace(small_config, head_dim=2, num_transformer_layers=2, qkv_multipliers=1.0, ffn_multipliers=(1.0, 2.0), vocab_size=3)
+    graph = trace(config, 3)
+    assert graph.values[graph.logits].shape == (BATCH, TOKENS, 3)
+    assert graph.values["k_cache.0"].shape == (BATCH, config.layers[0].kv_heads, 3, 2)
+
+
+@pytest.mark.parametrize("context", [0, -1, 257])
+def test_context_out_of_range(small_config: OpenELMConfig, context: int) -> None:
+    with pytest.raises(ElmExportError, match=rf"context is {context}; this model takes 1 to 256 tokens"):
+        trace(small_config, context)
+
+
+def test_context_of_one_token(small_config: OpenELMConfig) -> None:
+    graph = trace(small_config, 1)
+    assert graph.values[graph.present_keys[0]].shape == (BATCH, 1, 1, 32)
+
+
+@pytest.mark.slow
+def test_no_memory_for_weights() -> None:
+    """3B has 12 GB of float32 parameters: its trace must fit an address space that holds torch and little else."""
+    code = "import sys; from tests.graph.test_trace import published_config, trace; print(len(trace(published_config('3B')).nodes))"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert done.stdout.strip() == "363"
+    assert peak == before or peak < 3 * 2**20, f"peak resident memory {peak / 2**20:.1f} GiB"
