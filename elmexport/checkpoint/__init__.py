@@ -1,0 +1,191 @@
+"""Where weights and tokenizers come from: `open_checkpoint` finds them by alias, hub id, folder or file."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from elmexport.checkpoint.base import Checkpoint, Source
+from elmexport.checkpoint.corenet import CoreNetCheckpoint
+from elmexport.checkpoint.random import RandomCheckpoint
+from elmexport.checkpoint.safetensors import SafetensorsCheckpoint, has_weights
+from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.zoo import TINY_FOLDER, KnownModel, find_model, known_models
+from elmexport.progress import Progress, SilentProgress
+
+NO_TOKENIZER = "none"  # --tokenizer none: go without, on purpose
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_checkpoint(
+    model: str = "tiny",
+    *,
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    random_weights: int | None = None,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Open a model: an alias (`tiny`, `270M`, `1.1B-Instruct`), a local folder, a CoreNet `.pt` file or the folder it lies in, or a hub id.
+
+    `revision` pins a hub model to a branch, tag or commit. `tokenizer` is a file, a folder, a hub id, or "none"; where it is None, the
+    model's own is used, then Llama 2's, which every OpenELM model was trained with: from the cache for local files, else from its gated
+    hub repository. `random_weights` is a seed: the model's shapes with random values, nothing downloaded.
+
+    Only headers are read; `tokenizer_path` of the result is None where no tokenizer was found (see `require_tokenizer`).
+
+    Raises:
+        ElmExportError: no such model, unusable files, weights that do not fit their configuration, or a download that failed. For a
+            hub model, no access to its tokenizer either, before any weights are downloaded.
+    """
+    progress = progress or SilentProgress()
+    known = find_model(model)
+    path = None if known else _local_path(model)
+    if revision is not None and (path is not None or random_weights is not None or (known and known.hub_id is None)):
+        raise ElmExportError(f"--revision {revision} applies to models from the hub; {model!r} is not downloaded: leave --revision out")
+    checkpoint: Checkpoint
+    if random_weights is not None:
+        checkpoint = _open_random(model, known, path, tokenizer, random_weights)
+    elif known and known.hub_id is None:
+        checkpoint = SafetensorsCheckpoint(TINY_FOLDER, known.config, Source(known.name, "embedded"), _chosen(tokenizer, TINY_FOLDER))
+    elif path is not None:
+        checkpoint = _open_local(path, tokenizer)
+    else:
+        checkpoint = _open_hub(model, known, revision, tokenizer, progress)
+    checkpoint.check()
+    return checkpoint
+
+
+def require_tokenizer(checkpoint: Checkpoint) -> Path:
+    """The tokenizer of `checkpoint`, for work that cannot go on without. Tries the gated Llama 2 repository as a last resort.
+
+    Raises:
+        ElmExportError: there is none, and how to get one.
+    """
+    if checkpoint.tokenizer_path is not None:
+        return checkpoint.tokenizer_path
+    return _download_llama_tokenizer(f"{checkpoint.source.name} comes without a tokenizer", "")
+
+
+def _open_random(model: str, known: KnownModel | None, path: Path | None, tokenizer: str | None, seed: int) -> RandomCheckpoint:
+    if known is not None:
+        folder = TINY_FOLDER if known.hub_id is None else None
+        return RandomCheckpoint(known.config, known.name, seed, _chosen(tokenizer, folder))
+    if path is None:
+        raise ElmExportError(
+            f"--random-weights needs shapes: {model!r} is neither a known model ({_aliases()}) nor a folder with a config.json"
+        )
+    folder = path if path.is_dir() else path.parent
+    return RandomCheckpoint(OpenELMConfig.from_file(folder / "config.json"), folder.resolve().name, seed, _chosen(tokenizer, folder))
+
+
+def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
+    if path.is_file() and path.suffix != ".pt":
+        raise ElmExportError(f"{path} is a file of another kind; give --model the folder that holds it, or a CoreNet .pt file")
+    folder = path if path.is_dir() else path.parent
+    tokenizer_path = _chosen(tokenizer, folder)
+    if tokenizer_path is None and tokenizer is None:
+        from elmexport.checkpoint.hub import cached_tokenizer
+
+        tokenizer_path = cached_tokenizer()
+    if path.is_file():
+        return CoreNetCheckpoint(path, tokenizer_path)
+    if not has_weights(path):
+        corenet = sorted(path.glob("*.pt"))
+        if len(corenet) == 1:
+            return CoreNetCheckpoint(corenet[0], tokenizer_path)
+        if corenet:
+            raise ElmExportError(
+                f"{path} holds {len(corenet)} .pt files ({', '.join(file.name for file in corenet)}); give --model one of them"
+            )
+    config = OpenELMConfig.from_file(path / "config.json")
+    return SafetensorsCheckpoint(path, config, Source(path.resolve().name, "local folder"), tokenizer_path)
+
+
+def _open_hub(model: str, known: KnownModel | None, revision: str | None, tokenizer: str | None, progress: Progress) -> Checkpoint:
+    from elmexport.checkpoint import hub
+
+    repo = known.hub_id if known and known.hub_id else model
+    snapshot = hub.download_description(repo, revision)
+    name = repo.rpartition("/")[2]
+    if not (snapshot / "config.json").is_file():
+        raise ElmExportError(f"hub repository {repo} holds no config.json, so it is no model; give --model an OpenELM model")
+    # Everything that can fail cheaply comes before the gigabytes.
+    config = OpenELMConfig.from_file(snapshot / "config.json")
+    tokenizer_path = _chosen(tokenizer, snapshot)
+    if tokenizer_path is None and tokenizer is None:
+        tokenizer_path = _download_llama_tokenizer(f"{name} comes without a tokenizer", f", or --tokenizer {NO_TOKENIZER} to go without")
+    hub.download_weights(repo, snapshot, progress)
+    if not has_weights(snapshot):
+        raise ElmExportError(f"hub repository {repo} holds no safetensors weights; give --model an OpenELM model that does")
+    return SafetensorsCheckpoint(snapshot, config, Source(name, f"hub:{repo}", snapshot.name), tokenizer_path)
+
+
+def _chosen(tokenizer: str | None, folder: Path | None) -> Path | None:
+    """The file that `--tokenizer` names; without one, the file in the model's own folder."""
+    if tokenizer == NO_TOKENIZER:
+        return None
+    if tokenizer is None:
+        return None if folder is None else _tokenizer_in(folder)
+    path = Path(tokenizer).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = _tokenizer_in(path)
+        if found is None:
+            raise ElmExportError(f"--tokenizer {tokenizer}: the folder holds neither {' nor '.join(TOKENIZER_FILES)}")
+        return found
+    if _HUB_ID.fullmatch(tokenizer) and path.suffix not in (".model", ".json"):
+        from elmexport.checkpoint.hub import download_tokenizer
+
+        return download_tokenizer(tokenizer)
+    raise ElmExportError(
+        f"--tokenizer {tokenizer}: no such file; give a tokenizer.model or tokenizer.json, a folder that holds one, a hub id, or {NO_TOKENIZER}"
+    )
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def _download_llama_tokenizer(why: str, otherwise: str) -> Path:
+    from elmexport.checkpoint.hub import LLAMA_TOKENIZER_REPO, download_tokenizer
+
+    try:
+        return download_tokenizer()
+    except ElmExportError as error:
+        raise MissingDependencyError(
+            f"{why}; OpenELM uses the Llama 2 tokenizer, and it could not be had from {LLAMA_TOKENIZER_REPO}: {error}. "
+            f"Or give --tokenizer PATH (a Llama 2 tokenizer.model or tokenizer.json), or --tokenizer HUB-ID{otherwise}"
+        ) from None
+
+
+def _local_path(model: str) -> Path | None:
+    """`model` as a path; None where it can only be a hub id.
+
+    Raises:
+        ElmExportError: it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".pt":
+        return None
+    if "/" in model or path.suffix in (".pt", ".safetensors"):
+        raise ElmExportError(f"--model {model}: no such file or folder")
+    aliases = [known.alias for known in known_models()]
+    by_folded = {alias.casefold(): alias for alias in aliases}
+    close = [by_folded[found] for found in get_close_matches(model.casefold().replace("_", "."), by_folded, n=2, cutoff=0.5)]
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ElmExportError(
+        f"unknown model {model!r}.{hint} Known: {_aliases()}; or give a hub id (owner/name), a local folder, or a CoreNet .pt file"
+    )
+
+
+def _aliases() -> str:
+    return ", ".join(known.alias for known in known_models())
+
+
+__all__ = ["Checkpoint", "open_checkpoint", "require_tokenizer"]

@@ -1,0 +1,217 @@
+"""Checkpoints and tokenizers from the Hugging Face hub, through `huggingface_hub` and its cache.
+
+Honours what that library does: HF_TOKEN, HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT. A connection lost in the middle of a file is taken up where
+it broke (by the library); when the command is run again, complete files are kept and the others fetched.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from elmexport.checkpoint.safetensors import INDEX, SINGLE
+from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.models.zoo import known_models
+from elmexport.progress import Progress
+
+T = TypeVar("T")
+
+LLAMA_TOKENIZER_REPO = "meta-llama/Llama-2-7b-hf"  # the vocabulary of every OpenELM model, behind Meta's licence
+SMALL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
+WEIGHT_FILES = (SINGLE, "model-*-of-*.safetensors")
+
+
+def download_description(repo: str, revision: str | None) -> Path:
+    """Everything of a model but its weights: what says whether the weights are worth downloading. Returns the snapshot's folder,
+    which is named by the commit.
+
+    Raises:
+        ElmExportError: no such model or revision, access refused, no network, disk full, download interrupted.
+    """
+    from huggingface_hub import snapshot_download
+
+    return Path(_explained(repo, revision, lambda: snapshot_download(repo, revision=revision, allow_patterns=list(SMALL_FILES))))
+
+
+def download_weights(repo: str, snapshot: Path, progress: Progress) -> None:
+    """Complete `snapshot` (see `download_description`) with the model's safetensors.
+
+    Raises:
+        ElmExportError: as `download_description`.
+    """
+    if _complete(snapshot):
+        return
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.hf_api import RepoFile
+
+    commit, patterns = snapshot.name, list(WEIGHT_FILES)
+
+    def download() -> None:
+        files = [(entry.path, entry.size) for entry in HfApi().list_repo_tree(repo, revision=commit) if isinstance(entry, RepoFile)]
+        missing = [size for path, size in files if any(fnmatch(path, p) for p in patterns) and not (snapshot / path).exists()]
+        progress.stage(f"downloading {repo}", sum(missing))
+        snapshot_download(repo, revision=commit, allow_patterns=patterns, tqdm_class=_bar_class(progress))
+
+    _explained(repo, commit, download)
+
+
+def cached_weights(repo: str) -> bool:
+    """Whether the cache holds the configuration and all weights of the last `main` seen. No network."""
+    config = _cached(repo, "config.json")
+    return config is not None and _complete(config.parent)
+
+
+def cached_tokenizer(repo: str = LLAMA_TOKENIZER_REPO) -> Path | None:
+    """The tokenizer file of `repo` in the cache, None where there is none. No network."""
+    return next((path for name in TOKENIZER_FILES if (path := _cached(repo, name)) is not None), None)
+
+
+def download_tokenizer(repo: str = LLAMA_TOKENIZER_REPO) -> Path:
+    """The tokenizer file of `repo`, from the cache or the hub.
+
+    Raises:
+        ElmExportError: the repository has no tokenizer; otherwise as `download_description`.
+    """
+    cached = cached_tokenizer(repo)
+    if cached is not None:
+        return cached
+    from huggingface_hub import snapshot_download
+
+    snapshot = Path(_explained(repo, None, lambda: snapshot_download(repo, allow_patterns=list(TOKENIZER_FILES))))
+    for name in TOKENIZER_FILES:
+        if (snapshot / name).is_file():
+            return snapshot / name
+    raise ElmExportError(
+        f"hub repository {repo} holds neither {' nor '.join(TOKENIZER_FILES)}; give --tokenizer another repository, or a file"
+    )
+
+
+def _cached(repo: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _complete(snapshot: Path) -> bool:
+    """Whether the folder holds all the weights it should. A damaged index is left to be complained of when it is opened."""
+    if (snapshot / SINGLE).exists():
+        return True
+    try:
+        files = set(json.loads((snapshot / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return all((snapshot / str(file)).exists() for file in files)
+
+
+def _bar_class(progress: Progress) -> type[Any]:
+    """A progress bar that draws nothing and reports downloaded bytes to `progress`."""
+    from threading import Lock
+
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    lock = Lock()
+    reported = 0
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"
+            self._bytes = 0.0
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            nonlocal reported
+            if not self._counts_bytes:
+                return
+            with lock:
+                self._bytes += n or 0
+                # The library keeps two bars of bytes (received, and written to disk): the one ahead counts.
+                step = int(self._bytes) - reported
+                if step > 0:
+                    reported += step
+                    progress.advance(step)
+
+    return Bar
+
+
+def _explained(repo: str, revision: str | None, download: Callable[[], T]) -> T:
+    """Run `download`; what goes wrong becomes an error that says what to do."""
+    from huggingface_hub import errors
+
+    what = f"hub repository {repo}" + (f" at revision {revision}" if revision else "")
+    try:
+        return download()
+    except errors.GatedRepoError as error:
+        raise MissingDependencyError(
+            f"access to {what} is restricted, and {_token_state(error)}. On its hub page, signed in, accept the licence; then set HF_TOKEN to "
+            f"an access token of that account (or run `hf auth login`) and run the command again"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ElmExportError(
+            f"there is no hub repository {repo}, nor a local folder of that name{_suggestion(repo)}. If it is private, set HF_TOKEN to a token that can read it"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ElmExportError(
+            f"hub repository {repo} has no revision {revision!r}; give a branch, tag or commit that its hub page lists"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise _not_reached(what, error) from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise MissingDependencyError(
+                f"the hub refused access to {what} (HTTP {status}), and {_token_state(error)}; set HF_TOKEN to a valid token that can read it"
+            ) from None
+        raise _interrupted(what, f"the hub answered HTTP {status}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ElmExportError(
+                f"no space left on the disk while downloading {what}; free some, or set HF_HOME to a folder on a larger disk, and run the command again"
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ElmExportError(
+                f"the hub cache cannot be written ({error.strerror}: {error.filename}); set HF_HOME to a folder that can"
+            ) from None
+        raise _interrupted(what, str(error)) from None
+    except Exception as error:
+        # Connections that break, and Xet's own failures: which classes those are changes with huggingface_hub's versions.
+        raise _interrupted(what, str(error) or type(error).__name__) from error
+
+
+def _interrupted(what: str, reason: str) -> ElmExportError:
+    return MissingDependencyError(
+        f"the download of {what} was interrupted ({reason.splitlines()[0] if reason else 'connection lost'}); run the command again: complete files are kept"
+    )
+
+
+def _not_reached(what: str, error: Exception) -> ElmExportError:
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return MissingDependencyError(
+            f"{what} is not (completely) in the local cache, and HF_HUB_OFFLINE forbids downloading; unset HF_HUB_OFFLINE once, or give --model a local folder"
+        )
+    cause = error.__cause__
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    reason = f"HTTP {status}" if status else type(cause or error).__name__
+    return MissingDependencyError(
+        f"the hub could not be reached for {what} ({reason}), and it is not (completely) in the local cache; check the network "
+        "(and HF_ENDPOINT, if set), or give --model a local folder"
+    )
+
+
+def _token_state(error: Exception) -> str:
+    from huggingface_hub import get_token
+
+    return "the account of the token in use has not been granted it" if get_token() else "no token is set"
+
+
+def _suggestion(repo: str) -> str:
+    close = get_close_matches(repo, [model.hub_id for model in known_models() if model.hub_id], n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,50 @@
+"""The known models, against the published facts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from elmexport.checkpoint import open_checkpoint
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.zoo import TINY_FOLDER, find_model, known_models
+
+PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "3B": 3_036_647_424}
+
+
+def test_every_published_model_is_known() -> None:
+    models = known_models()
+    assert [model.alias for model in models] == [
+        "tiny", "270M", "270M-Instruct", "450M", "450M-Instruct", "1.1B", "1.1B-Instruct", "3B", "3B-Instruct"
+    ]  # fmt: skip
+    assert {model.alias: model.parameters for model in models} == {"tiny": 4_902_528} | {
+        size + suffix: count for size, count in PARAMETERS.items() for suffix in ("", "-Instruct")
+    }
+    assert [model.hub_id for model in models if model.alias.startswith("1.1B")] == ["apple/OpenELM-1_1B", "apple/OpenELM-1_1B-Instruct"]
+
+
+@pytest.mark.parametrize("alias", ["1.1B", "1_1B", "1.1b", "OpenELM-1_1B", "openelm-1.1b", "apple/OpenELM-1_1B"])
+def test_spellings(alias: str) -> None:
+    model = find_model(alias)
+    assert model is not None and model.name == "OpenELM-1_1B"
+
+
+def test_unknown_alias() -> None:
+    assert find_model("7B") is None and find_model("someone/OpenELM-270M") is None
+
+
+def test_tiny_is_its_file() -> None:
+    model = find_model("Tiny")
+    assert model is not None and model.cached()
+    assert model.config.to_dict() == OpenELMConfig.from_file(TINY_FOLDER / "config.json").to_dict()
+    assert open_checkpoint("tiny").source.origin == "embedded"
+
+
+def test_listing_and_opening_import_no_torch() -> None:
+    code = (
+        "import sys; from elmexport.checkpoint import open_checkpoint; from elmexport.models.zoo import known_models; "
+        "[(m.parameters, m.cached()) for m in known_models()]; open_checkpoint('tiny'); print('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
