@@ -109,6 +109,8 @@ def export_checkpoint(
     alpha, calibration = _alpha(reference if calibrate == "auto" else None) if rescales else (1.0, None)
     plan = resolve(recipe, config.weights())
     notes = [f"{name}: {reason}" for name, reason in plan.fallbacks]
+    if tokenizer is None:
+        notes.append("no tokenizer found, so the artifact holds none; pass --tokenizer a tokenizer.model or tokenizer.json")
 
     with artifact_folder(out, force=force) as folder:
         progress.stage(f"writing {target}", config.parameter_count)
