@@ -64,6 +64,13 @@ def quantize(weight: Tensor, scheme: Integer) -> QuantizedTensor:
     if reason is not None:
         raise ElmExportError(f"a tensor of shape {list(weight.shape)} cannot be quantized to {scheme}: {reason}")
     rows, columns = weight.shape
+    # Checked before the search: it would take an overflowing scale for a bad candidate, and end at zero.
+    largest = max(abs(float(end)) for end in weight.aminmax())
+    reach = 65504 * max(map(abs, scheme.range))
+    if largest > reach:
+        raise ElmExportError(
+            f"the largest weight, {largest:.3g}, needs a scale that exceeds fp16's 65504 (codes reach {reach:.3g}); export this checkpoint in a float format"
+        )
     block = scheme.granularity.size if isinstance(scheme.granularity, PerBlock) else columns
     granules = weight.reshape(-1, block)
     codes = torch.empty(granules.shape, dtype=torch.int8)
@@ -72,10 +79,6 @@ def quantize(weight: Tensor, scheme: Integer) -> QuantizedTensor:
     for start in range(0, len(granules), step):
         part = slice(start, start + step)
         codes[part], scales[part] = _quantize_granules(granules[part].to(torch.float32), scheme)
-    if not torch.isfinite(scales).all():
-        raise ElmExportError(
-            f"a scale exceeds fp16's 65504 (largest weight {float(weight.abs().max()):.3g}); export this checkpoint in a float format"
-        )
     return QuantizedTensor(scheme, codes.view(rows, columns), scales.view(rows, -1))
 
 

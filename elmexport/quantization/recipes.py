@@ -4,6 +4,7 @@ name = "int4"
 words = "what it means, one line, printed and recorded"
 activations = "fp32"         # the precision the artifact computes in
 norms = "fp32"               # norms are never quantized
+scales = "fp16"              # how the format stores the scales, whose values are fp16 numbers
 fallback = "fp16"            # for a tensor whose shape its scheme cannot take: reported, never silent
 max_self_check_kl = 0.5      # nats per token against the reference; beyond it the export fails
 
@@ -30,10 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.errors import ElmExportError
-from elmexport.quantization.schemes import Float, Scheme, find_scheme, scheme_name
+from elmexport.quantization.schemes import FLOAT_BITS, Float, Scheme, find_scheme, scheme_name
 from elmexport.weights import Role, WeightSpec
 
-_KEYS = {"name", "words", "activations", "norms", "fallback", "max_self_check_kl", "rule"}
+_KEYS = {"name", "words", "activations", "norms", "scales", "fallback", "max_self_check_kl", "rule"}
 _RULE_KEYS = {"roles", "layers", "scheme"}
 
 
@@ -59,6 +60,7 @@ class Recipe:
     words: str
     activations: Float
     norms: Float
+    scales: Float
     fallback: Float
     max_self_check_kl: float
     rules: tuple[Rule, ...]
@@ -78,6 +80,7 @@ class Recipe:
             "words": self.words,
             "activations": self.activations.dtype,
             "norms": self.norms.dtype,
+            "scales": self.scales.dtype,
             "fallback": self.fallback.dtype,
             "max_self_check_kl": self.max_self_check_kl,
             "rule": rules,
@@ -117,7 +120,7 @@ def resolve(recipe: Recipe, specs: Iterable[WeightSpec]) -> Plan:
                 fallbacks.append((spec.name, f"{reason}: kept as {recipe.fallback}"))
                 scheme = recipe.fallback
         schemes[spec.name] = scheme
-        bits += scheme.bits(spec.shape)
+        bits += scheme.bits(spec.shape, FLOAT_BITS[recipe.scales.dtype])
         weights += spec.size
     return Plan(recipe, schemes, tuple(fallbacks), bits / weights)
 
@@ -139,6 +142,7 @@ def load_recipe(path: Path | Traversable) -> Recipe:
         words=data["words"],
         activations=_float(data["activations"], "activations", where),
         norms=_float(data["norms"], "norms", where),
+        scales=_float(data["scales"], "scales", where),
         fallback=_float(data["fallback"], "fallback", where),
         max_self_check_kl=float(data["max_self_check_kl"]),
         rules=tuple(_rule(rule, where) for rule in data["rule"]),

@@ -57,8 +57,8 @@ class Float:
 
     dtype: FloatDtype
 
-    def bits(self, shape: tuple[int, ...]) -> int:
-        """Stored bits of a tensor of `shape`."""
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
+        """Stored bits of a tensor of `shape`, each scale taking `scale_bits`."""
         return math.prod(shape) * FLOAT_BITS[self.dtype]
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
@@ -84,8 +84,8 @@ class Integer:
         """Smallest and largest code."""
         return (-8, 7) if self.width == 4 else (-127, 127)
 
-    def bits(self, shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * self.width + self.granularity.scales(shape) * 16
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
+        return math.prod(shape) * self.width + self.granularity.scales(shape) * scale_bits
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         return self.granularity.refuses(shape)

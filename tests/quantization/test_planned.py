@@ -1,0 +1,89 @@
+"""Weights as an artifact holds them: streamed, cast or quantized, and refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from elmexport.errors import ElmExportError
+from elmexport.quantization.planned import PlannedWeights, cast
+from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.recipes import Recipe, Rule, resolve
+from elmexport.quantization.schemes import SCHEMES, Float
+from tests.memory_checkpoint import MemoryCheckpoint
+
+QKV = "transformer.layers.1.attn.qkv_proj.weight"
+
+
+def planned(checkpoint: MemoryCheckpoint, scheme: str, **changed: np.ndarray) -> PlannedWeights:
+    """`checkpoint` with some arrays replaced, everything but norms in `scheme`."""
+    recipe = Recipe("test", "for tests", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, (Rule(SCHEMES[scheme]),))
+    copy = MemoryCheckpoint(checkpoint.config, checkpoint.arrays | changed)
+    return PlannedWeights(copy, resolve(recipe, checkpoint.config.weights()))
+
+
+def with_value(checkpoint: MemoryCheckpoint, value: float) -> dict[str, np.ndarray]:
+    array = checkpoint.arrays[QKV].copy()
+    array[3, 7] = value
+    return {QKV: array}
+
+
+@pytest.mark.parametrize("scheme", ["int4-block32", "int8-block32"])
+def test_quantized_times_alpha(small_checkpoint: MemoryCheckpoint, scheme: str) -> None:
+    weights = planned(small_checkpoint, scheme)
+    spec = small_checkpoint.specs[QKV]
+    plain, scaled = weights.get(spec), weights.get(spec, 2.0**-3)
+    assert isinstance(plain, QuantizedTensor) and isinstance(scaled, QuantizedTensor)
+    assert torch.equal(scaled.codes, plain.codes)
+    assert torch.equal(scaled.dequantize(), plain.dequantize() / 8)
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_float_times_alpha(small_checkpoint: MemoryCheckpoint, scheme: str, dtype: torch.dtype) -> None:
+    found = planned(small_checkpoint, scheme).get(small_checkpoint.specs[QKV], 0.25)
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, (torch.from_numpy(small_checkpoint.arrays[QKV]) / 4).to(dtype))
+
+
+def test_norms_stay_as_the_recipe_says(small_checkpoint: MemoryCheckpoint) -> None:
+    name = "transformer.norm.weight"
+    found = planned(small_checkpoint, "int4-block32").get(small_checkpoint.specs[name])
+    assert isinstance(found, torch.Tensor)
+    np.testing.assert_array_equal(found.numpy(), small_checkpoint.arrays[name])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scheme", ["fp32", "int4-block32"])
+def test_non_finite_weights_are_refused_by_name(small_checkpoint: MemoryCheckpoint, scheme: str, value: float) -> None:
+    weights = planned(small_checkpoint, scheme, **with_value(small_checkpoint, value))
+    with pytest.raises(ElmExportError, match=rf"{QKV} holds 1 values that are NaN or infinite, of \d+"):
+        weights.get(small_checkpoint.specs[QKV])
+
+
+@pytest.mark.parametrize("scheme", ["int4-block32", "int8-block32"])
+def test_a_scale_out_of_range_names_the_tensor(small_checkpoint: MemoryCheckpoint, scheme: str) -> None:
+    weights = planned(small_checkpoint, scheme, **with_value(small_checkpoint, 1e7))
+    with pytest.raises(ElmExportError, match=rf"{QKV}: .*fp16's 65504"):
+        weights.get(small_checkpoint.specs[QKV])
+
+
+def test_fp16_overflow_is_refused_and_the_fix_named(small_checkpoint: MemoryCheckpoint) -> None:
+    weights = planned(small_checkpoint, "fp16", **with_value(small_checkpoint, 70000.0))
+    with pytest.raises(ElmExportError, match=rf"{QKV} reaches 7e\+04, beyond fp16's 65504; export with bf16 or fp32 weights"):
+        weights.get(small_checkpoint.specs[QKV])
+
+
+def test_bf16_holds_what_fp16_cannot() -> None:
+    assert torch.isfinite(cast(torch.tensor([1e30]), Float("bf16"), "x")).all()
+
+
+def test_a_fallback_tensor_comes_as_the_fallback_says(small_checkpoint: MemoryCheckpoint) -> None:
+    config = replace(small_checkpoint.config, ffn_dim_divisor=8, ffn_multipliers=(0.5, 1.0, 1.5, 1.25, 2.0))
+    from tests.memory_checkpoint import random_checkpoint
+
+    weights = planned(random_checkpoint(config), "int4-block32")
+    found = weights.get({spec.name: spec for spec in config.weights()}["transformer.layers.3.ffn.proj_2.weight"])
+    assert isinstance(found, torch.Tensor) and found.dtype == torch.float16

@@ -1,0 +1,137 @@
+"""Recipes: reading TOML, the messages for what is wrong in it, and resolving rules to schemes."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from elmexport.errors import ElmExportError
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.recipes import Recipe, load_recipe, resolve
+from elmexport.quantization.schemes import SCHEMES, scheme_name
+from elmexport.weights import Role
+
+TEXT = """
+name = "mixed"
+words = "a recipe for tests"
+activations = "fp32"
+norms = "fp32"
+scales = "fp16"
+fallback = "fp16"
+max_self_check_kl = 0.5
+
+[[rule]]
+roles = ["embedding", "lm_head"]
+scheme = "int8-block32"
+
+[[rule]]
+layers = "1-2"
+roles = ["ffn.down"]
+scheme = "fp16"
+
+[[rule]]
+layers = "0-1"
+scheme = "int8-channel"
+
+[[rule]]
+scheme = "int4-block32"
+"""
+
+
+def load(tmp_path: Path, text: str) -> Recipe:
+    path = tmp_path / "mixed.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path)
+
+
+def schemes(recipe: Recipe, config: OpenELMConfig) -> dict[str, str]:
+    return {name: scheme_name(scheme) for name, scheme in resolve(recipe, config.weights()).schemes.items()}
+
+
+def test_the_first_matching_rule_decides(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    found = schemes(load(tmp_path, TEXT), small_config)
+    assert list(found) == [spec.name for spec in small_config.weights()]
+    assert found["transformer.token_embeddings.weight"] == "int8-block32"
+    # Layer 1 matches the second and the third rule, layer 0 only the third, layer 2 only the second for ffn.down.
+    down = [found[f"transformer.layers.{i}.ffn.proj_2.weight"] for i in range(5)]
+    assert down == ["int8-channel", "fp16", "fp16", "int4-block32", "int4-block32"]
+    qkv = [found[f"transformer.layers.{i}.attn.qkv_proj.weight"] for i in range(5)]
+    assert qkv == ["int8-channel", "int8-channel", "int4-block32", "int4-block32", "int4-block32"]
+
+
+def test_a_layer_range_does_not_match_tensors_outside_layers(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    untied = replace(small_config, share_input_output_layers=False)
+    recipe = load(tmp_path, TEXT.replace('roles = ["embedding", "lm_head"]', 'roles = ["embedding"]'))
+    assert schemes(recipe, untied)["lm_head.weight"] == "int4-block32"
+
+
+def test_norms_are_never_quantized(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    found = schemes(load(tmp_path, TEXT), small_config)
+    assert {found[spec.name] for spec in small_config.weights() if spec.role is Role.NORM} == {"fp32"}
+
+
+def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    config = replace(small_config, ffn_dim_divisor=8, ffn_multipliers=(0.5, 1.0, 1.5, 1.25, 2.0))  # layer 3: 240, not a multiple of 32
+    assert config.layers[3].ffn_dim == 240
+    plan = resolve(load(tmp_path, TEXT), config.weights())
+    name = "transformer.layers.3.ffn.proj_2.weight"
+    assert scheme_name(plan.schemes[name]) == "fp16"
+    assert plan.fallbacks == ((name, "rows of 240 values do not divide into blocks of 32: kept as fp16"),)
+
+
+def test_bits_per_weight(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    plain = TEXT[: TEXT.index("[[rule]]")] + '[[rule]]\nscheme = "int4-block32"\n'
+    plan = resolve(load(tmp_path, plain), small_config.weights())
+    matrices = sum(spec.size for spec in small_config.weights() if spec.role is not Role.NORM)
+    norms = small_config.parameter_count - matrices
+    assert plan.bits_per_weight == pytest.approx((4.5 * matrices + 32 * norms) / small_config.parameter_count)
+
+
+def test_no_rule_matches(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    recipe = load(tmp_path, TEXT.replace('\n[[rule]]\nscheme = "int4-block32"\n', ""))
+    with pytest.raises(
+        ElmExportError, match=r"recipe mixed: no rule matches transformer\.layers\.2\.attn\.qkv_proj\.weight \(attention\.qkv\)"
+    ):
+        resolve(recipe, small_config.weights())
+
+
+def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:
+    recipe = load(tmp_path, TEXT)
+    assert json.loads(json.dumps(recipe.to_dict())) == tomllib.loads(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name =", "name ", r"mixed\.toml: not valid TOML \("),
+        ("norms =", "norm =", r"mixed\.toml: unknown key 'norm'; known: activations, .*norms"),
+        ('norms = "fp32"\n', "", r"mixed\.toml: 'norms' is missing"),
+        ('norms = "fp32"', 'norms = "int4-block32"', r"mixed\.toml: norms is 'int4-block32'; it must be fp32, fp16 or bf16"),
+        ('fallback = "fp16"', 'fallback = "fp17"', "unknown scheme 'fp17'; known: fp32"),
+        ('scheme = "int4-block32"', 'scheme = "int4-block31"', "unknown scheme 'int4-block31'; known: fp32"),
+        ('scheme = "int4-block32"', "", r"mixed\.toml, rule: 'scheme' is missing"),
+        (
+            'scheme = "int4-block32"',
+            'scheme = "int4-block32"\nrole = "norm"',
+            r"mixed\.toml, rule: unknown key 'role'; known: layers, roles, scheme",
+        ),
+        ('"lm_head"', '"norm"', r"unknown role 'norm'; known: embedding, .* \(norms are never quantized\)"),
+        ('"lm_head"', '"head"', "unknown role 'head'; known: embedding, .*lm_head"),
+        ('"1-2"', '"2-1"', r"layers is '2-1'; write a range like \"0-3\""),
+        ('"1-2"', "2", r"layers is 2; write a range like \"0-3\""),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in TEXT
+    with pytest.raises(ElmExportError, match=message):
+        load(tmp_path, TEXT.replace(old, new))
+
+
+def test_every_scheme_can_stand_in_a_rule(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    for name in SCHEMES:
+        found = schemes(load(tmp_path, TEXT.replace('scheme = "int4-block32"', f'scheme = "{name}"')), small_config)
+        assert found["transformer.layers.4.ffn.proj_1.weight"] == name
