@@ -1,0 +1,151 @@
+"""The onnxruntime runtime: cache positions, and files that cannot be opened."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.runtimes import open_artifact
+from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.onnxruntime import open_runtime
+from tests.conftest import ExportTo
+from tests.graph.test_forward import token_ids
+from tests.memory_checkpoint import MemoryCheckpoint
+from tests.reference import kl, log_probs, reference_logits
+
+
+@pytest.fixture(scope="module")
+def folder(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Path:
+    return export_to(small_checkpoint, "onnx", "fp32")
+
+
+@pytest.fixture(scope="module")
+def runtime(folder: Path) -> Runtime:
+    return open_artifact(folder)
+
+
+@pytest.mark.parametrize("quant", ["fp32", "fp16", "int8", "int4"])
+def test_prefill_and_decode_equal_the_full_forward(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
+    """At positions 0, middle and last, in chunks and one by one, to the end of the cache."""
+    runtime = open_artifact(export_to(small_checkpoint, "onnx", quant))
+    ids = token_ids(runtime.context, small_checkpoint.config)
+    full = runtime.logits(ids)
+    cuts = [0, 1, 2, 50, 51, 90, runtime.context - 1, runtime.context]
+    parts = [runtime.logits(ids[start:end], start) for start, end in pairwise(cuts)]
+    found = np.concatenate(parts)
+    if quant in ("fp32", "fp16"):
+        assert np.abs(log_probs(found) - log_probs(full)).max() < {"fp32": 1e-4, "fp16": 0.05}[quant]
+    # With 8-bit products a difference in the last bit of an activation can round to another code.
+    assert kl(full, found).mean() < 1e-3
+
+
+def test_matches_the_reference_at_every_position(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
+    ids = token_ids(runtime.context, small_checkpoint.config)
+    expected = reference_logits(small_checkpoint.config, small_checkpoint.arrays, ids)
+    assert np.abs(log_probs(runtime.logits(ids)) - log_probs(expected)).max() < 2e-3
+
+
+def test_going_back_forgets_what_came_after(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
+    ids = token_ids(60, small_checkpoint.config)
+    other = ids[::-1]
+    runtime.logits(ids)
+    branched = np.concatenate((ids[:20], other[:10]))
+    found = runtime.logits(other[:10], 20)
+    assert runtime.length == 30
+    assert np.abs(found - reference_logits(small_checkpoint.config, small_checkpoint.arrays, branched)[20:]).max() < 1e-3
+
+
+def test_last_only(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
+    ids = token_ids(9, small_checkpoint.config)
+    full = runtime.logits(ids)
+    last = runtime.logits(ids, last_only=True)
+    assert full.shape == (9, small_checkpoint.config.vocab_size)
+    assert last.dtype == np.float32
+    assert np.array_equal(last, full[-1:])
+
+
+def test_logits_stay_after_the_next_call(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
+    ids = token_ids(9, small_checkpoint.config)
+    first = runtime.logits(ids)
+    kept = first.copy()
+    runtime.logits(ids[::-1])
+    assert np.array_equal(first, kept)
+
+
+def test_past_the_end(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
+    ids = token_ids(runtime.context, small_checkpoint.config)
+    runtime.logits(ids)
+    with pytest.raises(ElmExportError, match=f"1 tokens at position {runtime.context} need a context of {runtime.context + 1}"):
+        runtime.logits([1], runtime.context)
+    with pytest.raises(ElmExportError, match="need a context of 129; this artifact holds 128"):
+        runtime.logits(np.append(ids, 1))
+
+
+def test_bare_file(folder: Path, tmp_path: Path, small_checkpoint: MemoryCheckpoint) -> None:
+    shutil.copytree(folder / "onnx", tmp_path / "bare")
+    ids = token_ids(5, small_checkpoint.config)
+    assert np.array_equal(open_artifact(tmp_path / "bare" / "model.onnx").logits(ids), open_artifact(folder).logits(ids))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("length", [0, 1000])
+def test_truncated_model(copy: Path, length: int) -> None:
+    with (copy / "onnx" / "model.onnx").open("r+b") as file:
+        file.truncate(length)
+    with pytest.raises(ElmExportError, match=r"model\.onnx"):  # by the manifest
+        open_artifact(copy)
+    with pytest.raises(ElmExportError, match=r"cannot be opened .*; copy it again or export it again"):  # by the engine
+        open_runtime(copy)
+
+
+def test_garbage(copy: Path) -> None:
+    (copy / "onnx" / "model.onnx").write_bytes(b"\xff" * 5000)
+    with pytest.raises(ElmExportError, match="cannot be opened"):
+        open_runtime(copy)
+
+
+def test_truncated_external_data(copy: Path) -> None:
+    with (copy / "onnx" / "model.onnx_data").open("r+b") as file:
+        file.truncate(10_000)
+    with pytest.raises(ElmExportError, match=r"model\.onnx or its external data cannot be opened"):
+        open_runtime(copy)
+
+
+def test_missing_external_data(copy: Path) -> None:
+    (copy / "onnx" / "model.onnx_data").unlink()
+    with pytest.raises(ElmExportError, match=r"model\.onnx or its external data cannot be opened"):
+        open_runtime(copy)
+
+
+def test_no_model_or_several(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(ElmExportError, match="holds 0 files of the form"):
+        open_runtime(tmp_path)
+    shutil.copy(copy / "onnx" / "model.onnx", copy / "onnx" / "model_fp16.onnx")
+    with pytest.raises(ElmExportError, match="holds 2 files of the form"):
+        open_runtime(copy)
+
+
+def test_someone_elses_model(tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "other", [x], [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "other.onnx")
+    with pytest.raises(ElmExportError, match="none that elmexport wrote"):
+        open_artifact(tmp_path / "other.onnx")
+
+
+def test_without_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match="pip install onnxruntime"):
+        open_artifact(folder)
