@@ -1,0 +1,202 @@
+"""llama.cpp, through the C interface that llama-cpp-python wraps: GGUF artifacts on the CPU.
+
+Set up to be compared with, not for speed alone: keys and values in float32, plain attention. llama.cpp itself rounds the input of each
+matrix product to the precision that goes with the weights' type (fp16 for F16, bf16 for BF16, 8-bit blocks for Q8_0 and Q4_0).
+
+Truncated files and broken headers are errors. Metadata that were altered yet still parse can make llama.cpp end the process; `elmexport
+inspect` finds those by their hash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.runtimes.base import Runtime
+
+BATCH = 512  # tokens in one call of the engine
+_F32 = 0  # ggml's number of the type
+_ERROR = 4  # ggml's level of messages that say what went wrong
+
+_messages: list[str] = []  # the errors that llama.cpp has reported since they were last cleared
+
+
+class LlamaCppRuntime(Runtime):
+    """A `.gguf` file in llama.cpp, with a cache of the context that its metadata state."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            ElmExportError: llama.cpp cannot load the file.
+            MissingDependencyError: llama-cpp-python is not installed.
+        """
+        super().__init__()
+        self._model: Any = None
+        self._handle: Any = None
+        self._batch: Any = None
+        self._lib = engine()
+        check_magic(path)
+        _messages.clear()
+        model_params = self._lib.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self._model = self._lib.llama_model_load_from_file(os.fsencode(path), model_params)
+        if not self._model:
+            raise ElmExportError(
+                f"llama.cpp cannot load {path}: {reason()}. The file is damaged or of another kind; copy it again or export it again"
+            )
+        self.vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
+        self.context = self._lib.llama_model_n_ctx_train(self._model)
+        self._handle = self._lib.llama_init_from_model(self._model, self._context_params())
+        if not self._handle:
+            raise ElmExportError(
+                f"llama.cpp cannot make a context of {self.context} tokens for {path}: {reason()}. Free memory and try again"
+            )
+        self._batch = self._new_batch()
+
+    def _context_params(self) -> Any:
+        params = self._lib.llama_context_default_params()
+        params.n_ctx = self.context
+        params.n_batch = params.n_ubatch = min(BATCH, self.context)
+        params.n_threads = params.n_threads_batch = _cores()
+        params.type_k = params.type_v = _F32
+        params.flash_attn_type = 0  # disabled; versions that lack the field have it off by default
+        params.offload_kqv = params.op_offload = False
+        return params
+
+    def _new_batch(self) -> Any:
+        """Room for `BATCH` tokens, all of sequence 0."""
+        batch = self._lib.llama_batch_init(BATCH, 0, 1)
+        for i in range(BATCH):
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        return batch
+
+    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
+        if not self._handle:
+            raise ElmExportError("this runtime has been closed; open the artifact again")
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._handle), 0, position, -1)
+        result = np.empty((1 if last_only else len(ids), self.vocab_size), dtype=np.float32)
+        for start in range(0, len(ids), BATCH):
+            part = ids[start : start + BATCH]
+            wanted = np.full(len(part), not last_only)
+            wanted[-1] |= start + len(part) == len(ids)
+            self._decode(part, position + start, wanted)
+            rows = int(wanted.sum())
+            if rows:
+                out = result if last_only else result[start : start + rows]
+                out[:] = np.ctypeslib.as_array(self._lib.llama_get_logits(self._handle), shape=(rows, self.vocab_size))
+        return result
+
+    def _decode(self, ids: NDArray[np.int64], position: int, wanted: NDArray[np.bool_]) -> None:
+        """Feed at most `BATCH` tokens; logits are computed where `wanted`."""
+        batch, count = self._batch, len(ids)
+        batch.n_tokens = count
+        for field, values in (("token", ids), ("pos", np.arange(position, position + count)), ("logits", wanted)):
+            np.ctypeslib.as_array(getattr(batch, field), shape=(count,))[:] = values
+        _messages.clear()
+        code = self._lib.llama_decode(self._handle, batch)
+        if code:
+            raise ElmExportError(f"llama.cpp failed on {count} tokens at position {position} (code {code}: {reason()})")
+
+    def close(self) -> None:
+        # In this order: the context refers to the model.
+        if self._batch is not None:
+            self._lib.llama_batch_free(self._batch)
+        if self._handle:
+            self._lib.llama_free(self._handle)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._model = self._handle = self._batch = None
+
+    def __del__(self) -> None:
+        # llama.cpp's memory is not Python's: without this, a runtime that is merely dropped would keep it.
+        if getattr(self, "_lib", None) is not None:
+            self.close()
+
+
+def open_runtime(path: Path) -> LlamaCppRuntime:
+    """Open an artifact folder that holds one `.gguf`, or the file itself.
+
+    Raises:
+        ElmExportError: no such file, several, or one that llama.cpp cannot load.
+        MissingDependencyError: llama-cpp-python is not installed.
+    """
+    return LlamaCppRuntime(gguf_file(path))
+
+
+def gguf_file(path: Path) -> Path:
+    """The one `.gguf` in the folder `path`, or the file itself.
+
+    Raises:
+        ElmExportError: none in the folder, or several.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        raise ElmExportError(f"{path} holds {len(found)} .gguf files; give the path of one")
+    return found[0]
+
+
+@cache
+def engine() -> Any:
+    """The llama_cpp module, its messages collected instead of printed.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as error:
+        if error.name != "llama_cpp":
+            raise
+        raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install llama-cpp-python") from None
+    llama_cpp.llama_log_set(_collector(llama_cpp), ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+@cache  # ctypes callbacks must outlive the library's use of them
+def _collector(lib: Any) -> Any:
+    @lib.llama_log_callback
+    def collect(level: int, text: bytes, user_data: Any) -> None:
+        if level == _ERROR:
+            _messages.append(text.decode("utf-8", "replace").strip())
+
+    return collect
+
+
+def reason() -> str:
+    """llama.cpp's first error since the last call: the specific one, those that follow only say that loading failed."""
+    first = _messages[0] if _messages else "it gave no reason"
+    _messages.clear()
+    # Without the C function's name, "llama_model_load: error loading model: ".
+    return re.sub(r"^\w+: (error loading model: )?", "", first).rstrip(".")
+
+
+def check_magic(path: Path) -> None:
+    """
+    Raises:
+        ElmExportError: no such file, or one that does not start as GGUF files do.
+    """
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ElmExportError(f"cannot read {path}: {error.strerror or error}") from None
+    if magic != b"GGUF":
+        raise ElmExportError(f"{path} is not a GGUF file (it starts with {magic!r}); give the .gguf that an export wrote")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

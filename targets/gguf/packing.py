@@ -1,0 +1,56 @@
+"""Weights to GGUF's bytes: floats as they are, codes and scales as ggml's blocks. No arithmetic but exact widening."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from elmexport.quantization.quantize import QuantizedTensor
+
+BLOCK = 32  # values in a block of Q8_0 and Q4_0
+
+# ggml's name for each scheme that a GGUF file can hold.
+TYPES: Mapping[Scheme, str] = {
+    Float("fp32"): "F32",
+    Float("fp16"): "F16",
+    Float("bf16"): "BF16",
+    Integer(8, PerBlock(BLOCK)): "Q8_0",
+    Integer(4, PerBlock(BLOCK)): "Q4_0",
+}
+
+
+def pack(weight: Tensor | QuantizedTensor) -> NDArray[np.uint8]:
+    """The bytes of `weight`, one row of the result for each row `[out, bytes]` (`[bytes]` for a vector)."""
+    import torch
+
+    if isinstance(weight, torch.Tensor):
+        plain: NDArray[np.uint8] = weight.contiguous().view(torch.uint8).numpy()
+        return plain
+    codes, scales = weight.codes.numpy(), weight.scales.numpy()
+    blocks = codes.reshape(-1, BLOCK)
+    packed = _q8_0(blocks) if weight.scheme.width == 8 else _q4_0(blocks)
+    # A block is its fp16 scale, then its codes.
+    result = np.empty((len(blocks), 2 + packed.shape[1]), dtype=np.uint8)
+    result[:, :2] = scales.reshape(-1, 1).view(np.uint8)
+    result[:, 2:] = packed
+    return result.reshape(len(codes), -1)
+
+
+def _q8_0(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Signed bytes, as they are."""
+    return codes.view(np.uint8)
+
+
+def _q4_0(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Code + 8 in four bits: the first half of the block in the low nibbles, the second half in the high ones."""
+    nibbles = codes.view(np.uint8) + np.uint8(8)  # modulo 256, so -8 becomes 0
+    packed: NDArray[np.uint8] = nibbles[:, : BLOCK // 2] | nibbles[:, BLOCK // 2 :] << np.uint8(4)
+    return packed

@@ -1,0 +1,226 @@
+"""The GGUF artifact: what lies in the file, as gguf's own reader finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
+from numpy.typing import NDArray
+
+from elmexport.errors import ElmExportError
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.recipes import resolve
+from elmexport.quantization.schemes import Integer
+from elmexport.target import find_target
+from elmexport.weights import Role
+from targets.gguf import ALIASES, GgufTarget
+from targets.gguf.metadata import write_general
+from tests.conftest import ExportTo
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+
+QUANTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Exported = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def exported(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Exported:
+    """`exported(quant)`: the artifact of the small checkpoint, made once."""
+    done: dict[str, Path] = {}
+
+    def call(quant: str) -> Path:
+        if quant not in done:
+            done[quant] = export_to(small_checkpoint, "gguf", quant)
+        return done[quant]
+
+    return call
+
+
+def gguf_path(folder: Path) -> Path:
+    (path,) = folder.glob("*.gguf")
+    return path
+
+
+def metadata(folder: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(gguf_path(folder)).fields.items()}
+
+
+def tensors_of(folder: Path) -> dict[str, tuple[str, NDArray[np.float32]]]:
+    """Type and dequantized value of every tensor."""
+    return {t.name: (t.tensor_type.name, quants.dequantize(t.data, t.tensor_type)) for t in GGUFReader(gguf_path(folder)).tensors}
+
+
+def expected_names(config: OpenELMConfig) -> dict[str, tuple[str, slice]]:
+    """For each tensor of llama.cpp's `openelm`: the checkpoint's tensor, and the rows of it."""
+    names = {"token_embd": ("transformer.token_embeddings", slice(None)), "output_norm": ("transformer.norm", slice(None))}
+    for i, layer in enumerate(config.layers):
+        gate, up = slice(0, layer.ffn_dim), slice(layer.ffn_dim, 2 * layer.ffn_dim)
+        for theirs, (ours, rows) in {
+            "attn_norm": ("attn_norm", slice(None)),
+            "attn_qkv": ("attn.qkv_proj", slice(None)),
+            "attn_q_norm": ("attn.q_norm", slice(None)),
+            "attn_k_norm": ("attn.k_norm", slice(None)),
+            "attn_output": ("attn.out_proj", slice(None)),
+            "ffn_norm": ("ffn_norm", slice(None)),
+            "ffn_gate": ("ffn.proj_1", gate),
+            "ffn_up": ("ffn.proj_1", up),
+            "ffn_down": ("ffn.proj_2", slice(None)),
+        }.items():
+            names[f"blk.{i}.{theirs}"] = (f"transformer.layers.{i}.{ours}", rows)
+    return {f"{theirs}.weight": (f"{ours}.weight", rows) for theirs, (ours, rows) in names.items()}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_one_self_contained_file(exported: Exported, quant: str) -> None:
+    names = sorted(path.name for path in exported(quant).iterdir())
+    assert names == ["manifest.json", f"small-{QUANTS[quant]}.gguf"]
+
+
+@pytest.mark.parametrize("quant", FLOATS)
+def test_float_tensors_are_the_checkpoints(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
+    found = tensors_of(exported(quant))
+    names = expected_names(small_checkpoint.config)
+    assert found.keys() == names.keys()  # so there is no output.weight
+    for theirs, (ours, rows) in names.items():
+        kind, value = found[theirs]
+        norm = small_checkpoint.specs[ours].role is Role.NORM
+        assert kind == ("F32" if norm else QUANTS[quant]), theirs
+        wanted = torch.from_numpy(small_checkpoint.arrays[ours][rows]).to(torch.float32 if norm else FLOATS[quant]).to(torch.float32)
+        assert np.array_equal(value, wanted.numpy()), theirs
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantized_tensors_are_bit_identical_to_our_own(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
+    found = tensors_of(exported(quant))
+    plan = resolve(GgufTarget().recipe(quant), small_checkpoint.config.weights())
+    for theirs, (ours, rows) in expected_names(small_checkpoint.config).items():
+        scheme = plan.schemes[ours]
+        kind, value = found[theirs]
+        if not isinstance(scheme, Integer):
+            assert kind == "F32", theirs
+            continue
+        assert kind == ("Q8_0" if scheme.width == 8 else "Q4_0"), theirs
+        weight = quantize(torch.from_numpy(small_checkpoint.arrays[ours]), scheme)
+        assert np.array_equal(value, weight.dequantize().numpy()[rows]), theirs
+    assert found["token_embd.weight"][0] == "Q8_0"
+    assert found["blk.0.ffn_up.weight"][0] == QUANTS[quant]
+
+
+def test_metadata(exported: Exported, small_config: OpenELMConfig) -> None:
+    found = metadata(exported("int4"))
+    layers = small_config.layers
+    expected = {
+        "general.architecture": "openelm",
+        "general.type": "model",
+        "general.name": "Small",
+        "general.file_type": LlamaFileType.MOSTLY_Q4_0,
+        "general.quantization_version": 2,
+        "openelm.block_count": 5,
+        "openelm.context_length": 128,
+        "openelm.embedding_length": 192,
+        "openelm.feed_forward_length": [layer.ffn_dim for layer in layers],
+        "openelm.attention.head_count": [3, 6, 9, 3, 6],
+        "openelm.attention.head_count_kv": [1, 2, 3, 1, 2],
+        "openelm.rope.freq_base": 10000,
+        "openelm.rope.dimension_count": 32,
+        "openelm.attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
+        "openelm.attention.key_length": 32,
+        "openelm.attention.value_length": 32,
+    }
+    assert {key: found[key] for key in expected} == expected
+    assert {key.split(".")[0] for key in found} == {"GGUF", "general", "openelm", "tokenizer"}
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_file_type(exported: Exported, quant: str) -> None:
+    kind = metadata(exported(quant))["general.file_type"]
+    assert LlamaFileType(kind).name == ("ALL_F32" if quant == "fp32" else f"MOSTLY_{QUANTS[quant]}")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "expected"),
+    [
+        ("OpenELM-450M", 457179136, {"name": "OpenELM 450M", "basename": "OpenELM", "size_label": "450M"}),
+        (
+            "OpenELM-3B-Instruct",
+            3036647424,
+            {"name": "OpenELM 3B Instruct", "basename": "OpenELM", "finetune": "Instruct", "size_label": "3B"},
+        ),
+        ("mine", 1396832, {"name": "Mine", "size_label": "1.4M"}),
+    ],
+)
+def test_names_in_the_metadata(tmp_path: Path, name: str, parameters: int, expected: dict[str, str]) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "openelm")
+    write_general(writer, name, parameters)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    found = metadata(tmp_path)
+    assert {key: value for key, value in found.items() if key.startswith("general.")} == {
+        "general.architecture": "openelm",
+        "general.type": "model",
+        **{f"general.{key}": value for key, value in expected.items()},
+    }
+
+
+def test_the_file_is_called_after_the_model_and_the_type(small_config: OpenELMConfig, export_to: ExportTo) -> None:
+    checkpoint = random_checkpoint(small_config)
+    checkpoint.source = replace(checkpoint.source, name="OpenELM-450M-Instruct")
+    assert gguf_path(export_to(checkpoint, "gguf", "int8")).name == "OpenELM-450M-Instruct-Q8_0.gguf"
+
+
+def test_context(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
+    assert metadata(export_to(small_checkpoint, "gguf", "int8", context=40))["openelm.context_length"] == 40
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_same_bytes_twice(exported: Exported, small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
+    again = export_to(small_checkpoint, "gguf", quant)
+    assert gguf_path(again).read_bytes() == gguf_path(exported(quant)).read_bytes()
+
+
+def test_rows_that_do_not_divide_into_blocks_fall_back(small_config: OpenELMConfig, export_to: ExportTo) -> None:
+    config = replace(
+        small_config, head_dim=16, num_gqa_groups=1, qkv_multipliers=0.25, ffn_multipliers=(1.0, 1.0, 0.25, 1.0, 1.0), ffn_dim_divisor=16
+    )
+    assert config.layers[2].query_heads * 16 % 32 == 16
+    folder = export_to(random_checkpoint(config), "gguf", "int4")
+    kinds = {t.name: t.tensor_type for t in GGUFReader(gguf_path(folder)).tensors}
+    assert {kinds[f"blk.{i}.attn_output.weight"] for i in range(5)} == {GGMLQuantizationType.F16}
+    assert kinds["blk.2.ffn_down.weight"] is GGMLQuantizationType.F16
+    assert kinds["blk.1.ffn_down.weight"] is GGMLQuantizationType.Q4_0
+
+
+def test_llama_cpps_names_for_the_quantizations() -> None:
+    target = find_target("gguf")
+    for alias, name in {**ALIASES, "Q4_0": "int4"}.items():
+        assert target.recipe(alias) == target.recipe(name)
+    assert [target.recipe(name).name for name in target.quants] == list(target.quants)
+    with pytest.raises(ElmExportError, match=r"--quant q4_k_m is not available for gguf; choose int4, int8, fp16, bf16, fp32"):
+        target.recipe("q4_k_m")
+
+
+@pytest.mark.parametrize(
+    ("field", "reason"),
+    [
+        ("share_input_output_layers", "the output head is always the embedding table"),
+        ("normalize_qk_projections", "queries and keys always pass a norm"),
+        ("ffn_with_glu", "the feed-forward network always has a gate"),
+    ],
+)
+def test_models_that_llama_cpp_cannot_express(
+    small_config: OpenELMConfig, export_to: ExportTo, tmp_path: Path, field: str, reason: str
+) -> None:
+    changes: dict[str, Any] = {field: False}
+    checkpoint = random_checkpoint(replace(small_config, **changes))
+    with pytest.raises(ElmExportError, match=rf"openelm architecture cannot express this model: {field} is false \({reason}\)"):
+        export_to(checkpoint, "gguf", "int4", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
