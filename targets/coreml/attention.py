@@ -1,0 +1,121 @@
+"""Causal grouped-query attention over the cache states, one KV head at a time.
+
+`qkv` comes as `[1, (H + 2K) d, 1, T]`. Inside, heads are `[1, heads, T, d]`, the layout of the cache. Query heads that read one KV head lie
+behind one another, so its G queries of T tokens are one matrix of G T rows: two matrix products per KV head, keys read once, no fused
+attention. The scale `d ** -0.5` is in the queries' RoPE tables. What does not depend on the layer (tables' rows, mask) is computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from coremltools.converters.mil.mil import Builder as mb
+from numpy.typing import NDArray
+
+from elmexport.graph.ir import Graph, Node
+from elmexport.graph.ops import rope_angles
+from targets.coreml.interface import KEY_CACHE, POSITION, VALUE_CACHE
+from targets.coreml.norm import rms_norm
+from targets.coreml.packing import Var, WeightFile
+
+_HIDDEN = -4e4  # added to the scores of tokens to come: -inf breaks the Neural Engine's softmax
+
+
+class Attention:
+    """Lowers the `attention` nodes of one function, in the order of the layers."""
+
+    def __init__(self, graph: Graph, tokens: int, file: WeightFile, inputs: Mapping[str, Var]) -> None:
+        self.graph, self.tokens, self.file = graph, tokens, file
+        self.states = (inputs[KEY_CACHE], inputs[VALUE_CACHE])
+        self.caches = [mb.read_state(input=state) for state in self.states]
+        self.first_head = 0  # of the layer to come, on the caches' axis
+        self.position = inputs[POSITION]
+        self.end = mb.add(x=self.position, y=np.int32(tokens))
+        positions = mb.add(x=self.position, y=np.arange(tokens, dtype=np.int32)) if tokens > 1 else self.position
+        self.query_rope, self.key_rope = self._rope("query", graph.config.head_dim**-0.5, positions), self._rope("key", 1.0, positions)
+        self.mask = self._mask(positions)
+
+    def __call__(self, qkv: Var, node: Node) -> Var:
+        """`[1, H d, 1, T]` from `qkv` `[1, (H + 2K) d, 1, T]`."""
+        heads, kv_heads = node.attrs["query_heads"], node.attrs["kv_heads"]
+        query, key, value = mb.split(x=self._split_heads(qkv, heads + 2 * kv_heads), split_sizes=[heads, kv_heads, kv_heads], axis=1)
+        query = _rotate(self._normalize(query, node, "q_norm"), *self.query_rope)
+        key = _rotate(self._normalize(key, node, "k_norm"), *self.key_rope)
+        keys, values = (self._append(which, new, kv_heads) for which, new in enumerate((key, value)))
+        group = heads // kv_heads
+        rows = mb.reshape(x=query, shape=[1, kv_heads, group * self.tokens, self.graph.config.head_dim])
+        outputs = [self._attend(_head(rows, head), keys[head], values[head]) for head in range(kv_heads)]
+        out = outputs[0] if kv_heads == 1 else mb.concat(values=outputs, axis=1)
+        self.first_head += kv_heads
+        return self._join_heads(out, heads)
+
+    def _split_heads(self, x: Var, heads: int) -> Var:
+        """`[1, heads, T, d]` of `[1, heads d, 1, T]`."""
+        size = self.graph.config.head_dim
+        if self.tokens == 1:
+            return mb.reshape(x=x, shape=[1, heads, 1, size])
+        return mb.transpose(x=mb.reshape(x=x, shape=[1, heads, size, self.tokens]), perm=[0, 1, 3, 2])
+
+    def _join_heads(self, x: Var, heads: int) -> Var:
+        """`[1, heads d, 1, T]` of `[1, K, G T, d]`."""
+        size = self.graph.config.head_dim
+        if self.tokens > 1:
+            x = mb.transpose(x=mb.reshape(x=x, shape=[1, heads, self.tokens, size]), perm=[0, 1, 3, 2])
+        return mb.reshape(x=x, shape=[1, heads * size, 1, self.tokens])
+
+    def _normalize(self, x: Var, node: Node, which: str) -> Var:
+        spec = node.weights.get(which)
+        return x if spec is None else rms_norm(x, self.file.vector(spec, (1, 1, 1, spec.size)), node.attrs["eps"], axis=3)
+
+    def _append(self, which: int, new: Var, kv_heads: int) -> list[Var]:
+        """Write `new` `[1, K, T, d]` into a cache at `position`; returns the layer's heads, `[1, 1, context, d]` each."""
+        first, last = self.first_head, self.first_head + kv_heads
+        updated = mb.slice_update(
+            x=self.caches[which],
+            update=new,
+            begin=mb.concat(values=[np.array([0, first], np.int32), self.position, np.array([0], np.int32)], axis=0),
+            end=mb.concat(values=[np.array([1, last], np.int32), self.end, np.array([self.graph.config.head_dim], np.int32)], axis=0),
+        )
+        cache = self.caches[which] = mb.coreml_update_state(state=self.states[which], value=updated)
+        return [_head(cache, head) for head in range(first, last)]
+
+    def _attend(self, query: Var, keys: Var, values: Var) -> Var:
+        """`[1, 1, rows, d]` of queries `[1, 1, rows, d]`, keys and values `[1, 1, context, d]`."""
+        scores = mb.add(x=mb.matmul(x=query, y=keys, transpose_y=True), y=self.mask)
+        return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=values)
+
+    def _rope(self, name: str, scale: float, positions: Var) -> tuple[Var, Var]:
+        """Rows of the cosine and sine tables at `positions`, `[1, 1, T, d]`, times `scale`; see `_rotate` for the sines' signs."""
+        config = self.graph.config
+
+        def table(which: int) -> NDArray[np.float16]:
+            angles = rope_angles(torch.arange(self.graph.context), config.head_dim, float(config.rope_freq_constant), torch.float64)[which]
+            if which == 1:
+                angles[:, : config.head_dim // 2] *= -1
+            return (angles * scale).to(torch.float16).numpy()[None, None]
+
+        cosines = self.file.table(f"rope_{name}_cos", lambda: table(0))
+        sines = self.file.table(f"rope_{name}_sin", lambda: table(1))
+        return mb.gather(x=cosines, indices=positions, axis=2), mb.gather(x=sines, indices=positions, axis=2)
+
+    def _mask(self, positions: Var) -> Var:
+        """`[1, 1, G T, context]` (`[1, 1, 1, context]` for one token): 0 up to each token's own place, `_HIDDEN` behind it."""
+        columns = self.file.table("columns", lambda: np.arange(self.graph.context, dtype=np.int32)[None, None, None])
+        later = mb.greater(x=columns, y=mb.reshape(x=positions, shape=[1, 1, self.tokens, 1]))
+        mask = mb.mul(x=mb.cast(x=later, dtype="fp16"), y=np.float16(_HIDDEN))
+        group = self.graph.config.num_gqa_groups
+        return mask if self.tokens == 1 or group == 1 else mb.concat(values=[mask] * group, axis=2)
+
+
+def _rotate(x: Var, cosines: Var, sines: Var) -> Var:
+    """Rotary embedding (rotate-half). The first half of `sines` is negated, so that the halves of `x` need only change places."""
+    first, second = mb.split(x=x, num_splits=2, axis=3)
+    return mb.add(x=mb.mul(x=x, y=cosines), y=mb.mul(x=mb.concat(values=[second, first], axis=3), y=sines))
+
+
+def _head(x: Var, head: int) -> Var:
+    """Head `head` of `[1, heads, rows, d]`, as `[1, 1, rows, d]`."""
+    _, heads, rows, size = x.shape
+    return x if heads == 1 else mb.slice_by_index(x=x, begin=[0, head, 0, 0], end=[1, head + 1, rows, size])

@@ -1,0 +1,49 @@
+"""The tensors of a Core ML package, read from its specification: constants in the weight file, and what decompresses them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+
+from elmexport.inspection import StoredTensor, role_of
+from elmexport.runtimes.mil.program import Blob, Operation, load_program
+
+# What is added to a tensor's name where its rows are cut into parts, and where it is a constant.
+_SUFFIX = re.compile(r"(_part\d+)?(_const)?$")
+
+
+def list_tensors(folder: Path) -> Iterator[StoredTensor]:
+    """Every tensor in the weight file of the folder's `.mlpackage`, in the order of use.
+
+    A tensor that several functions share is listed once; a compressed one is one entry, scales included; one that was cut into parts is an
+    entry for each part.
+
+    Raises:
+        ElmExportError: not a package, or a damaged one.
+    """
+    for package in sorted(folder.glob("*.mlpackage")):
+        seen: set[tuple[Blob, ...]] = set()
+        for function in load_program(package).functions.values():
+            for operation in function.operations:
+                blobs = {key: argument for key, (argument, *_) in operation.arguments.items() if isinstance(argument, Blob)}
+                stored = tuple(blobs.values())
+                if stored and stored not in seen:
+                    seen.add(stored)
+                    yield _tensor(operation, blobs)
+
+
+def _tensor(operation: Operation, blobs: dict[str, Blob]) -> StoredTensor:
+    name, kind = operation.outputs[0]
+    size = sum(prod(blob.shape) * int(re.sub(r"\D", "", blob.dtype)) // 8 for blob in blobs.values())
+    shape = tuple(axis for axis in kind.shape if axis is not None)
+    return StoredTensor(_SUFFIX.sub(r"\1", name), role_of(_SUFFIX.sub("", name)), _scheme(operation.type, kind.dtype, blobs), shape, size)
+
+
+def _scheme(operation: str, dtype: str, blobs: dict[str, Blob]) -> str:
+    if operation != "constexpr_blockwise_shift_scale":
+        return dtype if operation == "const" else operation.removeprefix("constexpr_").replace("_", " ")
+    data, scales = blobs["data"], blobs["scale"]
+    block = data.shape[1] // scales.shape[1]  # of [out, in, …]
+    return f"{data.dtype} {'per output channel' if scales.shape[1] == 1 else f'in blocks of {block}'}"
