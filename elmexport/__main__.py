@@ -1,7 +1,5 @@
 """`python -m elmexport` is `elmexport`."""
 
-import sys
-
 from elmexport.cli.main import main
 
-sys.exit(main())
+main()

@@ -52,6 +52,23 @@ def inspect_artifact(path: Path, *, tensors: bool = False) -> Inspection:
     return Inspection(artifact, problems, listing)
 
 
+def role_of(name: str) -> Role | None:
+    """The role of a tensor that goes by one of Apple's names (the dots may have become underscores); None for any other."""
+    words = name.replace(".", "_")
+    return next((role for ending, role in _ENDINGS.items() if words.endswith(ending)), None)
+
+
+_ENDINGS = {
+    "token_embeddings_weight": Role.EMBEDDING,
+    "qkv_proj_weight": Role.ATTENTION_QKV,
+    "out_proj_weight": Role.ATTENTION_OUT,
+    "ffn_proj_1_weight": Role.FFN_GATE_UP,
+    "ffn_proj_2_weight": Role.FFN_DOWN,
+    "lm_head_weight": Role.LM_HEAD,
+    "norm_weight": Role.NORM,
+}
+
+
 def _reader(target: str) -> Callable[[Path], Iterable[StoredTensor]]:
     from elmexport.target import find_target
 

@@ -35,30 +35,26 @@ def elmexport(
 
     \b
       elmexport coreml --model tiny --quant int4
-      elmexport generate tiny-coreml-int4 "It was a dark night"
+      elmexport generate OpenELM-tiny-coreml-int4 "It was a dark night"
 
     Exit codes: 0 done, 1 an artifact failed its check, 2 bad use or bad input, 3 the environment lacks something.
     """
 
 
-for _target in export.TARGETS:
-    app.command(_target, help=export.TARGETS[_target])(export.command(_target))
+for _target, _help in export.TARGETS.items():
+    app.command(_target, help=_help)(export.command(_target))
 app.command("models")(models.models)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("logits")(logits.logits)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line on `arguments` (those of the process where None) and return the exit code.
-
-    Bad use that the parser finds ends in SystemExit(2), as everywhere.
-    """
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line on `arguments` (those of the process where None). Ends the process, always: SystemExit carries the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding cannot
     try:
         app(arguments)
     except ElmExportError as error:
         typer.echo(f"error: {error}", err=True)
-        return error.exit_code
-    return 0
+        sys.exit(error.exit_code)

@@ -37,7 +37,9 @@ class Sampling:
         if self.seed is not None and self.seed < 0:
             raise ElmExportError(f"seed is {self.seed}; it must be 0 or above")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
-            raise ElmExportError("top-k and top-p have no effect at temperature 0, which always takes the most likely token; set a temperature above 0")
+            raise ElmExportError(
+                "top-k and top-p have no effect at temperature 0, which always takes the most likely token; set a temperature above 0"
+            )
 
     def probabilities(self, logits: NDArray[np.floating]) -> NDArray[np.float64]:
         """The distribution `[vocab]` that a token is drawn from, given logits `[vocab]`. Ties go to the lower id.
@@ -54,7 +56,7 @@ class Sampling:
         with np.errstate(over="ignore"):  # a tiny temperature may send every other score to -infinity, which is right
             weights = np.exp((scores - scores[best]) / self.temperature)
         probabilities = weights / weights.sum()
-        order = np.argsort(-probabilities, kind="stable")[: self.top_k]
+        order = np.argsort(-scores, kind="stable")[: self.top_k]
         if self.top_p is not None:
             kept = np.cumsum(probabilities[order]) / probabilities[order].sum()
             order = order[: int(np.searchsorted(kept, self.top_p)) + 1]

@@ -1,0 +1,61 @@
+"""An artifact in words, from its manifest; and JSON, the one way in which every command prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from elmexport.artifact import Artifact
+
+
+def print_json(document: Any) -> None:
+    """Print `document` on stdout."""
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def size(count: int) -> str:
+    """`count` bytes in the largest decimal unit of which there is at least one."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def table(rows: list[tuple[str, ...]], *, right: frozenset[int] = frozenset()) -> str:
+    """`rows` in columns two spaces apart, those in `right` aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(artifact: Artifact) -> str:
+    """What the artifact is, how large, and how close to the model it came from: one fact a line."""
+    return table(list(_facts(artifact)))
+
+
+def _facts(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    manifest = artifact.manifest
+    model, quant, check = manifest["model"], manifest["quant"], manifest["self_check"]
+    revision = f", revision {model['revision']}" if model["revision"] else ""
+    yield "model", f"{model['name']}, {model['parameters']:,} parameters ({model['source']}{revision})"
+    yield "format", artifact.target
+    yield "quantization", f"{quant['name']}: {quant['words']}"
+    yield "size", f"{size(sum(file['bytes'] for file in manifest['files'].values()))}, {manifest['bits_per_weight']:.2f} bits per weight"
+    yield "context", f"{manifest['context']:,} tokens"
+    if manifest["alpha"] != 1:
+        found = "measured" if manifest["calibration"]["method"] == "measured" else "a safe default, not measured"
+        yield "residual scale", f"{manifest['alpha']:g}, so that fp16 cannot overflow ({found})"
+    for fallback in manifest["fallbacks"]:
+        yield "fallback", f"{fallback['tensor']}: {fallback['reason']}"
+    if check["done"]:
+        kl = f"KL divergence {check['kl_mean']:.3g} nats per token, top-1 agreement {check['top1_agreement']:.1%}"
+        yield "self-check", f"{kl}, over {check['tokens']} tokens of {check['text']}"
+    else:
+        yield "self-check", f"not done: {check['reason']}"
+    yield "path", str(artifact.path)

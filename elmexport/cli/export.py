@@ -1,0 +1,144 @@
+"""`elmexport onnx`, `elmexport coreml`, `elmexport gguf`: one declaration, one command for each target."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elmexport.cli.describe import describe, print_json
+from elmexport.cli.progress import progress_bar
+
+# What each command's --help says. The lists of --quant are the targets' own; a test holds them together.
+TARGETS: Mapping[str, str] = {
+    "onnx": """Export a model to ONNX, for onnxruntime.
+
+    \b
+    --quant is one of
+      int4   4-bit weights in blocks of 32; embedding and head 8-bit (default)
+      int8   8-bit weights in blocks of 32
+      fp16   half precision
+      fp32   full precision
+
+    \b
+    Example:
+      elmexport onnx --model 450M --quant int8 --out openelm-onnx
+    """,
+    "coreml": """Export a model to Core ML. Works on Linux too.
+
+    \b
+    --quant is one of
+      int4   4-bit weights in blocks of 32; embedding and head 8-bit (default)
+      int8   8-bit weights, one scale for each output channel
+      fp16   half precision
+
+    \b
+    Example:
+      elmexport coreml --model tiny --quant int4
+    """,
+    "gguf": """Export a model to GGUF, for llama.cpp.
+
+    \b
+    --quant is one of
+      int4   Q4_0, embedding Q8_0 (default)
+      int8   Q8_0
+      fp16   F16
+      bf16   BF16
+      fp32   F32
+
+    \b
+    Example:
+      elmexport gguf --model 1.1B-Instruct --quant int8 --context 1024
+    """,
+}
+
+
+class Calibrate(StrEnum):
+    """The values of --calibrate."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+
+def command(target: str) -> Callable[..., None]:
+    """The command that exports to `target`."""
+
+    def export(
+        model: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME|ID|PATH", help="A name from `elmexport models`, a hub id, a checkpoint folder, or a CoreNet .pt file."
+            ),
+        ] = "tiny",
+        quant: Annotated[str | None, typer.Option(metavar="QUANT", help="How weights are stored: see the list above.")] = None,
+        out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write. [default: ./MODEL-TARGET-QUANT]")] = None,
+        context: Annotated[
+            int | None,
+            typer.Option(
+                min=1,
+                metavar="TOKENS",
+                help="Tokens that the artifact can attend to, prompt and answer together. [default: the model's maximum]",
+            ),
+        ] = None,
+        calibrate: Annotated[
+            Calibrate,
+            typer.Option(
+                help="auto: measure the model's activations on a short text and scale them to fit half precision; none: a scale that is safe for most models."
+            ),
+        ] = Calibrate.AUTO,
+        random_weights: Annotated[
+            int | None,
+            typer.Option(
+                min=0, metavar="SEED", help="Export the model's shapes with random weights, to try speed and size without a download."
+            ),
+        ] = None,
+        tokenizer: Annotated[
+            str | None,
+            typer.Option(
+                metavar="PATH|ID", help="tokenizer.model or tokenizer.json, or the hub id that has one. [default: found with the model]"
+            ),
+        ] = None,
+        revision: Annotated[
+            str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]")
+        ] = None,
+        force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+        no_verify: Annotated[
+            bool,
+            typer.Option(
+                "--no-verify", help="Skip the check that ends every export: running the artifact and comparing it with the model."
+            ),
+        ] = False,
+        json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a summary.")] = False,
+    ) -> None:
+        from elmexport.artifact import Artifact
+        from elmexport.export import export as library_export
+
+        with progress_bar() as progress:
+            result = library_export(
+                model,
+                target,
+                quant,
+                out=out,
+                context=context,
+                calibrate=calibrate.value,
+                verify=not no_verify,
+                force=force,
+                random_weights=random_weights,
+                tokenizer=tokenizer,
+                revision=revision,
+                progress=progress,
+            )
+        for note in result.notes:
+            typer.echo(f"note: {note}", err=True)
+        artifact = Artifact.open(result.path)
+        if json:
+            print_json({"path": str(result.path), **artifact.manifest})
+            return
+        typer.echo(describe(artifact))
+        typer.echo(f'\nTry it:\n  elmexport generate {shlex.quote(str(result.path))} "Once upon a time"')
+
+    return export

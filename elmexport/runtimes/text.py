@@ -1,0 +1,62 @@
+"""A prompt and an artifact in, text out: the tokenizer that belongs to an artifact, and generation between text and text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, load_tokenizer
+from elmexport.errors import ElmExportError
+from elmexport.runtimes import artifact_kind, open_as
+from elmexport.runtimes.generation import Stop, generate
+from elmexport.runtimes.sampler import Sampling
+
+
+def generate_text(
+    path: Path, prompt: str, *, max_tokens: int, sampling: Sampling, write: Callable[[str], None], tokenizer: Path | None = None
+) -> Stop:
+    """Continue `prompt` with the artifact `path`, hand the text to `write` piece by piece, and return why it ended.
+
+    The prompt is read after BOS. `tokenizer` is a tokenizer file, the artifact's own where None.
+
+    Raises:
+        ElmExportError: a prompt that is not text, or see `open_artifact`, `artifact_tokenizer` and `generate`.
+        MissingDependencyError: the engine is not installed.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of an argument that could not be decoded
+        raise ElmExportError(f"the prompt {prompt!r} is not text in the encoding {sys.getfilesystemencoding()}; use UTF-8") from None
+    kind = artifact_kind(path)
+    chosen = artifact_tokenizer(kind, path) if tokenizer is None else load_tokenizer(tokenizer)
+    ids = chosen.encode(prompt)
+    runtime = open_as(kind, path)
+    try:
+        decoder = StreamDecoder(chosen, ids)
+        tokens = generate(runtime, ids, max_tokens=max_tokens, sampling=sampling, eos_id=chosen.eos_id)
+        for token in tokens:
+            write(decoder.feed(token))
+        write(decoder.finish())
+    finally:
+        runtime.close()
+    assert tokens.stop is not None
+    return tokens.stop
+
+
+def artifact_tokenizer(kind: str, path: Path) -> Tokenizer:
+    """The tokenizer of an artifact of `kind`: inside a GGUF file, else a file in the artifact's folder, or beside or above a bare model file.
+
+    Raises:
+        ElmExportError: there is none.
+        MissingDependencyError: llama.cpp, which reads those in GGUF files, is not installed.
+    """
+    if kind == "gguf":
+        from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
+
+        return LlamaCppTokenizer(path)
+    folders = (path,) if path.is_dir() and path.suffix != ".mlpackage" else path.absolute().parents[:2]
+    found = next((file for folder in folders for name in TOKENIZER_FILES if (file := folder / name).is_file()), None)
+    if found is None:
+        raise ElmExportError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}) with it; pass the model's with --tokenizer PATH")
+    return load_tokenizer(found)

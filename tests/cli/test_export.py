@@ -1,0 +1,153 @@
+"""`elmexport onnx|coreml|gguf`: what is asked of the library, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elmexport.artifact import Artifact, write_manifest
+from elmexport.cli.export import TARGETS
+from elmexport.export import ExportResult
+from elmexport.progress import SilentProgress
+from elmexport.target import find_target
+from tests.cli.conftest import MANIFEST, Run
+
+
+@pytest.fixture
+def calls(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for the library: notes what it was asked, gives `artifact`."""
+    asked: list[dict[str, Any]] = []
+
+    def export(model: str, target: str, quant: str | None, **options: Any) -> ExportResult:
+        asked.append({"model": model, "target": target, "quant": quant} | options)
+        return ExportResult(artifact, Artifact.open(artifact).manifest, (), ("one thing to know",))
+
+    monkeypatch.setattr("elmexport.export.export", export)
+    return asked
+
+
+def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
+    assert run("onnx").code == 0
+    progress = calls[0].pop("progress")
+    assert isinstance(progress, SilentProgress)
+    assert calls == [
+        {
+            "model": "tiny",
+            "target": "onnx",
+            "quant": None,
+            "out": None,
+            "context": None,
+            "calibrate": "auto",
+            "verify": True,
+            "force": False,
+            "random_weights": None,
+            "tokenizer": None,
+            "revision": None,
+        }
+    ]
+
+
+def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
+    line = (
+        "gguf --model 3B-Instruct --quant int8 --out here --context 512 --calibrate none --random-weights 7 "
+        "--tokenizer meta/llama --revision v1 --force --no-verify"
+    )
+    assert run(*line.split()).code == 0
+    del calls[0]["progress"]
+    assert calls == [
+        {
+            "model": "3B-Instruct",
+            "target": "gguf",
+            "quant": "int8",
+            "out": Path("here"),
+            "context": 512,
+            "calibrate": "none",
+            "verify": False,
+            "force": True,
+            "random_weights": 7,
+            "tokenizer": "meta/llama",
+            "revision": "v1",
+        }
+    ]
+
+
+@pytest.mark.usefixtures("calls")
+def test_the_summary(run: Run, artifact: Path) -> None:
+    outcome = run("coreml")
+    assert outcome.err == "note: one thing to know\n"
+    for fact in (
+        "OpenELM-450M, 457,179,136 parameters (hub:apple/OpenELM-450M, revision 0a1b2c)",
+        "int4: 4-bit blocks of 32",
+        "1.50 MB, 4.75 bits per weight",
+        "2,048 tokens",
+        "KL divergence 0.0123 nats per token, top-1 agreement 93.8%, over 128 tokens of bundled prose",
+        f'elmexport generate {artifact} "Once upon a time"',
+    ):
+        assert fact in outcome.out
+    assert "residual scale" not in outcome.out
+
+
+@pytest.mark.usefixtures("calls")
+def test_the_summary_of_what_is_out_of_the_ordinary(run: Run, artifact: Path) -> None:
+    unusual = {
+        "alpha": 0.0625,
+        "calibration": {"method": "measured"},
+        "fallbacks": [{"tensor": "a.weight", "reason": "rows of 5"}],
+        "self_check": {"done": False, "reason": "not asked for"},
+    }
+    write_manifest(artifact, MANIFEST | unusual)
+    out = run("coreml").out
+    assert "0.0625, so that fp16 cannot overflow (measured)" in out
+    assert re.search(r"fallback +a.weight: rows of 5", out)
+    assert re.search(r"self-check +not done: not asked for", out)
+
+
+@pytest.mark.usefixtures("calls")
+def test_json_is_one_document(run: Run, artifact: Path) -> None:
+    outcome = run("onnx", "--json")
+    assert json.loads(outcome.out) == {"path": str(artifact), **Artifact.open(artifact).manifest}
+    assert outcome.err == "note: one thing to know\n"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_help_lists_the_target_s_quantizations(target: str) -> None:
+    listed = re.findall(r"^ {6}(\S+) {2,}.*?( \(default\))?$", TARGETS[target], re.MULTILINE)
+    quants = find_target(target).quants
+    assert sorted(name for name, _ in listed) == sorted(quants)
+    assert [name for name, default in listed if default] == [quants[0]]
+
+
+def test_a_quantization_that_the_target_lacks(run: Run, tmp_path: Path) -> None:
+    run("coreml", "--quant", "fp32").refused("--quant fp32 is not available for coreml; choose ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_nobody_knows(run: Run, tmp_path: Path) -> None:
+    run("onnx", "--model", "tinny").refused("tinny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    run("onnx", "--out", "here").refused("here exists already; pass --force to replace it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_from_the_model_to_text(run: Run, target: str, tmp_path: Path) -> None:
+    outcome = run(target, "--model", "tiny", "--quant", "int8", "--out", "out")
+    assert outcome.code == 0, outcome.err
+    assert "KL divergence" in outcome.out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert run("inspect", "out").code == 0
+    text = run("generate", "out", "It was a dark", "--max-tokens", "12")
+    assert text.code == 0, text.err
+    assert len(text.out.split()) > 3
+    bare = next(path for path in Path("out").rglob("*") if path.suffix in (".onnx", ".mlpackage", ".gguf"))
+    assert run("generate", bare, "It was a dark", "--max-tokens", "12") == text
+    run(target, "--quant", "int8", "--out", "out").refused("exists already")
+    assert run(target, "--quant", "int8", "--out", "out", "--no-verify", "--force").code == 0

@@ -1,0 +1,125 @@
+"""The program as a whole: what it lists, how it ends, what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from elmexport import __version__
+from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
+from tests.cli.conftest import Run
+
+COMMANDS = ("onnx", "coreml", "gguf", "models", "generate", "inspect", "logits")
+EXPORT = (
+    "--model",
+    "--quant",
+    "--out",
+    "--context",
+    "--calibrate",
+    "--random-weights",
+    "--tokenizer",
+    "--revision",
+    "--force",
+    "--no-verify",
+    "--json",
+)
+OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf"), EXPORT) | {
+    "models": ("--json",),
+    "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer"),
+    "inspect": ("--tensors", "--json"),
+    "logits": ("--ids-file", "--out"),
+}
+HEAVY = ("coremltools", "gguf", "huggingface_hub", "numpy", "onnx", "onnxruntime", "rich", "sentencepiece", "tokenizers", "torch")
+
+
+def test_help_lists_every_command_in_full(run: Run) -> None:
+    outcome = run("--help")
+    assert outcome.code == 0
+    for command in COMMANDS:
+        assert f"\n  {command} " in outcome.out
+    assert "..." not in outcome.out.split("Commands:")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command(run: Run, command: str) -> None:
+    outcome = run(command, "--help")
+    assert outcome.code == 0
+    assert f"  elmexport {command}" in outcome.out.split("Example:")[1]
+    for option in OPTIONS[command]:
+        assert f"\n  {option} " in outcome.out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from elmexport.cli.main import main\n"
+        "try: main(['--help'])\n"
+        f"except SystemExit: print('imported:', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_without_arguments_it_shows_help(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 2
+    assert "Commands:" in outcome.out + outcome.err
+
+
+def test_version(run: Run) -> None:
+    outcome = run("--version")
+    assert (outcome.code, outcome.out) == (0, f"elmexport {__version__}\n")
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "elmexport", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"elmexport {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("onx",), "No such command 'onx'"),
+        (("onnx", "--quantize", "int4"), "No such option"),
+        (("onnx", "--context", "0"), "--context"),
+        (("onnx", "--context", "many"), "--context"),
+        (("onnx", "--calibrate", "always"), "--calibrate"),
+        (("onnx", "--random-weights", "-1"), "--random-weights"),
+        (("generate", "somewhere"), "prompt"),
+    ],
+)
+def test_bad_use(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    outcome = run(*arguments)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert message.casefold() in outcome.err.casefold()
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ElmExportError("what, allowed, fix"), 2),
+        (VerificationError("what, allowed, fix"), 1),
+        (MissingDependencyError("what, allowed, fix"), 3),
+    ],
+)
+def test_an_error_is_one_line_and_its_code(run: Run, monkeypatch: pytest.MonkeyPatch, error: ElmExportError, code: int) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("elmexport.export.export", fail)
+    outcome = run("onnx")
+    assert (outcome.code, outcome.out, outcome.err) == (code, "", "error: what, allowed, fix\n")
+
+
+def test_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("elmexport.export.export", interrupt)
+    outcome = run("onnx")
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err

@@ -1,0 +1,65 @@
+"""The tensors that `inspect_artifact` lists are all of the model's, and account for the size of the files."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.inspection import inspect_artifact, role_of
+from elmexport.weights import Role
+from tests.conftest import ExportTo
+
+SCHEMES = {
+    ("gguf", "int4", Role.ATTENTION_QKV): "Q4_0",
+    ("gguf", "int4", Role.EMBEDDING): "Q8_0",
+    ("gguf", "fp16", Role.NORM): "F32",
+    ("gguf", "fp16", Role.FFN_DOWN): "F16",
+    ("onnx", "int4", Role.ATTENTION_QKV): "int4 in blocks of 32",
+    ("onnx", "int4", Role.EMBEDDING): "int8 in blocks of 32",
+    ("onnx", "fp16", Role.FFN_DOWN): "float16 transposed",
+    ("coreml", "int4", Role.ATTENTION_QKV): "int4 in blocks of 32",
+    ("coreml", "fp16", Role.FFN_DOWN): "float16",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["int4", "fp16"])
+@pytest.mark.parametrize("target", ["onnx", "coreml", "gguf"])
+def test_lists_the_whole_model(target: str, quant: str, tiny: Checkpoint, export_to: ExportTo) -> None:
+    path = export_to(tiny, target, quant)
+    inspection = inspect_artifact(path, tensors=True)
+    assert inspection.problems == ()
+    assert inspection.tensors is not None
+    weights = [tensor for tensor in inspection.tensors if tensor.role is not None]
+    elements: Counter[Role] = Counter()
+    for tensor in weights:
+        assert tensor.role is not None
+        elements[tensor.role] += math.prod(tensor.shape)
+        expected = SCHEMES.get((target, quant, tensor.role))
+        assert expected is None or tensor.scheme == expected, tensor
+    expected_elements: Counter[Role] = Counter()
+    for spec in tiny.config.weights():
+        expected_elements[spec.role] += spec.size
+    assert elements == expected_elements
+    stored = sum(tensor.bytes for tensor in inspection.tensors)
+    files = sum(facts["bytes"] for name, facts in inspection.artifact.manifest["files"].items() if "tokenizer" not in name)
+    assert 0.85 * files < stored <= files
+
+
+@pytest.mark.slow
+def test_coremltools_leaves_a_package_as_it_was(tiny: Checkpoint, export_to: ExportTo) -> None:
+    """It writes the package's manifest anew when it opens one; whoever does that has not tampered with the artifact."""
+    coremltools = pytest.importorskip("coremltools", reason="pip install coremltools")
+    path = export_to(tiny, "coreml", "int4")
+    coremltools.utils.load_spec(str(next(path.glob("*.mlpackage"))))
+    assert inspect_artifact(path).problems == ()
+
+
+def test_roles_of_apple_s_names(tiny: Checkpoint) -> None:
+    for spec in tiny.config.weights():
+        assert role_of(spec.name) is spec.role
+        assert role_of(spec.name.replace(".", "_")) is spec.role
+    assert role_of("rope_cos") is None
