@@ -89,12 +89,16 @@ class Artifact:
         """
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if not isinstance(manifest, dict):
+                raise ValueError(f"it holds a JSON {type(manifest).__name__}, not an object")
             missing = [key for key in ("format", "target", "model", "quant", "files") if key not in manifest]
-        except FileNotFoundError:
+            if not missing and not (isinstance(manifest["format"], int) and isinstance(manifest["files"], dict)):
+                raise ValueError("a number and an object are expected under format and files")
+        except (FileNotFoundError, NotADirectoryError):
             raise ElmExportError(
                 f"{path} holds no {MANIFEST}: it is not an artifact, or its export was interrupted; export it again"
             ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        except ValueError as error:  # not UTF-8, not JSON, or of another shape
             raise ElmExportError(f"{path / MANIFEST} is damaged ({error}); export it again") from None
         if missing:
             raise ElmExportError(f"{path / MANIFEST} lacks {', '.join(missing)}; export it again")

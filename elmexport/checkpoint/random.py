@@ -46,7 +46,8 @@ class RandomCheckpoint(Checkpoint):
         import torch
 
         spec = self.specs[name]
-        out = torch.empty(spec.size, dtype=torch.bfloat16)
+        with torch.inference_mode(False):  # the mode is each thread's own: a tensor made in it could not be filled by the others
+            out = torch.empty(spec.size, dtype=torch.bfloat16)
         mean, std = (1.0, 0.1) if spec.role is Role.NORM else (0.0, spec.shape[-1] ** -0.5)
 
         def fill(chunk: int) -> None:
