@@ -35,15 +35,17 @@ def artifact_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out)
+        _remove_stale(out, "partial")
         partial.mkdir()
         yield partial
         _sync(partial)
         _replace(partial, out)
+        _remove_stale(out, "old")
     except OSError as error:
-        raise ElmExportError(
-            f"cannot write {out}: {error.strerror or error}; free space or choose another --out. Nothing was left behind"
-        ) from error
+        reason = error.strerror or error
+        if error.filename is not None and not Path(error.filename).absolute().is_relative_to(out.parent):
+            raise ElmExportError(f"cannot read {error.filename}: {reason}. Nothing was left behind") from error
+        raise ElmExportError(f"cannot write {out}: {reason}; free space or choose another --out. Nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -150,10 +152,13 @@ def _size_problem(path: Path, name: str, facts: Mapping[str, Any]) -> str | None
     return None if size == facts["bytes"] else f"{name} has {size} bytes, the manifest says {facts['bytes']}"
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove what killed exports to `out` left behind: partial folders whose process is gone."""
-    for leftover in out.parent.glob(f".{_glob_escape(out.name)}.partial-*"):
-        pid = re.fullmatch(r".*\.partial-(\d+)", leftover.name)
+def _remove_stale(out: Path, kind: str) -> None:
+    """Remove what killed exports to `out` left behind: folders named "partial" or "old" whose process is gone.
+
+    An old artifact that was set aside goes only when a new one has taken its place.
+    """
+    for leftover in out.parent.glob(f".{_glob_escape(out.name)}.{kind}-*"):
+        pid = re.fullmatch(rf".*\.{kind}-(\d+)", leftover.name)
         if pid is not None and not _alive(int(pid[1])):
             shutil.rmtree(leftover, ignore_errors=True)
 

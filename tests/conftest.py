@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; see elmexport.cli.main
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm_config import OpenELMConfig

@@ -38,7 +38,9 @@ def reference_logits(config: Config, tensors: Mapping[str, NDArray[np.floating]]
     table = weights["transformer.token_embeddings.weight"]
     x = table[np.asarray(ids)]
     for i in range(config.num_transformer_layers):
-        layer = {name.removeprefix(f"transformer.layers.{i}."): w for name, w in weights.items() if name.startswith(f"transformer.layers.{i}.")}
+        layer = {
+            name.removeprefix(f"transformer.layers.{i}."): w for name, w in weights.items() if name.startswith(f"transformer.layers.{i}.")
+        }
         x = x + _attention(config, layer, _rms_norm(x, layer["attn_norm.weight"]))
         x = x + _feed_forward(config, layer, _rms_norm(x, layer["ffn_norm.weight"]))
     x = _rms_norm(x, weights["transformer.norm.weight"])

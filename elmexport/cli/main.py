@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a gate failed, 2 bad use or bad input, 3 the environment l
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -51,6 +52,9 @@ app.command("logits")(logits.logits)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line on `arguments` (those of the process where None). Ends the process, always: SystemExit carries the exit code."""
+    # torch and llama.cpp share one OpenMP library, whose idle threads spin by default and take the cores from each other: on a busy machine
+    # llama.cpp decoded hundreds of times slower. It is read when torch is loaded, so nothing below can set it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding cannot
     try:

@@ -28,14 +28,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from elmexport.errors import ElmExportError
 from elmexport.quantization.schemes import FLOAT_BITS, Float, Scheme, find_scheme, scheme_name
 from elmexport.weights import Role, WeightSpec
 
-_KEYS = {"name", "words", "activations", "norms", "scales", "fallback", "max_self_check_kl", "rule"}
-_RULE_KEYS = {"roles", "layers", "scheme"}
+_KEYS: Mapping[str, type | UnionType] = {
+    "name": str,
+    "words": str,
+    "activations": str,
+    "norms": str,
+    "scales": str,
+    "fallback": str,
+    "max_self_check_kl": int | float,
+    "rule": list,
+}
+_RULE_KEYS: Mapping[str, type | UnionType] = {"roles": list, "layers": str, "scheme": str}
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def load_recipe(path: Path | Traversable) -> Recipe:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ElmExportError(f"{where}: not valid TOML ({error})") from None
-    _check_keys(data, _KEYS, where, required=_KEYS)
+    _check_keys(data, _KEYS, where, required=set(_KEYS))
     return Recipe(
         name=data["name"],
         words=data["words"],
@@ -160,7 +170,7 @@ def _rule(data: Mapping[str, Any], where: str) -> Rule:
         roles = frozenset(known[role] for role in data["roles"])
     layers = None
     if "layers" in data:
-        match = re.fullmatch(r"(\d+)-(\d+)", str(data["layers"]))
+        match = re.fullmatch(r"(\d+)-(\d+)", data["layers"])
         if match is None or int(match[1]) > int(match[2]):
             raise ElmExportError(f'{where}: layers is {data["layers"]!r}; write a range like "0-3"')
         layers = (int(match[1]), int(match[2]))
@@ -174,9 +184,15 @@ def _float(name: str, key: str, where: str) -> Float:
     return scheme
 
 
-def _check_keys(data: Mapping[str, Any], known: set[str], where: str, required: set[str]) -> None:
-    unknown, missing = sorted(set(data) - known), sorted(required - set(data))
+def _check_keys(data: Mapping[str, Any], known: Mapping[str, type | UnionType], where: str, required: set[str]) -> None:
+    if not isinstance(data, Mapping):
+        raise ElmExportError(f"{where}: {data!r} is not a table; write [[rule]] and its keys below")
+    unknown, missing = sorted(set(data) - set(known)), sorted(required - set(data))
     if unknown:
         raise ElmExportError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
     if missing:
         raise ElmExportError(f"{where}: {missing[0]!r} is missing")
+    for key, value in data.items():
+        if not isinstance(value, known[key]) or isinstance(value, bool):
+            kind = getattr(known[key], "__name__", "number")
+            raise ElmExportError(f"{where}: {key} is {value!r}; it must be a {({'str': 'string'}).get(kind, kind)}")

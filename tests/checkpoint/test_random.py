@@ -54,3 +54,11 @@ def test_refusals() -> None:
         open_checkpoint("tiny", random_weights=-1)
     with pytest.raises(ElmExportError, match=r"'someone/model' is neither a known model .* nor a folder with a config.json"):
         open_checkpoint("someone/model", random_weights=0)
+
+
+def test_readable_in_inference_mode(small_config: OpenELMConfig) -> None:
+    """The mode is per thread, and values are drawn in several: exports read their reference pass in it."""
+    name = "transformer.norm.weight"
+    with torch.inference_mode():
+        found = RandomCheckpoint(small_config, "x", 3).tensor(name)
+    assert torch.equal(found, RandomCheckpoint(small_config, "x", 3).tensor(name))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -59,12 +59,26 @@ def test_every_weight_is_used_once_in_forward_order(small_config: OpenELMConfig,
     tied = "transformer.token_embeddings.weight"
     assert {name for name, count in uses.items() if count != 1} == {tied}
     assert uses[tied] == 2
-    assert [node.role for node in small_graph.nodes if tied in {spec.name for spec in node.weights.values()}] == [Role.EMBEDDING, Role.LM_HEAD]
+    assert [node.role for node in small_graph.nodes if tied in {spec.name for spec in node.weights.values()}] == [
+        Role.EMBEDDING,
+        Role.LM_HEAD,
+    ]
 
 
 def test_nodes_of_one_layer(small_config: OpenELMConfig, small_graph: Graph) -> None:
     layer = [node for node in small_graph.nodes if node.layer == 2]
-    assert [node.op for node in layer] == "rms_norm linear attention linear add rms_norm linear swiglu linear add".split()
+    assert [node.op for node in layer] == [
+        "rms_norm",
+        "linear",
+        "attention",
+        "linear",
+        "add",
+        "rms_norm",
+        "linear",
+        "swiglu",
+        "linear",
+        "add",
+    ]
     assert len({node.name for node in small_graph.nodes}) == len(small_graph.nodes)
     attention = layer[2]
     assert attention.attrs == {"query_heads": 9, "kv_heads": 3, "rope_theta": 10000.0, "eps": 1e-6}
@@ -91,8 +105,6 @@ def test_symbolic_shapes(small_graph: Graph) -> None:
 
 
 def test_options(small_config: OpenELMConfig) -> None:
-    from dataclasses import replace
-
     config = replace(small_config, normalize_qk_projections=False, share_input_output_layers=False, ffn_with_glu=False)
     graph = trace(config)
     assert list(graph.weight_specs()) == list(config.weights())
@@ -105,8 +117,6 @@ def test_options(small_config: OpenELMConfig) -> None:
 
 def test_a_head_dimension_equal_to_the_token_count_is_no_trap(small_config: OpenELMConfig) -> None:
     """Sizes that coincide with the example inputs of the trace must not become symbols, nor symbols numbers."""
-    from dataclasses import replace
-
     config = replace(small_config, head_dim=2, num_transformer_layers=2, qkv_multipliers=1.0, ffn_multipliers=(1.0, 2.0), vocab_size=3)
     graph = trace(config, 3)
     assert graph.values[graph.logits].shape == (BATCH, TOKENS, 3)
@@ -126,10 +136,15 @@ def test_context_of_one_token(small_config: OpenELMConfig) -> None:
 
 @pytest.mark.slow
 def test_no_memory_for_weights() -> None:
-    """3B has 12 GB of float32 parameters: its trace must fit an address space that holds torch and little else."""
-    code = "import sys; from tests.graph.test_trace import published_config, trace; print(len(trace(published_config('3B')).nodes))"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    """3B has 12 GB of float32 parameters; the process that traces it must stay far below."""
+    code = """if True:
+        import resource, sys
+        from tests.graph.test_trace import published_config, trace
+        graph = trace(published_config("3B"))
+        unit = 1 if sys.platform == "darwin" else 1024
+        print(len(graph.nodes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    assert done.stdout.strip() == "363"
-    assert peak == before or peak < 3 * 2**20, f"peak resident memory {peak / 2**20:.1f} GiB"
+    nodes, peak = map(int, done.stdout.split())
+    assert nodes == 363
+    assert peak < 4 * 2**30, f"peak resident memory {peak / 2**30:.1f} GiB"

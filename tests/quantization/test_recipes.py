@@ -111,6 +111,9 @@ def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:
         ("norms =", "norm =", r"mixed\.toml: unknown key 'norm'; known: activations, .*norms"),
         ('norms = "fp32"\n', "", r"mixed\.toml: 'norms' is missing"),
         ('norms = "fp32"', 'norms = "int4-block32"', r"mixed\.toml: norms is 'int4-block32'; it must be fp32, fp16 or bf16"),
+        ('roles = ["embedding", "lm_head"]', 'roles = "embedding"', r"rule: roles is 'embedding'; it must be a list"),
+        ("max_self_check_kl = 0.5", 'max_self_check_kl = "low"', r"max_self_check_kl is 'low'; it must be a number"),
+        ('layers = "1-2"', "layers = 1", r"layers is 1; it must be a string"),
         ('fallback = "fp16"', 'fallback = "fp17"', "unknown scheme 'fp17'; known: fp32"),
         ('scheme = "int4-block32"', 'scheme = "int4-block31"', "unknown scheme 'int4-block31'; known: fp32"),
         ('scheme = "int4-block32"', "", r"mixed\.toml, rule: 'scheme' is missing"),
@@ -122,7 +125,6 @@ def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:
         ('"lm_head"', '"norm"', r"unknown role 'norm'; known: embedding, .* \(norms are never quantized\)"),
         ('"lm_head"', '"head"', "unknown role 'head'; known: embedding, .*lm_head"),
         ('"1-2"', '"2-1"', r"layers is '2-1'; write a range like \"0-3\""),
-        ('"1-2"', "2", r"layers is 2; write a range like \"0-3\""),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -34,7 +34,9 @@ class Package:
     def blobs(self, function: str) -> Iterator[Any]:
         """Every value of a function that lies in the weight file."""
         for op in self.operations(function):
-            for value in (op.attributes["val"], *(b.value for arg in op.inputs.values() for b in arg.arguments)):
+            # Looking up an absent key in a protobuf map would add it.
+            values = [op.attributes[key] for key in op.attributes] + [b.value for arg in op.inputs.values() for b in arg.arguments]
+            for value in values:
                 if value.HasField("blobFileValue"):
                     yield value
 

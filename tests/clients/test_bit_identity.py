@@ -1,0 +1,97 @@
+"""One weight set, three formats: the int4 artifacts of a checkpoint hold the same dequantized numbers, bit for bit.
+
+Each file is read by its own format's reader. Core ML's weights may be larger by an exact power of two where they write to the residual
+stream (`alpha` in the manifest).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.weights import Role
+from tests.clients.readers import Weights, quantized_weights
+from tests.conftest import ExportTo
+
+pytestmark = pytest.mark.slow
+
+TARGETS = ("onnx", "gguf", "coreml")
+
+
+@pytest.fixture(scope="module", params=["tiny", "small_checkpoint"])
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Checkpoint)
+    return found
+
+
+@pytest.fixture(scope="module")
+def read(checkpoint: Checkpoint, export_to: ExportTo) -> Callable[..., tuple[Weights, dict[str, Any]]]:
+    """`read(target, quant, **options)`: quantized weights and manifest of an export, each made once."""
+    done: dict[str, tuple[Weights, dict[str, Any]]] = {}
+
+    def call(target: str, quant: str, **options: Any) -> tuple[Weights, dict[str, Any]]:
+        key = f"{target} {quant} {options}"
+        if key not in done:
+            folder: Path = export_to(checkpoint, target, quant, **options)
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            done[key] = quantized_weights(target, folder, checkpoint.config), manifest
+        return done[key]
+
+    return call
+
+
+def assert_same(found: Weights, expected: Weights) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert np.array_equal(found[name], expected[name]), name
+
+
+def original(checkpoint: Checkpoint, name: str) -> Any:
+    return checkpoint.tensor(name).float().numpy()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_matrix_is_quantized_and_close_to_the_original(checkpoint: Checkpoint, read: Callable[..., Any], target: str) -> None:
+    weights, _ = read(target, "int4", **({"calibrate": "auto"} if target == "coreml" else {}))
+    assert set(weights) == {spec.name for spec in checkpoint.specs.values() if spec.role is not Role.NORM}
+    for name, spec in checkpoint.specs.items():
+        if spec.role is not Role.NORM:
+            tensor = original(checkpoint, name)
+            error = np.sqrt(np.mean((weights[name] - tensor) ** 2) / np.mean(tensor**2))
+            assert error < (0.01 if spec.role is Role.EMBEDDING else 0.1), name
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_gguf_and_onnx(read: Callable[..., Any], quant: str) -> None:
+    assert_same(read("gguf", quant)[0], read("onnx", quant)[0])
+
+
+@pytest.mark.parametrize("calibrate", ["auto", "none"])
+def test_coreml_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrate: str) -> None:
+    expected, _ = read("onnx", "int4")
+    found, manifest = read("coreml", "int4", calibrate=calibrate)
+    alpha = manifest["alpha"]
+    assert np.log2(alpha).is_integer() and (alpha < 1 or calibrate == "auto")
+    unscaled, scaled = {}, 0
+    for name, weight in found.items():
+        into_stream = checkpoint.specs[name].role in (Role.ATTENTION_OUT, Role.FFN_DOWN)
+        # Where fp16 scales cannot take alpha without rounding, the graph multiplies instead, and the weight stays as it is.
+        factor = alpha if into_stream and not np.array_equal(weight, expected[name]) else 1.0
+        unscaled[name] = weight / np.float32(factor)
+        scaled += factor != 1
+    assert alpha == 1 or scaled > 0
+    assert_same(unscaled, expected)
+
+
+def test_coreml_int8_is_per_channel_and_close(checkpoint: Checkpoint, read: Callable[..., Any]) -> None:
+    weights, _ = read("coreml", "int8", calibrate="auto")
+    for name, weight in weights.items():
+        tensor = original(checkpoint, name)
+        assert np.sqrt(np.mean((weight - tensor) ** 2) / np.mean(tensor**2)) < 0.02, name
