@@ -79,10 +79,6 @@ class Target(ABC):
         """
 
     @abstractmethod
-    def needs_tokenizer(self) -> bool:
-        """Whether the artifact cannot be written without a tokenizer."""
-
-    @abstractmethod
     def write(self, job: ExportJob, folder: Path) -> None:
         """Write the artifact's files into `folder` (which exists and is empty), weights streamed one tensor at a time."""
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded; see elmexport.cli.main
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded; see elmexport.cli.main
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm_config import OpenELMConfig

@@ -52,9 +52,10 @@ app.command("logits")(logits.logits)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line on `arguments` (those of the process where None). Ends the process, always: SystemExit carries the exit code."""
-    # torch and llama.cpp share one OpenMP library, whose idle threads spin by default and take the cores from each other: on a busy machine
-    # llama.cpp decoded hundreds of times slower. It is read when torch is loaded, so nothing below can set it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # torch and llama.cpp share GNU's OpenMP, whose threads spin for long when they wait, which is ruinous on a busy machine; not to spin at
+    # all costs as much on an idle one. A short spin is good on both. Read when torch is loaded, so nothing below could set it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding cannot
     try:

@@ -33,7 +33,7 @@ class PlannedWeights:
         tensor = self.checkpoint.tensor(spec.name)
         scheme = self.scheme(spec)
         if isinstance(scheme, Float):
-            return cast(tensor.to(torch.float32) * scale, scheme, spec.name)
+            return cast(tensor if scale == 1.0 else tensor.to(torch.float32) * scale, scheme, spec.name)
         try:
             quantized = quantize(tensor, scheme)
             return quantized if scale == 1.0 else quantized.scaled(scale)

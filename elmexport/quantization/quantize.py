@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +15,7 @@ from elmexport.quantization.schemes import Integer, PerBlock
 # The value of largest magnitude in a granule is mapped to each of these codes in turn, and the scale with the least squared error is
 # kept. Negative entries send it to the longer, negative side of the range.
 _CANDIDATES_4_BIT = (-8.0, -9.0, -8.5, -7.5, -7.0, -6.5, 7.0, 8.0, 7.5, 6.5, 6.0)
-_CHUNK = 1 << 17  # values handled at a time: small enough for the temporaries to stay in a core's cache
+_CHUNK = 1 << 18  # values handled at a time: small enough for the temporaries to stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,33 @@ def quantize(weight: Tensor, scheme: Integer) -> QuantizedTensor:
     codes = torch.empty(granules.shape, dtype=torch.int8)
     scales = torch.empty(len(granules), dtype=torch.float16)
     step = max(1, _CHUNK // block)
-    for start in range(0, len(granules), step):
+
+    def work(start: int) -> None:
         part = slice(start, start + step)
         codes[part], scales[part] = _quantize_granules(granules[part].to(torch.float32), scheme)
+
+    _in_threads(work, range(0, len(granules), step))
     return QuantizedTensor(scheme, codes.view(rows, columns), scales.view(rows, -1))
+
+
+def _in_threads(work: Callable[[int], None], starts: Sequence[int]) -> None:
+    """Call `work` on every start, on as many threads as torch would use, each running its ops alone.
+
+    Threads inside ops would meet after every one of some eighty short ops a chunk; whole chunks to a thread are twice as fast.
+    """
+    threads = torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
+
+    def run(start: int) -> None:
+        with torch.inference_mode(inference):  # a mode of the calling thread, which the workers must share to write its tensors
+            work(start)
+
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(run, starts))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _quantize_granules(x: Tensor, scheme: Integer) -> tuple[Tensor, Tensor]:

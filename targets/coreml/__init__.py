@@ -46,9 +46,6 @@ class CoreMLTarget(Target):
             if width > MAX_DIM:
                 raise ElmExportError(f"{what} is {width}; the Neural Engine takes at most {MAX_DIM}: export this model to onnx or gguf")
 
-    def needs_tokenizer(self) -> bool:
-        return False
-
     def write(self, job: ExportJob, folder: Path) -> None:
         with quiet_coremltools():
             from targets.coreml.package import MODEL_FOLDER, write_package_manifest, write_specification

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from elmexport.graph.ir import Graph, Node
 from elmexport.graph.ops import rope_angles
-from targets.coreml.interface import KEY_CACHE, POSITION, VALUE_CACHE
+from elmexport.runtimes.coreml import KEY_CACHE, POSITION, VALUE_CACHE
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Var, WeightFile
 

@@ -1,12 +1,12 @@
-"""The package as its users see it: names and shapes of functions, inputs, states and outputs. No coremltools."""
+"""The package as its users see it: shapes and descriptions of functions, inputs, states and outputs. No coremltools.
+
+Their names are those that the runtime asks for.
+"""
 
 from __future__ import annotations
 
 from elmexport.graph.ir import Graph
-
-PREFILL, DECODE = "prefill", "decode"
-INPUT_IDS, POSITION, LOGITS = "input_ids", "position", "logits"
-KEY_CACHE, VALUE_CACHE = "key_cache", "value_cache"
+from elmexport.runtimes.coreml import DECODE, INPUT_IDS, KEY_CACHE, LOGITS, POSITION, PREFILL, VALUE_CACHE
 
 PREFILL_TOKENS = 64
 MAX_DIM = 16384  # the Neural Engine takes no larger dimension

@@ -16,9 +16,10 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, types
 
 from elmexport.graph.ir import Graph, Node
+from elmexport.runtimes.coreml import INPUT_IDS, KEY_CACHE, LOGITS, POSITION, VALUE_CACHE
 from elmexport.weights import Role
 from targets.coreml.attention import Attention
-from targets.coreml.interface import INPUT_IDS, KEY_CACHE, LOGITS, POSITION, VALUE_CACHE, cache_shape
+from targets.coreml.interface import cache_shape
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Matrix, Part, Var, WeightFile, identifier
 

@@ -17,7 +17,8 @@ from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
 from coremltools.converters.mil.mil import Program
 
 from elmexport.graph.ir import Graph
-from targets.coreml.interface import DECODE, DESCRIPTIONS, functions
+from elmexport.runtimes.coreml import DECODE
+from targets.coreml.interface import DESCRIPTIONS, functions
 from targets.coreml.lowering import lower
 from targets.coreml.packing import Exporter, WeightFile
 

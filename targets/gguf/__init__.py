@@ -44,9 +44,6 @@ class GgufTarget(Target):
                 f"llama.cpp's openelm architecture cannot express this model: {'; '.join(refused)}. Export it to onnx instead"
             )
 
-    def needs_tokenizer(self) -> bool:
-        return False
-
     def write(self, job: ExportJob, folder: Path) -> None:
         from targets.gguf.writer import write_gguf
 

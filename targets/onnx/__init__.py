@@ -30,9 +30,6 @@ class OnnxTarget(Target):
                 f"head_dim is {config.head_dim}; onnxruntime's attention takes multiples of {HEAD_MULTIPLE}. Export this model with another target"
             )
 
-    def needs_tokenizer(self) -> bool:
-        return False
-
     def write(self, job: ExportJob, folder: Path) -> None:
         from targets.onnx.builder import ExternalData, GraphBuilder, save
         from targets.onnx.lowering import Lowering
