@@ -71,7 +71,7 @@ def test_a_broken_artifact_is_discarded(target: str, tiny: Checkpoint, tmp_path:
         return QuantizedTensor(weight.scheme, weight.codes.roll(1, dims=1), weight.scales)
 
     monkeypatch.setattr(PlannedWeights, "get", wrong)
-    with pytest.raises(VerificationError, match="self-check failed: KL.* is the most this quantization may cost") as caught:
+    with pytest.raises(VerificationError, match=r"self-check failed: KL.* is the most this quantization may cost") as caught:
         export_checkpoint(tiny, target, "int8", out=tmp_path / "artifact")
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
