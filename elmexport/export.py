@@ -12,7 +12,7 @@ from typing import Any, Literal
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
-from elmexport.checkpoint import open_checkpoint
+from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import MissingDependencyError
@@ -52,7 +52,9 @@ def export(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export `model` (an alias, hub id, or path) to `target`; see `export_checkpoint`.
+    """Export `model` (an alias, hub id, or path) to `target`; see `open_checkpoint` and `export_checkpoint`.
+
+    A model with weights of its own is not exported without a tokenizer, unless `tokenizer` is "none".
 
     Raises:
         ElmExportError: see `open_checkpoint` and `export_checkpoint`.
@@ -62,6 +64,8 @@ def export(
     if out is not None:
         check_free(out, force=force)
     checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
+    if tokenizer is None and random_weights is None:
+        checkpoint.tokenizer_path = require_tokenizer(checkpoint)
     return export_checkpoint(
         checkpoint, target, quant, out=out, context=context, calibrate=calibrate, verify=verify, force=force, progress=progress
     )
@@ -109,6 +113,8 @@ def export_checkpoint(
     alpha, calibration = _alpha(reference if calibrate == "auto" else None) if rescales else (1.0, None)
     plan = resolve(recipe, config.weights())
     notes = [f"{name}: {reason}" for name, reason in plan.fallbacks]
+    if context > config.max_context_length:
+        notes.append(f"the model was trained on {config.max_context_length} tokens; what it says beyond them may be poor (context {context})")
     if tokenizer is None:
         notes.append("no tokenizer found, so the artifact holds none; pass --tokenizer a tokenizer.model or tokenizer.json")
 

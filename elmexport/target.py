@@ -6,6 +6,8 @@ the entry-point group `elmexport.targets`.
 
 from __future__ import annotations
 
+import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,6 +54,12 @@ class ExportJob:
     @property
     def recipe(self) -> Recipe:
         return self.weights.plan.recipe
+
+    def write_description(self, folder: Path) -> None:
+        """Write `config.json` and the tokenizer's file into `folder`, for formats that do not carry them inside."""
+        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            shutil.copyfile(self.tokenizer.path, folder / self.tokenizer.file_name)
 
 
 class Target(ABC):

@@ -17,7 +17,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
-from elmexport.export import export_checkpoint
+from elmexport.export import export, export_checkpoint
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.quantize import QuantizedTensor
@@ -100,6 +100,42 @@ def test_an_artifact_without_a_tokenizer_says_so(small_checkpoint: MemoryCheckpo
     assert result.manifest["self_check"]["text"] == "pseudo-random ids"
 
 
+@pytest.mark.parametrize("target", ["onnx", "coreml"])
+def test_the_tokenizer_is_found_again_whatever_its_file_was_called(
+    target: str, tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny.tokenizer_path is not None
+    renamed = tmp_path / "llama-2.model"
+    renamed.write_bytes(tiny.tokenizer_path.read_bytes())
+    result = export("tiny", target, "int8", out=tmp_path / "artifact", tokenizer=str(renamed))
+    assert (result.path / "tokenizer.model").read_bytes() == renamed.read_bytes()
+    with pytest.raises(SystemExit, match="0"):
+        main(["generate", str(result.path), "The old captain", "--max-tokens", "3"])
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_model_without_a_tokenizer_is_not_exported_by_accident(
+    small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: object) -> Path:
+        raise MissingDependencyError("access to it is restricted")
+
+    monkeypatch.setattr("elmexport.checkpoint.hub.download_tokenizer", refused)
+    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda: None)
+    model, out = tmp_path / "model", tmp_path / "artifact"
+    save_checkpoint(model, small_checkpoint.config, {name: torch.from_numpy(array) for name, array in small_checkpoint.arrays.items()})
+    with pytest.raises(MissingDependencyError, match=r"model comes without a tokenizer.*or --tokenizer none to go without"):
+        export(str(model), "onnx", "int8", out=out)
+    assert not out.exists()
+    result = export(str(model), "onnx", "int8", out=out, tokenizer="none")
+    assert any(note.startswith("no tokenizer found") for note in result.notes)
+
+
+def test_a_context_beyond_the_model_s_own_is_remarked_on(tiny: Checkpoint, tmp_path: Path) -> None:
+    result = export_checkpoint(tiny, "onnx", "int8", out=tmp_path / "artifact", context=2 * tiny.config.max_context_length)
+    assert any(note.startswith("the model was trained on 256 tokens") for note in result.notes)
+
+
 def inflated(checkpoint: MemoryCheckpoint, factor: float) -> MemoryCheckpoint:
     """`checkpoint` with everything that writes to its residual stream multiplied, as the published models' streams are large."""
     roles = (Role.ATTENTION_OUT, Role.FFN_DOWN)
@@ -159,7 +195,7 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
 def _pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with (folder / "model.pt").open("wb") as file:
-        pickle.dump(print, file)  # a reference to code
+        pickle.dump(print, file, protocol=2)  # a reference to code
 
 
 def _truncate(folder: Path) -> None:

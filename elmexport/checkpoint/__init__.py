@@ -66,7 +66,7 @@ def require_tokenizer(checkpoint: Checkpoint) -> Path:
     """
     if checkpoint.tokenizer_path is not None:
         return checkpoint.tokenizer_path
-    return _download_llama_tokenizer(f"{checkpoint.source.name} comes without a tokenizer", "")
+    return _download_llama_tokenizer(checkpoint.source.name)
 
 
 def _open_random(model: str, known: KnownModel | None, path: Path | None, tokenizer: str | None, seed: int) -> RandomCheckpoint:
@@ -116,7 +116,7 @@ def _open_hub(model: str, known: KnownModel | None, revision: str | None, tokeni
     config = OpenELMConfig.from_file(snapshot / "config.json")
     tokenizer_path = _chosen(tokenizer, snapshot)
     if tokenizer_path is None and tokenizer is None:
-        tokenizer_path = _download_llama_tokenizer(f"{name} comes without a tokenizer", f", or --tokenizer {NO_TOKENIZER} to go without")
+        tokenizer_path = _download_llama_tokenizer(name)
     hub.download_weights(repo, snapshot, progress)
     if not has_weights(snapshot):
         raise ElmExportError(f"hub repository {repo} holds no safetensors weights; give --model an OpenELM model that does")
@@ -150,15 +150,15 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
-def _download_llama_tokenizer(why: str, otherwise: str) -> Path:
+def _download_llama_tokenizer(model: str) -> Path:
     from elmexport.checkpoint.hub import LLAMA_TOKENIZER_REPO, download_tokenizer
 
     try:
         return download_tokenizer()
     except ElmExportError as error:
         raise MissingDependencyError(
-            f"{why}; OpenELM uses the Llama 2 tokenizer, and it could not be had from {LLAMA_TOKENIZER_REPO}: {error}. "
-            f"Or give --tokenizer PATH (a Llama 2 tokenizer.model or tokenizer.json), or --tokenizer HUB-ID{otherwise}"
+            f"{model} comes without a tokenizer; OpenELM uses the Llama 2 tokenizer, and it could not be had from {LLAMA_TOKENIZER_REPO}: {error}. "
+            f"Or give --tokenizer PATH (a Llama 2 tokenizer.model or tokenizer.json), or --tokenizer HUB-ID, or --tokenizer {NO_TOKENIZER} to go without"
         ) from None
 
 

@@ -48,6 +48,7 @@ class Tokenizer(ABC):
     """Text to ids and back."""
 
     path: Path  # the file, to copy into artifacts
+    file_name: str  # what it is called there, whatever it was called
     vocab_size: int  # number of pieces, at most the rows of the embedding
     bos_id: int
     eos_id: int
@@ -74,6 +75,8 @@ class Tokenizer(ABC):
 
 class SentencePieceTokenizer(Tokenizer):
     """A `tokenizer.model` file."""
+
+    file_name = "tokenizer.model"
 
     def __init__(self, path: Path) -> None:
         """
@@ -115,6 +118,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` file that holds a SentencePiece BPE vocabulary, as Llama's does."""
+
+    file_name = "tokenizer.json"
 
     def __init__(self, path: Path) -> None:
         """

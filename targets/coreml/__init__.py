@@ -7,7 +7,6 @@ over one weight file. Nothing here needs a Mac.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -58,9 +57,7 @@ class CoreMLTarget(Target):
             write_specification(job.graph, file, _metadata(job), data / "model.mlmodel")
             file.close()
         write_package_manifest(package)
-        (folder / "config.json").write_text(json.dumps(job.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        if job.tokenizer is not None:
-            shutil.copyfile(job.tokenizer.path, folder / job.tokenizer.path.name)
+        job.write_description(folder)
 
     def tools(self) -> Mapping[str, str]:
         return {"coremltools": version("coremltools"), "numpy": version("numpy")}

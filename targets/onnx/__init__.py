@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -34,9 +32,7 @@ class OnnxTarget(Target):
         from targets.onnx.builder import ExternalData, GraphBuilder, save
         from targets.onnx.lowering import Lowering
 
-        (folder / "config.json").write_text(json.dumps(job.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-        if job.tokenizer is not None:
-            shutil.copyfile(job.tokenizer.path, folder / job.tokenizer.path.name)
+        job.write_description(folder)
         path = folder / "onnx" / f"{STEMS[job.recipe.name]}.onnx"
         path.parent.mkdir()
         with ExternalData(path.with_name(path.name + "_data")) as data:
