@@ -114,7 +114,9 @@ def export_checkpoint(
     plan = resolve(recipe, config.weights())
     notes = [f"{name}: {reason}" for name, reason in plan.fallbacks]
     if context > config.max_context_length:
-        notes.append(f"the model was trained on {config.max_context_length} tokens; what it says beyond them may be poor (context {context})")
+        notes.append(
+            f"the model was trained on {config.max_context_length} tokens; what it says beyond them may be poor (context {context})"
+        )
     if tokenizer is None:
         notes.append("no tokenizer found, so the artifact holds none; pass --tokenizer a tokenizer.model or tokenizer.json")
 

@@ -28,7 +28,7 @@ _NUMPY: Mapping[str, str] = {"float16": "f2", "float32": "f4", "bool": "?"}  # a
 
 
 class MilModel:
-    """The package at a path, or one already loaded. `budget` limits the bytes of decompressed weights kept in memory (default: half of the machine's).
+    """The package at a path, or one already loaded. `budget` limits the bytes of decompressed weights kept in memory (default: a third of the machine's).
 
     Raises:
         ElmExportError: not a package, a damaged one, or one without an mlprogram; on first use of a function also an unknown operation.

@@ -39,8 +39,8 @@ Constant = Blob | Literal | Compressed
 
 
 def default_budget() -> int:
-    """Half of the machine's memory, in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if hasattr(os, "sysconf") else 4 << 30
+    """A third of the machine's memory, in bytes: what is kept is float32, and the largest model has to run in 16 GiB beside its own file."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 3 if hasattr(os, "sysconf") else 4 << 30
 
 
 class WeightStore:
