@@ -31,7 +31,7 @@ def artifact_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         ElmExportError: `out` exists and `force` is false, `out` is not a folder, or its parent cannot be written.
     """
-    out = out.absolute()
+    out = Path(os.path.realpath(out))  # behind a link: what is replaced is the folder, not the link to it
     check_free(out, force=force)
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
@@ -44,7 +44,7 @@ def artifact_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         _remove_stale(out, "old")
     except OSError as error:
         reason = error.strerror or error
-        if error.filename is not None and not Path(error.filename).absolute().is_relative_to(out.parent):
+        if error.filename is not None and not _on_the_way(Path(error.filename).absolute(), out.parent):
             raise ElmExportError(f"cannot read {error.filename}: {reason}. Nothing was left behind") from error
         raise ElmExportError(f"cannot write {out}: {reason}; free space or choose another --out. Nothing was left behind") from error
     finally:
@@ -55,8 +55,15 @@ def check_free(out: Path, *, force: bool) -> None:
     """Refuse, before any work, an output that would overwrite something.
 
     Raises:
-        ElmExportError: `out` exists and `force` is false, or `out` is something other than an artifact folder.
+        ElmExportError: `out` exists and `force` is false, or `out` is something other than an artifact folder, or cannot be looked at.
     """
+    try:
+        _check_free(out, force)
+    except OSError as error:  # a name too long, a folder closed to this user
+        raise ElmExportError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _check_free(out: Path, force: bool) -> None:
     if not out.exists():
         return
     if not force:
@@ -107,6 +114,9 @@ class Artifact:
             raise ElmExportError(f"{path / MANIFEST} lacks {', '.join(missing)}; export it again")
         if manifest["format"] > FORMAT:
             raise ElmExportError(f"{path}: manifest format {manifest['format']}, this version reads up to {FORMAT}; update elmexport")
+        for name, facts in manifest["files"].items():
+            if not (isinstance(facts, dict) and {"bytes", "sha256"} <= set(facts)):
+                raise ElmExportError(f"{path / MANIFEST} is damaged (it lacks the size or the hash of {name}); export it again")
         return cls(path, manifest)
 
     @property
@@ -153,14 +163,19 @@ def _size_problem(path: Path, name: str, facts: Mapping[str, Any]) -> str | None
     return None if size == facts["bytes"] else f"{name} has {size} bytes, the manifest says {facts['bytes']}"
 
 
-def _remove_stale(out: Path, kind: str) -> None:
-    """Remove what killed exports to `out` left behind: folders named "partial" or "old" whose process is gone.
+def _on_the_way(path: Path, folder: Path) -> bool:
+    """Whether `path` lies in `folder`, or is one of the folders above it, which are made where they lack."""
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
 
-    An old artifact that was set aside goes only when a new one has taken its place.
+
+def _remove_stale(out: Path, kind: str) -> None:
+    """Remove what killed exports to `out` left behind: folders named "partial" or "old" whose process is gone, or has this one's number.
+
+    In containers every process may have the same number. An old artifact that was set aside goes only when a new one has taken its place.
     """
     for leftover in out.parent.glob(f".{_glob_escape(out.name)}.{kind}-*"):
         pid = re.fullmatch(rf".*\.{kind}-(\d+)", leftover.name)
-        if pid is not None and not _alive(int(pid[1])):
+        if pid is not None and (int(pid[1]) == os.getpid() or not _alive(int(pid[1]))):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -193,6 +208,7 @@ def _replace(partial: Path, out: Path) -> None:
         partial.rename(out)
         return
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)  # of a killed process with this one's number; `out` has taken its place
     out.rename(old)
     try:
         partial.rename(out)

@@ -90,6 +90,15 @@ def test_an_error_under_force_keeps_the_old_artifact(tmp_path: Path) -> None:
     assert names(tmp_path) == {"artifact"}
 
 
+def test_force_through_a_link_replaces_the_folder_behind_it(tmp_path: Path) -> None:
+    out = make(tmp_path / "disk" / "artifact", text="first")
+    link = tmp_path / "link"
+    link.symlink_to(out)
+    make(link, force=True, text="second")
+    assert link.is_symlink() and (out / "onnx" / "model.onnx").read_text() == "second"
+    assert (names(tmp_path), names(out.parent)) == ({"disk", "link"}, {"artifact"})
+
+
 def test_force_takes_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "artifact").mkdir()
     make(tmp_path / "artifact", force=True)
@@ -114,6 +123,18 @@ def test_a_parent_that_is_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ElmExportError, match=r"cannot write .*file/artifact"):
         make(tmp_path / "file" / "artifact")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a folder in which nobody can make another")
+def test_a_parent_that_cannot_be_made_is_an_error_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(ElmExportError, match=r"cannot write /proc/new/parent/artifact"):
+        make(Path("/proc/new/parent/artifact"))
+
+
+def test_a_name_that_the_file_system_refuses(tmp_path: Path) -> None:
+    for act in (make, lambda out: check_free(out, force=False)):
+        with pytest.raises(ElmExportError, match=r"cannot write .*name too long; choose another --out"):
+            act(tmp_path / ("x" * 300))
 
 
 # Interrupted and failing writes
@@ -167,6 +188,17 @@ def test_the_next_export_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     other.mkdir()
     make(tmp_path / "artifact")
     assert names(tmp_path) == {"artifact", alive.name, other.name}
+
+
+def test_leftovers_of_a_killed_process_that_had_this_ones_number(tmp_path: Path) -> None:
+    """In containers that is the rule: every first process is number 1."""
+    partial, old = (tmp_path / f".artifact.{kind}-{os.getpid()}" for kind in ("partial", "old"))
+    for force in (False, True):
+        for leftover in (partial, old):
+            leftover.mkdir()
+            (leftover / "weights").write_text("x")
+        make(tmp_path / "artifact", force=force)
+        assert names(tmp_path) == {"artifact"}
 
 
 def test_a_name_full_of_glob_characters_removes_only_its_own_leftovers(tmp_path: Path) -> None:
@@ -260,6 +292,11 @@ def test_all_damage_is_told_at_once(artifact: Path) -> None:
         ("{}", r"manifest\.json lacks format, target, model, quant, files; export it again"),
         (json.dumps(CONTENT | {"format": "1", "files": {}}), r"manifest\.json is damaged \(a number and an object are expected"),
         (json.dumps(CONTENT | {"format": 1, "files": []}), r"manifest\.json is damaged \(a number and an object are expected"),
+        (json.dumps(CONTENT | {"format": 1, "files": {"x": 1}}), r"manifest\.json is damaged \(it lacks the size or the hash of x\)"),
+        (
+            json.dumps(CONTENT | {"format": 1, "files": {"x": {"bytes": 1}}}),
+            r"manifest\.json is damaged \(it lacks the size or the hash of x",
+        ),
         (json.dumps(CONTENT | {"format": 1}), r"manifest\.json lacks files; export it again"),
         (json.dumps(CONTENT | {"format": 2, "files": {}}), r"manifest format 2, this version reads up to 1; update elmexport"),
     ],

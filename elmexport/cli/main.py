@@ -63,3 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ElmExportError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # of the system, not foreseen: a name too long, a folder closed to this user
+        if error.strerror is None:
+            raise
+        typer.echo(f"error: {error.strerror}" + ("" if error.filename is None else f": {error.filename}"), err=True)
+        sys.exit(ElmExportError.exit_code)

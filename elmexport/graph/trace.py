@@ -39,7 +39,7 @@ def trace(config: OpenELMConfig, context: int | None = None) -> Graph:
     program = export(
         model,
         (ids, position, caches, [cache.clone() for cache in caches]),
-        dynamic_shapes=({0: batch, 1: tokens if context > 1 else None}, None, cache_dims, cache_dims),
+        dynamic_shapes=({0: batch, 1: tokens} if context > 1 else {0: batch}, None, cache_dims, cache_dims),
         strict=False,
     )
     return _Builder(config, context, program).build()

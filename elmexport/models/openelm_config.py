@@ -8,6 +8,7 @@ checkpoint's file carries. No torch in here: listing models must be instant.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -195,10 +196,10 @@ class OpenELMConfig:
         for key in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, key)
             for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, Real) or isinstance(number, bool) or number <= 0:
+                if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number) or number <= 0:
                     raise ElmExportError(f"{where}: {key} holds {number!r}; multipliers are numbers above 0")
             self._per_layer(value, key)
-        if not isinstance(self.rope_freq_constant, Real) or self.rope_freq_constant <= 0:
+        if not isinstance(self.rope_freq_constant, Real) or not math.isfinite(self.rope_freq_constant) or self.rope_freq_constant <= 0:
             raise ElmExportError(f"{where}: rope_freq_constant is {self.rope_freq_constant!r}; it must be a number above 0")
         if self.head_dim % 2:
             raise ElmExportError(f"{where}: head_dim is {self.head_dim}; rotary embeddings need an even number")

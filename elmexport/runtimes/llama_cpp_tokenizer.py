@@ -11,7 +11,8 @@ from elmexport.checkpoint.tokenizer import Piece, PieceKind, Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.runtimes.llama_cpp import check_magic, engine, gguf_file, reason
 
-_NO_VOCABULARY = 0  # llama.cpp's type of a vocabulary that holds nothing
+# llama.cpp's types of a vocabulary: one that holds nothing, and SentencePiece's, which is Llama's
+_NO_VOCABULARY, _SENTENCEPIECE = 0, 1
 _KINDS = {  # by llama.cpp's flags of a token; GGUF files store SentencePiece's kinds
     1: PieceKind.UNKNOWN,
     2: PieceKind.UNUSED,
@@ -28,7 +29,7 @@ class LlamaCppTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            ElmExportError: llama.cpp cannot load the file, or it holds no vocabulary.
+            ElmExportError: llama.cpp cannot load the file, or it holds no vocabulary, or one of another kind than Llama's.
             MissingDependencyError: llama-cpp-python is not installed.
         """
         self.path = gguf_file(path)
@@ -41,8 +42,13 @@ class LlamaCppTokenizer(Tokenizer):
         if not self._model:
             raise ElmExportError(f"llama.cpp cannot load {self.path}: {reason()}. The file is damaged; copy it again or export it again")
         self._vocab = self._lib.llama_model_get_vocab(self._model)
-        if self._lib.llama_vocab_type(self._vocab) == _NO_VOCABULARY:
+        kind = self._lib.llama_vocab_type(self._vocab)
+        if kind == _NO_VOCABULARY:
             raise ElmExportError(f"{self.path} has no tokenizer inside; pass the model's with --tokenizer PATH")
+        if kind != _SENTENCEPIECE:
+            raise ElmExportError(
+                f"{self.path} holds a tokenizer of another kind than Llama's, the only one supported; give an OpenELM model"
+            )
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._vocab)
         self.bos_id, self.eos_id = self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab)
         kinds = [piece.kind for piece in self.pieces()]

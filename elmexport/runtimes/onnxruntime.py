@@ -6,7 +6,7 @@ Not covered: other execution providers, batches.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,16 +34,17 @@ class OnnxRuntime(Runtime):
             MissingDependencyError: onnxruntime is not installed.
         """
         super().__init__()
-        self._session = _open(path)
-        inputs = {entry.name: entry for entry in self._session.get_inputs()}
-        outputs = {entry.name: entry for entry in self._session.get_outputs()}
-        context = self._session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY)
+        session = _open(path)
+        inputs = {entry.name: entry for entry in session.get_inputs()}
+        outputs = {entry.name: entry for entry in session.get_outputs()}
+        context = session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY)
         if context is None or "logits" not in outputs:
             raise ElmExportError(
                 f"{path} is an ONNX model, but none that elmexport wrote (its metadata has no {CONTEXT_KEY}); export it with elmexport"
             )
         self.context, self.vocab_size = int(context), int(outputs["logits"].shape[2])
-        self._binding = self._session.io_binding()
+        self._session: InferenceSession | None = session
+        self._binding: Any = session.io_binding()
         self._caches: list[OrtValue] = []  # the binding keeps pointers only
         for name, entry in inputs.items():
             if name.startswith("past_key_values."):
@@ -60,6 +61,8 @@ class OnnxRuntime(Runtime):
         self._binding.bind_ortvalue_output(present, buffer)
 
     def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
+        if self._session is None:
+            raise ElmExportError("this runtime has been closed; open the artifact again")
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids)[None])
         self._binding.bind_cpu_input("attention_mask", np.ones((1, position + len(ids)), np.int64))
         self._binding.bind_output("logits")
@@ -68,7 +71,8 @@ class OnnxRuntime(Runtime):
         return logits[-1:] if last_only else logits
 
     def close(self) -> None:
-        del self._binding, self._caches, self._session
+        self._session = self._binding = None
+        self._caches.clear()
 
 
 def open_runtime(path: Path) -> OnnxRuntime:

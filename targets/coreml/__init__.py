@@ -26,7 +26,7 @@ class CoreMLTarget(Target):
 
     def check(self, config: OpenELMConfig, context: int) -> None:
         if context % CONTEXT_MULTIPLE:
-            below = context // CONTEXT_MULTIPLE * CONTEXT_MULTIPLE
+            below = min(context, config.rope_max_length) // CONTEXT_MULTIPLE * CONTEXT_MULTIPLE
             above = below + CONTEXT_MULTIPLE
             allowed = [str(value) for value in (below, above) if 0 < value <= config.rope_max_length]
             raise ElmExportError(

@@ -16,7 +16,7 @@ from elmexport.quantization.recipes import Recipe
 from elmexport.target import ExportJob, Target
 
 # llama.cpp's own names for the same recipes.
-ALIASES: Mapping[str, str] = {"f32": "fp32", "f16": "fp16", "q8_0": "int8", "q4_0": "int4"}
+ALIASES: Mapping[str, str] = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "int8", "q4_0": "int4"}
 
 
 class GgufTarget(Target):

@@ -115,6 +115,13 @@ def test_an_error_is_one_line_and_its_code(run: Run, monkeypatch: pytest.MonkeyP
     assert (outcome.code, outcome.out, outcome.err) == (code, "", "error: what, allowed, fix\n")
 
 
+@pytest.mark.parametrize("command", ["inspect {}", "generate {} Hello", "onnx --model {}", "onnx --tokenizer {}", "onnx --out {}"])
+def test_a_name_that_the_file_system_refuses(run: Run, command: str) -> None:
+    outcome = run(*command.format("x" * 300).split())
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ") and "name too long" in outcome.err and outcome.err.count("\n") == 1
+
+
 def test_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

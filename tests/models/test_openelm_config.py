@@ -156,7 +156,10 @@ def test_make_divisible(value: float, divisor: int) -> None:
         ({"head_dim": 63}, "head_dim is 63; rotary embeddings need an even number"),
         ({"ffn_with_glu": 1}, "ffn_with_glu is 1; it must be true or false"),
         ({"qkv_multipliers": [0.5, -1]}, "qkv_multipliers holds -1; multipliers are numbers above 0"),
+        ({"ffn_multipliers": float("nan")}, "ffn_multipliers holds nan; multipliers are numbers above 0"),  # JSON as Python reads it
+        ({"ffn_multipliers": float("inf")}, "ffn_multipliers holds inf; multipliers are numbers above 0"),
         ({"rope_freq_constant": 0}, "rope_freq_constant is 0"),
+        ({"rope_freq_constant": float("nan")}, "rope_freq_constant is nan"),
         ({"eos_token_id": 32000}, r"eos_token_id is 32000; it must lie in 0..31999"),
     ],
 )

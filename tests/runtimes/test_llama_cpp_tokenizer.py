@@ -59,3 +59,19 @@ def test_a_file_without_a_vocabulary(tiny: Checkpoint, export_to: ExportTo, monk
     folder = export_to(tiny, "gguf", "int8")
     with pytest.raises(ElmExportError, match=r"has no tokenizer inside; pass the model's with --tokenizer PATH"):
         LlamaCppTokenizer(folder)
+
+
+def test_a_vocabulary_of_another_kind(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "gpt2.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "ab", "\u010a", "<|end|>"])
+    writer.add_token_types([1, 1, 1, 1, 3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(4)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    with pytest.raises(ElmExportError, match=r"holds a tokenizer of another kind than Llama's"):
+        LlamaCppTokenizer(tmp_path / "gpt2.gguf")

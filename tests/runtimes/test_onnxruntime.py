@@ -129,6 +129,14 @@ def test_missing_external_data(copy: Path) -> None:
         open_runtime(copy)
 
 
+def test_a_closed_runtime_says_so(folder: Path) -> None:
+    runtime = open_artifact(folder)
+    runtime.close()
+    runtime.close()
+    with pytest.raises(ElmExportError, match="closed"):
+        runtime.logits([1])
+
+
 def test_no_model_or_several(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ElmExportError, match="holds 0 files of the form"):
         open_runtime(tmp_path)

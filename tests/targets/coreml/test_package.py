@@ -234,7 +234,9 @@ def test_files_of_the_artifact(small_checkpoint: MemoryCheckpoint, export_to: Ex
     assert OpenELMConfig.from_file(artifact / "config.json") == OpenELMConfig.from_dict(small_checkpoint.config.to_dict())
 
 
-@pytest.mark.parametrize(("context", "advice"), [(100, "--context 96 or 128"), (20, "--context 32"), (250, "--context 224 or 256")])
+@pytest.mark.parametrize(
+    ("context", "advice"), [(100, "--context 96 or 128"), (20, "--context 32"), (250, "--context 224 or 256"), (1000, "--context 256")]
+)
 def test_a_context_that_is_no_multiple_of_32(
     small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, context: int, advice: str
 ) -> None:

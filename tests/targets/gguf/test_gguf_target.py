@@ -201,7 +201,7 @@ def test_rows_that_do_not_divide_into_blocks_fall_back(small_config: OpenELMConf
 
 def test_llama_cpps_names_for_the_quantizations() -> None:
     target = find_target("gguf")
-    for alias, name in {**ALIASES, "Q4_0": "int4"}.items():
+    for alias, name in {**ALIASES, "Q4_0": "int4", "BF16": "bf16"}.items():
         assert target.recipe(alias) == target.recipe(name)
     assert [target.recipe(name).name for name in target.quants] == list(target.quants)
     with pytest.raises(ElmExportError, match=r"--quant q4_k_m is not available for gguf; choose int4, int8, fp16, bf16, fp32"):
