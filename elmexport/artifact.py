@@ -64,6 +64,12 @@ def check_free(out: Path, *, force: bool) -> None:
 
 
 def _check_free(out: Path, force: bool) -> None:
+    try:
+        os.path.abspath(out).encode("utf-8")
+    except UnicodeEncodeError:  # the engines take UTF-8 only
+        raise ElmExportError(
+            f"cannot write {str(out)!r}: the path is not text in the encoding {sys.getfilesystemencoding()}; choose another --out, or use UTF-8"
+        ) from None
     if not out.exists():
         return
     if not force:

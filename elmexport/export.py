@@ -35,6 +35,7 @@ class ExportResult:
     manifest: Mapping[str, Any]
     fallbacks: tuple[tuple[str, str], ...]  # tensors that their scheme could not take, and why
     notes: tuple[str, ...]  # what the user should know that is not an error
+    has_tokenizer: bool = True  # whether the artifact turns text into tokens by itself
 
 
 def export(
@@ -129,7 +130,7 @@ def export_checkpoint(
             manifest["self_check"], note = _self_check(target, folder, reference, recipe, progress)
             notes += note
         write_manifest(folder, manifest)
-    return ExportResult(out, manifest, plan.fallbacks, tuple(notes))
+    return ExportResult(out, manifest, plan.fallbacks, tuple(notes), tokenizer is not None)
 
 
 def _alpha(reference: Reference | None) -> tuple[float, dict[str, Any]]:

@@ -131,6 +131,12 @@ def test_a_parent_that_cannot_be_made_is_an_error_of_writing(tmp_path: Path) -> 
         make(Path("/proc/new/parent/artifact"))
 
 
+def test_a_name_that_is_not_text(tmp_path: Path) -> None:
+    with pytest.raises(ElmExportError, match=r"cannot write '.*bad.udcff': the path is not text"):
+        make(tmp_path / "bad\udcff")
+    assert names(tmp_path) == set()
+
+
 def test_a_name_that_the_file_system_refuses(tmp_path: Path) -> None:
     for act in (make, lambda out: check_free(out, force=False)):
         with pytest.raises(ElmExportError, match=r"cannot write .*name too long; choose another --out"):

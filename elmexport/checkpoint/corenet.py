@@ -96,6 +96,8 @@ def _load_state(path: Path) -> dict[str, torch.Tensor]:
         raise ElmExportError(
             f"{path} is truncated or corrupt ({str(error).splitlines()[0] if str(error) else 'unexpected end'}); download it again"
         ) from None
+    except Exception:  # bytes that are no pickle: the unpickler raises whatever they lead it to, KeyError, IndexError
+        raise ElmExportError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from None
     if isinstance(state, dict) and isinstance(state.get("model_state_dict"), dict):
         state = state["model_state_dict"]
     if not isinstance(state, dict) or not state:

@@ -99,7 +99,8 @@ def command(target: str) -> Callable[..., None]:
         tokenizer: Annotated[
             str | None,
             typer.Option(
-                metavar="PATH|ID", help="tokenizer.model or tokenizer.json, or the hub id that has one. [default: found with the model]"
+                metavar="PATH|ID",
+                help="tokenizer.model or tokenizer.json, a folder or hub id that has one, or none. [default: found with the model]",
             ),
         ] = None,
         revision: Annotated[
@@ -139,6 +140,8 @@ def command(target: str) -> Callable[..., None]:
             print_json({"path": str(result.path), **artifact.manifest})
             return
         typer.echo(describe(artifact))
-        typer.echo(f'\nTry it:\n  elmexport generate {shlex.quote(str(result.path))} "Once upon a time"')
+        path = shlex.quote(str(result.path))
+        example = f'generate {path} "Once upon a time"' if result.has_tokenizer else f"inspect {path}"
+        typer.echo(f"\nTry it:\n  elmexport {example}")
 
     return export

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
     """Give a `Progress` that lives on the terminal for the length of a `with` block."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: closed by the caller
         yield SilentProgress()
         return
     from rich.console import Console

@@ -130,6 +130,12 @@ def test_damaged(tmp_path: Path, small_config: OpenELMConfig, state: State) -> N
         refused(path, r"x\.pt is (truncated or corrupt|not a PyTorch checkpoint, or is damaged).*download it again")
 
 
+@pytest.mark.parametrize("content", [b"hello", b"\x80\x02h\x05.", b"ab", b".", b"0", b"R"])
+def test_no_pickle_at_all(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    refused(tmp_path / "x.pt", r"x\.pt is (truncated or corrupt|not a PyTorch checkpoint, or is damaged).*download it again")
+
+
 def test_other_contents(tmp_path: Path, small_config: OpenELMConfig, state: State) -> None:
     refused(save(tmp_path / "x.pt", [1, 2], small_config), "holds a list, not a state dictionary")
     refused(save(tmp_path / "x.pt", {**state, "step": 3}), "holds entries that are not tensors: step")

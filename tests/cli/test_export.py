@@ -106,6 +106,13 @@ def test_the_summary_of_what_is_out_of_the_ordinary(run: Run, artifact: Path) ->
     assert re.search(r"self-check +not done: not asked for", out)
 
 
+def test_no_text_is_suggested_without_a_tokenizer(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ExportResult(artifact, Artifact.open(artifact).manifest, (), (), has_tokenizer=False)
+    monkeypatch.setattr("elmexport.export.export", lambda *_, **__: result)
+    out = run("gguf").out
+    assert out.endswith(f"Try it:\n  elmexport inspect {artifact}\n") and "elmexport generate" not in out
+
+
 @pytest.mark.usefixtures("calls")
 def test_json_is_one_document(run: Run, artifact: Path) -> None:
     outcome = run("onnx", "--json")
