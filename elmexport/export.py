@@ -33,9 +33,8 @@ class ExportResult:
 
     path: Path
     manifest: Mapping[str, Any]
-    fallbacks: tuple[tuple[str, str], ...]  # tensors that their scheme could not take, and why
-    notes: tuple[str, ...]  # what the user should know that is not an error
-    has_tokenizer: bool = True  # whether the artifact turns text into tokens by itself
+    notes: tuple[str, ...]  # what the user should know that is not an error, tensors that their scheme could not take among it
+    has_tokenizer: bool  # whether the artifact turns text into tokens by itself
 
 
 def export(
@@ -130,7 +129,7 @@ def export_checkpoint(
             manifest["self_check"], note = _self_check(target, folder, reference, recipe, progress)
             notes += note
         write_manifest(folder, manifest)
-    return ExportResult(out, manifest, plan.fallbacks, tuple(notes), tokenizer is not None)
+    return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 
 def _alpha(reference: Reference | None) -> tuple[float, dict[str, Any]]:

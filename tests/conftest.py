@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
@@ -84,3 +86,12 @@ def export_to(tmp_path_factory: pytest.TempPathFactory) -> ExportTo:
         return export_checkpoint(checkpoint, target, quant, **{"out": out, "verify": False} | options).path
 
     return call
+
+
+SmallArtifact = Callable[[str, str], Path]
+
+
+@pytest.fixture(scope="session")
+def small_artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> SmallArtifact:
+    """`small_artifact(target, quant)`: the artifact of the small checkpoint, made once."""
+    return cache(partial(export_to, small_checkpoint))

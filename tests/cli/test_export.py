@@ -24,7 +24,7 @@ def calls(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
 
     def export(model: str, target: str, quant: str | None, **options: Any) -> ExportResult:
         asked.append({"model": model, "target": target, "quant": quant} | options)
-        return ExportResult(artifact, Artifact.open(artifact).manifest, (), ("one thing to know",))
+        return ExportResult(artifact, Artifact.open(artifact).manifest, ("one thing to know",), has_tokenizer=True)
 
     monkeypatch.setattr("elmexport.export.export", export)
     return asked
@@ -107,7 +107,7 @@ def test_the_summary_of_what_is_out_of_the_ordinary(run: Run, artifact: Path) ->
 
 
 def test_no_text_is_suggested_without_a_tokenizer(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    result = ExportResult(artifact, Artifact.open(artifact).manifest, (), (), has_tokenizer=False)
+    result = ExportResult(artifact, Artifact.open(artifact).manifest, (), has_tokenizer=False)
     monkeypatch.setattr("elmexport.export.export", lambda *_, **__: result)
     out = run("gguf").out
     assert out.endswith(f"Try it:\n  elmexport inspect {artifact}\n") and "elmexport generate" not in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from elmexport.target import find_target
 from elmexport.weights import Role
 from targets.gguf import ALIASES, GgufTarget
 from targets.gguf.metadata import write_general
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
 QUANTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
@@ -31,16 +32,9 @@ Exported = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def exported(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Exported:
+def exported(small_artifact: SmallArtifact) -> Exported:
     """`exported(quant)`: the artifact of the small checkpoint, made once."""
-    done: dict[str, Path] = {}
-
-    def call(quant: str) -> Path:
-        if quant not in done:
-            done[quant] = export_to(small_checkpoint, "gguf", quant)
-        return done[quant]
-
-    return call
+    return partial(small_artifact, "gguf")
 
 
 def gguf_path(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from elmexport.runtimes import open_artifact
 from elmexport.target import find_target
 from targets.onnx import STEMS, OnnxTarget
 from tests.clients.readers import quantized_weights
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, SmallArtifact
 from tests.graph.test_forward import token_ids
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import kl, log_probs, reference_logits
@@ -36,16 +37,9 @@ Exported = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def exported(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Exported:
+def exported(small_artifact: SmallArtifact) -> Exported:
     """`exported(quant)`: the artifact of the small checkpoint, made once."""
-    done: dict[str, Path] = {}
-
-    def call(quant: str) -> Path:
-        if quant not in done:
-            done[quant] = export_to(small_checkpoint, "onnx", quant)
-        return done[quant]
-
-    return call
+    return partial(small_artifact, "onnx")
 
 
 def model_path(folder: Path) -> Path:
