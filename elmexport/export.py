@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from elmexport import __version__
@@ -27,6 +27,17 @@ from elmexport.target import ExportJob, Target, find_target
 Calibrate = Literal["auto", "none"]
 
 
+class ExportOptions(TypedDict, total=False):
+    """What both `export` and `export_checkpoint` take by keyword; `export_checkpoint` says what each means and its default."""
+
+    out: Path | None
+    context: int | None
+    calibrate: Calibrate
+    verify: bool
+    force: bool
+    settings: Mapping[str, Any] | None
+
+
 @dataclass(frozen=True)
 class ExportResult:
     """A finished export."""
@@ -42,15 +53,11 @@ def export(
     target: str,
     quant: str | None = None,
     *,
-    out: Path | None = None,
-    context: int | None = None,
-    calibrate: Calibrate = "auto",
-    verify: bool = True,
-    force: bool = False,
     random_weights: int | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
     progress: Progress | None = None,
+    **options: Unpack[ExportOptions],
 ) -> ExportResult:
     """Export `model` (an alias, hub id, or path) to `target`; see `open_checkpoint` and `export_checkpoint`.
 
@@ -60,15 +67,15 @@ def export(
         ElmExportError: see `open_checkpoint` and `export_checkpoint`.
     """
     progress = progress or SilentProgress()
-    find_target(target).recipe(quant or find_target(target).quants[0])  # a misspelt option must not cost a download
+    chosen = find_target(target, options.get("settings"))
+    chosen.recipe(quant or chosen.quants[0])  # a misspelt option must not cost a download
+    out = options.get("out")
     if out is not None:
-        check_free(out, force=force)
+        check_free(out, force=options.get("force", False))
     checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
     if tokenizer is None and random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
-    return export_checkpoint(
-        checkpoint, target, quant, out=out, context=context, calibrate=calibrate, verify=verify, force=force, progress=progress
-    )
+    return export_checkpoint(checkpoint, target, quant, progress=progress, **options)
 
 
 def export_checkpoint(
@@ -81,20 +88,21 @@ def export_checkpoint(
     calibrate: Calibrate = "auto",
     verify: bool = True,
     force: bool = False,
+    settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Trace, quantize, write, check.
 
     `quant` is one of the target's (its first where None), `context` the tokens of the KV cache (the model's maximum where None), `out`
     the artifact folder (`./<model>-<target>-<quant>` where None). `calibrate` "auto" measures the residual stream for fp16 targets,
-    "none" assumes a safe default. `verify` runs the artifact against the model on a short text.
+    "none" assumes a safe default. `verify` runs the artifact against the model on a short text. `settings` are the target's own.
 
     Raises:
         ElmExportError: bad input, or something that the target cannot express; nothing is left behind.
         VerificationError: the artifact is far from the model; it has been discarded.
     """
     progress = progress or SilentProgress()
-    chosen = find_target(target)
+    chosen = find_target(target, settings)
     recipe = chosen.recipe(quant or chosen.quants[0])
     config = checkpoint.config
     context = config.max_context_length if context is None else context

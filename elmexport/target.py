@@ -10,12 +10,12 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
@@ -63,7 +63,11 @@ class ExportJob:
 
 
 class Target(ABC):
-    """One output format."""
+    """One output format.
+
+    A target that has settings of its own is a frozen dataclass: each field is one setting, with a default. The command line offers
+    them as options of the target's command (`elmexport.cli.target_options`).
+    """
 
     name: ClassVar[str]
     quants: ClassVar[tuple[str, ...]]  # the values of --quant, the default first
@@ -95,15 +99,20 @@ class Target(ABC):
         return {}
 
 
-def find_target(name: str) -> Target:
-    """The target called `name`.
+def find_target(name: str, settings: Mapping[str, Any] | None = None) -> Target:
+    """The target called `name`, with its own settings where they differ from the defaults.
 
     Raises:
-        ElmExportError: no such target.
+        ElmExportError: no such target, or a setting that it does not have.
     """
     known = dict(TARGETS) | {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in TARGETS}
     if name not in known:
         raise ElmExportError(f"unknown target {name!r}; known: {', '.join(known)}")
     module, _, attribute = known[name].partition(":")
-    target: Target = getattr(import_module(module), attribute)()
-    return target
+    kind: type[Target] = getattr(import_module(module), attribute)
+    given = dict(settings or {})
+    allowed: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
+    unknown = [setting for setting in given if setting not in allowed]
+    if unknown:
+        raise ElmExportError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}")
+    return kind(**given)

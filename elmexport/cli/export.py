@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from elmexport.cli.describe import describe, print_json
 from elmexport.cli.progress import progress_bar
+from elmexport.cli.target_options import target_options
 
 # What each command's --help says. The lists of --quant are the targets' own; a test holds them together.
 TARGETS: Mapping[str, str] = {
@@ -114,6 +116,7 @@ def command(target: str) -> Callable[..., None]:
             ),
         ] = False,
         json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a summary.")] = False,
+        **settings: Any,
     ) -> None:
         from elmexport.artifact import Artifact
         from elmexport.export import export as library_export
@@ -128,6 +131,7 @@ def command(target: str) -> Callable[..., None]:
                 calibrate=calibrate.value,
                 verify=not no_verify,
                 force=force,
+                settings=settings,
                 random_weights=random_weights,
                 tokenizer=tokenizer,
                 revision=revision,
@@ -144,4 +148,8 @@ def command(target: str) -> Callable[..., None]:
         example = f'generate {path} "Once upon a time"' if result.has_tokenizer else f"inspect {path}"
         typer.echo(f"\nTry it:\n  elmexport {example}")
 
+    # typer reads the signature: the target's own options stand where `settings` catches them.
+    own = inspect.signature(export, eval_str=True)
+    common = [parameter for parameter in own.parameters.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    export.__signature__ = own.replace(parameters=[*common, *target_options(target)])  # type: ignore[attr-defined]
     return export

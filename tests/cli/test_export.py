@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from elmexport.artifact import Artifact, write_manifest
 from elmexport.cli.export import TARGETS
+from elmexport.cli.target_options import OPTIONS
+from elmexport.errors import ElmExportError
 from elmexport.export import ExportResult
 from elmexport.progress import SilentProgress
 from elmexport.target import find_target
@@ -44,6 +47,7 @@ def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
             "calibrate": "auto",
             "verify": True,
             "force": False,
+            "settings": {name: default for name, _, default in OPTIONS["onnx"]},
             "random_weights": None,
             "tokenizer": None,
             "revision": None,
@@ -57,7 +61,7 @@ def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
         "--tokenizer meta/llama --revision v1 --force --no-verify"
     )
     assert run(*line.split()).code == 0
-    del calls[0]["progress"]
+    del calls[0]["progress"], calls[0]["settings"]
     assert calls == [
         {
             "model": "3B-Instruct",
@@ -158,3 +162,15 @@ def test_from_the_model_to_text(run: Run, target: str, tmp_path: Path) -> None:
     assert run("generate", bare, "It was a dark", "--max-tokens", "12") == text
     run(target, "--quant", "int8", "--out", "out").refused("exists already")
     assert run(target, "--quant", "int8", "--out", "out", "--no-verify", "--force").code == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_setting_of_a_target_is_an_option_of_its_command(target: str) -> None:
+    kind = type(find_target(target))
+    settings = {field.name: field.default for field in fields(kind)} if is_dataclass(kind) else {}
+    assert {name: default for name, _, default in OPTIONS[target]} == settings
+
+
+def test_a_setting_that_the_target_does_not_have_is_refused() -> None:
+    with pytest.raises(ElmExportError, match="onnx has no setting 'colour'"):
+        find_target("onnx", {"colour": "red"})
