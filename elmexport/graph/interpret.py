@@ -7,7 +7,7 @@ layer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class Caches:
         self.keys = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype) for shape in shapes]
 
+    def copy_prefix(self, source: Caches, tokens: int) -> None:
+        """Take over the first `tokens` tokens of `source`, whose batch is one, in every sequence."""
+        for own, other in zip([*self.keys, *self.values], [*source.keys, *source.values], strict=True):
+            own[:, :, :tokens] = other[:, :, :tokens]
+
 
 def interpret(
     graph: Graph,
@@ -37,24 +42,50 @@ def interpret(
     position: int,
     caches: Caches,
     *,
-    last_only: bool = False,
+    last: int | None = None,
     observe: Observer | None = None,
 ) -> Tensor:
     """Logits `[batch, tokens, vocab]` of `ids` `[batch, tokens]` standing at `position`; writes into `caches`.
 
-    `weight` gives a tensor in the dtype of the caches. `last_only` computes the head for the last token only (`[batch, 1, vocab]`).
+    `weight` gives a tensor in the dtype of the caches. `last` computes the head for the last tokens only (`[batch, last, vocab]`).
     `observe` is called with every node and its first output.
     """
-    remaining = Counter(name for node in graph.nodes for name in node.inputs.values())
-    values: dict[str, Tensor] = {"ids": ids}
-    for node in graph.nodes:
+    return run_nodes(
+        graph.nodes,
+        {"ids": ids},
+        weight,
+        lambda layer: (caches.keys[layer], caches.values[layer]),
+        position,
+        result=graph.logits,
+        last=last,
+        observe=observe,
+    )
+
+
+def run_nodes(
+    nodes: Sequence[Node],
+    values: dict[str, Tensor],
+    weight: WeightSource,
+    caches: Callable[[int], tuple[Tensor, Tensor]],
+    position: int,
+    *,
+    result: str,
+    last: int | None = None,
+    observe: Observer | None = None,
+) -> Tensor:
+    """Run `nodes` on `values`, their inputs by name, and return the value called `result`; see `interpret`.
+
+    `caches` gives the key and value cache of a layer. Every value is dropped from `values` after its last use.
+    """
+    remaining = Counter(name for node in nodes for name in node.inputs.values())
+    for node in nodes:
         x = {argument: values[name] for argument, name in node.inputs.items() if name in values}
-        if last_only and node.role is Role.LM_HEAD:
-            x["x"] = x["x"][:, -1:]
+        if last is not None and node.role is Role.LM_HEAD:
+            x["x"] = x["x"][:, -last:]
         w = {argument: weight(spec) for argument, spec in node.weights.items()}
         if node.op == "attention":
             assert node.layer is not None
-            k_cache, v_cache = caches.keys[node.layer], caches.values[node.layer]
+            k_cache, v_cache = caches(node.layer)
             out = ops.attention_(x["qkv"], w.get("q_norm"), w.get("k_norm"), k_cache, v_cache, position, **node.attrs)
         else:
             out = getattr(torch.ops.elmexport, node.op)(**x, **w, **node.attrs)
@@ -67,4 +98,4 @@ def interpret(
             remaining[name] -= 1
             if not remaining[name]:
                 values.pop(name, None)
-    return values[graph.logits]
+    return values[result]

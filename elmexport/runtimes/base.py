@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
 
+TokenIds = Sequence[int] | NDArray[np.integer]
+
 
 class Runtime(ABC):
     """One open model with one sequence in its cache.
 
-    Subclasses implement `_forward` and set `name`, `vocab_size` and `context` in `__init__`.
+    Subclasses implement `_forward`, and may implement `_continuations`; they set `name`, `vocab_size` and `context` in `__init__`.
     """
 
     name: str  # the engine, "onnxruntime"
@@ -24,15 +26,41 @@ class Runtime(ABC):
     def __init__(self) -> None:
         self.length = 0  # tokens now in the cache
 
-    def logits(self, ids: Sequence[int] | NDArray[np.integer], position: int = 0, *, last_only: bool = False) -> NDArray[np.float32]:
-        """Feed `ids` at `position` and return float32 logits `[tokens, vocab]`, or `[1, vocab]` of the last with `last_only`.
+    def logits(self, ids: TokenIds, position: int = 0, *, last: int | None = None) -> NDArray[np.float32]:
+        """Feed `ids` at `position` and return float32 logits `[tokens, vocab]`, or `[last, vocab]` of the last `last` tokens.
 
         The cache keeps what was fed before `position` and forgets what came after: position 0 starts a new sequence, position n after n
         tokens continues, and a smaller one goes back to share a prefix.
 
         Raises:
-            ElmExportError: no ids, an id outside the vocabulary, a gap after what was fed, or more tokens than the cache holds.
+            ElmExportError: no ids, an id outside the vocabulary, a gap after what was fed, more tokens than the cache holds, or `last`
+                outside 1 to the number of ids.
         """
+        tokens = self._checked(ids, position)
+        if last is not None and not 1 <= last <= len(tokens):
+            raise ElmExportError(f"logits of the last {last} tokens are asked for, of {len(tokens)} fed; give last from 1 to {len(tokens)}")
+        self.length = position  # should the engine fail, what it may have overwritten counts as forgotten
+        result = self._forward(tokens, position, len(tokens) if last is None else last)
+        self.length = position + len(tokens)
+        return result
+
+    def continuations(self, continuations: Sequence[TokenIds], position: int) -> list[NDArray[np.float32]]:
+        """Float32 logits `[tokens, vocab]` of each continuation, read as if it alone followed the first `position` tokens of the cache.
+
+        Afterwards the cache holds exactly those `position` tokens. The results are what `logits` gives for each alone, up to the
+        engine's rounding; engines may compute them in batches.
+
+        Raises:
+            ElmExportError: a continuation that `logits` would refuse at `position`; none is then computed.
+        """
+        self._check_position(position)
+        checked = [self._checked(ids, position) for ids in continuations]
+        self.length = position
+        results = self._continuations(checked, position) if checked else []
+        self.length = position
+        return results
+
+    def _checked(self, ids: TokenIds, position: int) -> NDArray[np.int64]:
         tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
         if not len(tokens):
             raise ElmExportError("no token ids were given; logits need at least one")
@@ -40,21 +68,25 @@ class Runtime(ABC):
             raise ElmExportError(
                 f"token id {int(tokens[(tokens < 0) | (tokens >= self.vocab_size)][0])} is outside the vocabulary, 0 to {self.vocab_size - 1}"
             )
-        if not 0 <= position <= self.length:
-            raise ElmExportError(f"position is {position}, but the cache holds {self.length} tokens; feed the tokens in between first")
+        self._check_position(position)
         end = position + len(tokens)
         if end > self.context:
             raise ElmExportError(
                 f"{len(tokens)} tokens at position {position} need a context of {end}; this artifact holds {self.context}: export it with --context {end} or feed fewer"
             )
-        self.length = position  # should the engine fail, what it may have overwritten counts as forgotten
-        result = self._forward(tokens, position, last_only)
-        self.length = end
-        return result
+        return tokens
+
+    def _check_position(self, position: int) -> None:
+        if not 0 <= position <= self.length:
+            raise ElmExportError(f"position is {position}, but the cache holds {self.length} tokens; feed the tokens in between first")
 
     @abstractmethod
-    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
-        """`logits`, arguments already checked."""
+    def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
+        """`logits`, arguments already checked and `last` between 1 and the number of ids."""
+
+    def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
+        """`continuations`, arguments already checked, at least one; engines that can batch override it."""
+        return [self._forward(ids, position, len(ids)) for ids in continuations]
 
     def close(self) -> None:  # noqa: B027  (optional: most engines free what they hold with their last reference)
         """Release the engine's memory."""

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.batching import batches, copies, padded
 from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
-from elmexport.runtimes.mil.executor import MilModel, Precision
+from elmexport.runtimes.mil.executor import MilModel, Precision, States
+from elmexport.runtimes.mil.narrowing import CannotNarrowError
 from elmexport.runtimes.mil.program import MilFunction, Program, load_program
 
 PREFILL, DECODE = "prefill", "decode"
@@ -30,13 +34,18 @@ KEY_CACHE, VALUE_CACHE = "key_cache", "value_cache"
 class _Engine(Protocol):
     name: str
 
-    def logits(self, function: str, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
-        """`[T, vocab]` of `ids` `[T]`, as many as `function` takes."""
+    @property
+    def narrowed(self) -> bool:
+        """Whether `prefill` takes any number of tokens up to T; otherwise a short chunk is padded."""
+
+    def logits(self, function: str, ids: NDArray[np.int32], position: int, wanted: bool) -> NDArray[np.float32]:
+        """`[T, vocab]` of `ids` `[T]`; unless `wanted`, rows may be missing."""
 
 
 class CoreMLRuntime(Runtime):
-    """Feeds whole chunks to `prefill`, the rest padded; token by token through `decode` where a padded chunk would not fit the cache.
+    """Feeds chunks to `prefill`, single tokens to `decode`.
 
+    Where `prefill` takes whole chunks only, the last one is padded, or goes token by token where a padded one would not fit the cache.
     Padding, and entries of a sequence that was left by going back to a smaller position, lie in the cache behind the current token: the
     causal mask hides them, and they are overwritten before they come into sight.
     """
@@ -47,42 +56,125 @@ class CoreMLRuntime(Runtime):
         self.chunk, self.context, self.vocab_size = _sizes(program)
         self._engine = engine
 
-    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
+    def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         rows = []
         start = 0
         while start < len(ids):
             left = len(ids) - start
-            if left == 1 or position + start + self.chunk > self.context:
-                count, chunk, function = 1, ids[start : start + 1], DECODE
+            if left == 1 or (not self._engine.narrowed and position + start + self.chunk > self.context):
+                count, function = 1, DECODE
             else:
                 count, function = min(left, self.chunk), PREFILL
-                chunk = np.pad(ids[start : start + count], (0, self.chunk - count))
-            logits = self._engine.logits(function, chunk.astype(np.int32), position + start)
+            chunk = ids[start : start + count]
+            if function == PREFILL and not self._engine.narrowed:
+                chunk = np.pad(chunk, (0, self.chunk - count))
+            wanted = min(count, max(0, start + count - (len(ids) - last)))  # rows of this chunk
+            logits = self._engine.logits(function, chunk.astype(np.int32), position + start, wanted > 0)
+            if wanted:
+                rows.append(logits[count - wanted : count])
             start += count
-            if not last_only:
-                rows.append(logits[:count])
-            elif start == len(ids):
-                rows.append(logits[count - 1 : count])
         return np.concatenate(rows)
+
+    def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
+        if not (isinstance(self._engine, _MilEngine) and self._engine.narrowed):
+            return super()._continuations(continuations, position)
+        results: dict[int, NDArray[np.float32]] = {}
+        for group in batches([len(ids) for ids in continuations], rows=copies(self.context, position)):
+            ids = padded([continuations[index] for index in group])
+            logits = self._engine.batch(ids.astype(np.int32), position)
+            results |= {index: row[: len(continuations[index])] for index, row in zip(group, logits, strict=True)}
+        return [results[index] for index in range(len(continuations))]
 
 
 class _MilEngine:
-    """The MIL executor. `fp32` rounds nothing."""
+    """The MIL executor. `fp32` rounds nothing.
+
+    Padding and the cache behind the last token are not computed, where the program's axes can be followed: in a causal model they change
+    nothing. That this model's results are the same without them is checked before it is relied on; if they are not, or an axis cannot be
+    followed, the functions run at their full sizes, as Core ML runs them.
+    """
 
     def __init__(self, program: Program, precision: Precision) -> None:
         self.name = "mil executor" if precision == "fp16" else "mil executor, fp32"
         self.model = MilModel(program, precision=precision)
+        self.chunk, self.context, self.vocab_size = _sizes(program)
         self._states = self.model.make_states(PREFILL)
 
-    def logits(self, function: str, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
-        inputs = {INPUT_IDS: torch.from_numpy(ids[None]), POSITION: torch.tensor([position], dtype=torch.int32)}
-        return self.model.run(inputs, self._states, function)[LOGITS][0].numpy()
+    @cached_property
+    def narrowed(self) -> bool:
+        if self.chunk <= 3 or self.context <= self.chunk:
+            return False
+        ids = torch.arange(self.chunk, dtype=torch.int32)[None] % self.vocab_size
+        position, lengths = 1, (3, self.chunk - 1)  # so near the beginning, one token too many in sight makes a difference
+        states = {name: torch.randn(state.shape, generator=torch.Generator().manual_seed(0)) for name, state in self._states.items()}
+        one = self._run(DECODE, ids[:, :1], position, states, True)
+        full = self._run(PREFILL, ids, position, states, True)
+        cache = [(KEY_CACHE, 2), (VALUE_CACHE, 2)]
+        try:
+            self.model.narrow({"tokens": [(INPUT_IDS, 1)], "context": cache}, PREFILL)
+            self.model.narrow({"context": cache}, DECODE)
+        except CannotNarrowError:
+            return False
+        checks = [(DECODE, one), *((PREFILL, full[:, :length]) for length in lengths)]
+        tolerance = 1e-2 * float(full.abs().max())  # sums in another order round to another fp16 value here and there
+        return all(
+            torch.allclose(
+                self._run(function, ids[:, : rows.shape[1]], position, _cut(states, position + rows.shape[1]), True),
+                rows,
+                rtol=0,
+                atol=tolerance,
+                equal_nan=True,
+            )
+            for function, rows in checks
+        )
+
+    def logits(self, function: str, ids: NDArray[np.int32], position: int, wanted: bool) -> NDArray[np.float32]:
+        if not self.narrowed:
+            return self._run(function, torch.from_numpy(ids[None]), position, self._states, wanted)[0].numpy()
+        cut = _cut(self._states, position + len(ids))
+        logits = self._run(function, torch.from_numpy(ids[None]), position, cut, wanted)
+        _put_back(cut, self._states)
+        return logits[0].numpy()
+
+    def _run(self, function: str, ids: Tensor, position: int, states: States, wanted: bool) -> Tensor:
+        inputs = {INPUT_IDS: ids, POSITION: torch.tensor([position], dtype=torch.int32)}
+        results = self.model.run(inputs, states, function, outputs=(LOGITS,) if wanted else ())
+        return results[LOGITS] if wanted else torch.empty(1, 0, self.vocab_size)
+
+    def batch(self, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
+        """`[batch, tokens, vocab]` of `ids` `[batch, tokens]`, each row after the first `position` tokens; only if `narrowed`."""
+        batch, length = ids.shape
+        states = {name: state.new_zeros(batch, *state[..., : position + length, :].shape) for name, state in self._states.items()}
+        for name, state in states.items():
+            state[..., :position, :] = self._states[name][..., :position, :]
+        parts = []
+        for start in range(0, length, self.chunk):
+            part = torch.from_numpy(ids[:, None, start : start + self.chunk])
+            here, end = torch.tensor([position + start], dtype=torch.int32), position + start + part.shape[2]
+            cut = _cut(states, end)
+            function = DECODE if part.shape[2] == 1 else PREFILL
+            parts.append(self.model.run_batch({INPUT_IDS: part}, {POSITION: here}, cut, function)[LOGITS][:, 0])
+            _put_back(cut, states)
+        return torch.cat(parts, 1).numpy()
+
+
+def _cut(states: States, tokens: int) -> States:
+    """Views of the first `tokens` tokens, of one sequence or a batch."""
+    return {name: state[..., :tokens, :] for name, state in states.items()}
+
+
+def _put_back(cut: States, states: States) -> None:
+    """Where the executor made a new tensor instead of writing into the view."""
+    for name, view in cut.items():
+        if view.data_ptr() != states[name].data_ptr():
+            states[name][..., : view.shape[-2], :] = view
 
 
 class _CoreML:
     """Core ML, on macOS 15 or later. Not run on Apple hardware."""
 
     name = "core ml"
+    narrowed = False
 
     def __init__(self, path: Path) -> None:
         with quiet_coremltools():
@@ -91,7 +183,7 @@ class _CoreML:
         self._models = {name: coremltools.models.MLModel(str(path), function_name=name) for name in (PREFILL, DECODE)}
         self._state = self._models[DECODE].make_state()
 
-    def logits(self, function: str, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
+    def logits(self, function: str, ids: NDArray[np.int32], position: int, wanted: bool) -> NDArray[np.float32]:
         inputs = {INPUT_IDS: ids[None], POSITION: np.array([position], np.int32)}
         return np.asarray(self._models[function].predict(inputs, state=self._state)[LOGITS][0], dtype=np.float32)
 

@@ -42,7 +42,7 @@ def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling:
 
 def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: Sampling, eos_id: int | None) -> Iterator[int | Stop]:
     choose = Sampler(sampling)
-    logits = runtime.logits(ids, last_only=True)
+    logits = runtime.logits(ids, last=1)
     for count in range(1, max_tokens + 1):
         token = choose(logits[-1])
         if token == eos_id:
@@ -53,5 +53,5 @@ def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: S
             if runtime.length == runtime.context:
                 yield "context full"
                 return
-            logits = runtime.logits([token], runtime.length, last_only=True)
+            logits = runtime.logits([token], runtime.length, last=1)
     yield "max tokens"

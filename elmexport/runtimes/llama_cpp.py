@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.batching import batches
 
 BATCH = 512  # tokens in one call of the engine
+SEQUENCES = 32  # that one call can hold beside the one of `logits`
 _F32 = 0  # ggml's number of the type
 _ERROR = 4  # ggml's level of messages that say what went wrong
+_LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")  # of a split file; llama.cpp finds these by the first one's name
 
 _messages: list[str] = []  # the errors that llama.cpp has reported since they were last cleared
 
@@ -65,8 +68,10 @@ class LlamaCppRuntime(Runtime):
 
     def _context_params(self) -> Any:
         params = self._lib.llama_context_default_params()
-        params.n_ctx = self.context
-        params.n_batch = params.n_ubatch = min(BATCH, self.context)
+        # Sequences share one pool of cells: the cells of a prefix belong to all of its continuations, nothing is copied.
+        params.kv_unified, params.n_seq_max = True, SEQUENCES + 1
+        params.n_ctx = self.context + BATCH  # a full sequence 0 leaves room for a batch of continuations
+        params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = _cores()
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0  # disabled; versions that lack the field have it off by default
@@ -74,38 +79,73 @@ class LlamaCppRuntime(Runtime):
         return params
 
     def _new_batch(self) -> Any:
-        """Room for `BATCH` tokens, all of sequence 0."""
+        """Room for `BATCH` tokens, each of one sequence."""
         batch = self._lib.llama_batch_init(BATCH, 0, 1)
         for i in range(BATCH):
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.n_seq_id[i] = 1
         return batch
 
-    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
-        if not self._handle:
-            raise ElmExportError("this runtime has been closed; open the artifact again")
-        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._handle), 0, position, -1)
-        result = np.empty((1 if last_only else len(ids), self.vocab_size), dtype=np.float32)
+    def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
+        self._lib.llama_memory_seq_rm(self._memory(), 0, position, -1)
+        result = np.empty((last, self.vocab_size), dtype=np.float32)
+        wanted = np.arange(len(ids)) >= len(ids) - last
+        done = 0
         for start in range(0, len(ids), BATCH):
-            part = ids[start : start + BATCH]
-            wanted = np.full(len(part), not last_only)
-            wanted[-1] |= start + len(part) == len(ids)
-            self._decode(part, position + start, wanted)
-            rows = int(wanted.sum())
-            if rows:
-                out = result if last_only else result[start : start + rows]
-                out[:] = np.ctypeslib.as_array(self._lib.llama_get_logits(self._handle), shape=(rows, self.vocab_size))
+            part = slice(start, start + BATCH)
+            positions = np.arange(position + start, position + start + len(ids[part]))
+            logits = self._decode(ids[part], positions, np.zeros_like(positions), wanted[part])
+            result[done : done + len(logits)] = logits
+            done += len(logits)
         return result
 
-    def _decode(self, ids: NDArray[np.int64], position: int, wanted: NDArray[np.bool_]) -> None:
-        """Feed at most `BATCH` tokens; logits are computed where `wanted`."""
+    def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
+        results: dict[int, NDArray[np.float32]] = {}
+        for group in batches([len(ids) for ids in continuations], rows=SEQUENCES, tokens=BATCH, padding=BATCH):  # none is padded here
+            members = [continuations[index] for index in group]
+            if len(members) == 1:
+                results[group[0]] = self._forward(members[0], position, len(members[0]))
+                continue
+            lengths = [len(ids) for ids in members]
+            memory = self._memory()
+            self._lib.llama_memory_seq_rm(memory, 0, position, -1)
+            for sequence in range(1, len(members) + 1):
+                self._lib.llama_memory_seq_cp(memory, 0, sequence, 0, position)
+            try:
+                logits = self._decode(
+                    np.concatenate(members),
+                    position + np.concatenate([np.arange(length) for length in lengths]),
+                    np.repeat(np.arange(1, len(members) + 1), lengths),
+                    np.ones(sum(lengths), np.bool_),
+                )
+            finally:
+                for sequence in range(1, len(members) + 1):
+                    self._lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+            results |= dict(zip(group, np.split(logits.copy(), np.cumsum(lengths)[:-1]), strict=True))
+        return [results[index] for index in range(len(continuations))]
+
+    def _memory(self) -> Any:
+        if not self._handle:
+            raise ElmExportError("this runtime has been closed; open the artifact again")
+        return self._lib.llama_get_memory(self._handle)
+
+    def _decode(
+        self, ids: NDArray[np.int64], positions: NDArray[np.int64], sequences: NDArray[np.int64], wanted: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """Feed at most `BATCH` tokens, each at its position of its sequence; logits where `wanted`, which the next call overwrites."""
         batch, count = self._batch, len(ids)
         batch.n_tokens = count
-        for field, values in (("token", ids), ("pos", np.arange(position, position + count)), ("logits", wanted)):
+        for field, values in (("token", ids), ("pos", positions), ("logits", wanted)):
             np.ctypeslib.as_array(getattr(batch, field), shape=(count,))[:] = values
+        for i, sequence in enumerate(sequences.tolist()):
+            batch.seq_id[i][0] = sequence
         _messages.clear()
         code = self._lib.llama_decode(self._handle, batch)
         if code:
-            raise ElmExportError(f"llama.cpp failed on {count} tokens at position {position} (code {code}: {reason()})")
+            raise ElmExportError(f"llama.cpp failed on {count} tokens at position {positions[0]} (code {code}: {reason()})")
+        rows = int(wanted.sum())
+        if not rows:
+            return np.empty((0, self.vocab_size), np.float32)
+        return np.ctypeslib.as_array(self._lib.llama_get_logits(self._handle), shape=(rows, self.vocab_size))
 
     def close(self) -> None:
         # In this order: the context refers to the model.
@@ -134,14 +174,14 @@ def open_runtime(path: Path) -> LlamaCppRuntime:
 
 
 def gguf_file(path: Path) -> Path:
-    """The one `.gguf` in the folder `path`, or the file itself.
+    """The one `.gguf` in the folder `path`, the first of one that is split, or the file itself.
 
     Raises:
         ElmExportError: none in the folder, or several.
     """
     if not path.is_dir():
         return path
-    found = sorted(path.glob("*.gguf"))
+    found = sorted(file for file in path.glob("*.gguf") if not _LATER_PART.search(file.name))
     if len(found) != 1:
         raise ElmExportError(f"{path} holds {len(found)} .gguf files; give the path of one")
     return found[0]

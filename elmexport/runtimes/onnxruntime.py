@@ -1,10 +1,11 @@
 """onnxruntime on the processor, with a static cache: past and present of a layer are one buffer as long as the context.
 
-Not covered: other execution providers, batches.
+Not covered: other execution providers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.batching import batches, copies, padded
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
@@ -44,35 +46,79 @@ class OnnxRuntime(Runtime):
             )
         self.context, self.vocab_size = int(context), int(outputs["logits"].shape[2])
         self._session: InferenceSession | None = session
-        self._binding: Any = session.io_binding()
-        self._caches: list[OrtValue] = []  # the binding keeps pointers only
-        for name, entry in inputs.items():
-            if name.startswith("past_key_values."):
-                _, heads, _, head_dim = entry.shape
-                self._bind_cache(name, name.replace("past_key_values", "present"), heads, head_dim, _CACHE_DTYPES[entry.type])
+        self._inputs = [entry for name, entry in inputs.items() if name.startswith("past_key_values.")]
+        self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
 
-    def _bind_cache(self, past: str, present: str, heads: int, head_dim: int, dtype: type) -> None:
-        """One buffer for both: the attention kernel then appends in place, and reads no further than the attention mask reaches."""
-        from onnxruntime import OrtValue
+    def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
+        return self._open_sequence().run(ids[None], [position + len(ids)])[0, -last:]
 
-        buffer = OrtValue.ortvalue_from_numpy(np.zeros((1, heads, self.context, head_dim), dtype))
-        self._caches.append(buffer)
-        self._binding.bind_ortvalue_input(past, buffer)
-        self._binding.bind_ortvalue_output(present, buffer)
+    def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
+        """The attention kernel takes several sequences with a past only token by token: worth it for many short continuations."""
+        results: dict[int, NDArray[np.float32]] = {}
+        for group in batches([len(ids) for ids in continuations], rows=copies(self.context, position)):
+            members = [continuations[index] for index in group]
+            if len(members) > 1 and (len(members[0]) < len(members) or not position):
+                rows = self._batch(members, position)
+            else:
+                rows = [self._forward(ids, position, len(ids)) for ids in members]
+            results |= dict(zip(group, rows, strict=True))
+        return [results[index] for index in range(len(continuations))]
 
-    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
-        if self._session is None:
+    def _batch(self, members: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
+        """`members`, longest first, in a cache of their own."""
+        prefix = self._open_sequence()
+        ids, lengths = padded(members), np.array([len(member) for member in members])
+        sequences = _Sequences(self._session, self._inputs, len(members), position + ids.shape[1])
+        if not position:
+            logits = sequences.run(ids, lengths)
+        else:
+            sequences.copy_prefix(prefix, position)
+            # A row that has ended is fed padding, behind its own tokens.
+            steps = range(ids.shape[1])
+            logits = np.concatenate([sequences.run(ids[:, step : step + 1], [position + step + 1] * len(members)) for step in steps], 1)
+        return [row[:length] for row, length in zip(logits, lengths, strict=True)]
+
+    def _open_sequence(self) -> _Sequences:
+        if self._sequence is None:
             raise ElmExportError("this runtime has been closed; open the artifact again")
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids)[None])
-        self._binding.bind_cpu_input("attention_mask", np.ones((1, position + len(ids)), np.int64))
-        self._binding.bind_output("logits")
-        self._session.run_with_iobinding(self._binding)
-        logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()[0]
-        return logits[-1:] if last_only else logits
+        return self._sequence
 
     def close(self) -> None:
-        self._session = self._binding = None
-        self._caches.clear()
+        self._session = self._sequence = None
+
+
+class _Sequences:
+    """Static caches of `batch` sequences, `length` tokens each.
+
+    Past and present of a layer are one buffer: the attention kernel then appends in place, and reads no further than the attention mask
+    reaches.
+    """
+
+    def __init__(self, session: InferenceSession, pasts: Sequence[Any], batch: int, length: int) -> None:
+        from onnxruntime import OrtValue
+
+        self._session, self._binding = session, session.io_binding()
+        self._caches: list[OrtValue] = []  # the binding keeps pointers only
+        for past in pasts:
+            _, heads, _, head_dim = past.shape
+            buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, length, head_dim), _CACHE_DTYPES[past.type]))
+            self._caches.append(buffer)
+            self._binding.bind_ortvalue_input(past.name, buffer)
+            self._binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
+
+    def copy_prefix(self, source: _Sequences, tokens: int) -> None:
+        """Take over the first `tokens` tokens of `source`, which is one sequence, in every sequence."""
+        for own, other in zip(self._caches, source._caches, strict=True):
+            own.numpy()[:, :, :tokens] = other.numpy()[:, :, :tokens]
+
+    def run(self, ids: NDArray[np.int64], ends: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits `[batch, tokens, vocab]` of `ids` `[batch, tokens]`; with them, row i has `ends[i]` tokens and then padding."""
+        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
+        self._binding.bind_cpu_input("attention_mask", (np.arange(max(ends)) < np.asarray(ends)[:, None]).astype(np.int64))
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
+        return logits
 
 
 def open_runtime(path: Path) -> OnnxRuntime:

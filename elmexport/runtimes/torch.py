@@ -10,28 +10,65 @@ from numpy.typing import NDArray
 
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.errors import ElmExportError
 from elmexport.graph.interpret import Caches, interpret
 from elmexport.graph.trace import trace
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.batching import batches, copies, padded
 
 
 class TorchRuntime(Runtime):
-    """Runs `checkpoint` with a cache of `context` tokens."""
+    """Runs `checkpoint` with a cache of `context` tokens, in `dtype`, its weights rounded to `rounded_to` first where that is given."""
 
     name = "torch"
 
-    def __init__(self, checkpoint: Checkpoint, *, context: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        context: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        rounded_to: torch.dtype | None = None,
+    ) -> None:
+        """
+        Raises:
+            ElmExportError: weights that are not finite, or too large for `rounded_to`.
+        """
         super().__init__()
         self.graph = trace(checkpoint.config, context)
         self.vocab_size, self.context = checkpoint.config.vocab_size, self.graph.context
-        self._weights = {name: checkpoint.tensor(name).to(dtype) for name in checkpoint.specs}
-        self._caches = Caches(self.graph, dtype=dtype)
+        self._weights = {name: _rounded(name, checkpoint.tensor(name), rounded_to).to(dtype) for name in checkpoint.specs}
+        self._dtype, self._caches = dtype, Caches(self.graph, dtype=dtype)
 
     @torch.inference_mode()
-    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
+    def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         tokens = torch.from_numpy(ids)[None]
-        out = interpret(self.graph, lambda spec: self._weights[spec.name], tokens, position, self._caches, last_only=last_only)
-        return out[0].to(torch.float32).numpy()
+        rows: NDArray[np.float32] = self._run(tokens, position, self._caches, last)[0]
+        return rows
+
+    @torch.inference_mode()
+    def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
+        results: dict[int, NDArray[np.float32]] = {}
+        for group in batches([len(ids) for ids in continuations], rows=copies(self.context, position)):
+            ids = padded([continuations[index] for index in group])
+            caches = Caches(self.graph, len(group), self._dtype, position + ids.shape[1])
+            caches.copy_prefix(self._caches, position)
+            logits = self._run(torch.from_numpy(ids), position, caches, None)
+            results |= {index: row[: len(continuations[index])] for index, row in zip(group, logits, strict=True)}
+        return [results[index] for index in range(len(continuations))]
+
+    def _run(self, ids: torch.Tensor, position: int, caches: Caches, last: int | None) -> NDArray[np.float32]:
+        out = interpret(self.graph, lambda spec: self._weights[spec.name], ids, position, caches, last=last)
+        return out.to(torch.float32).numpy()
+
+
+def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None or tensor.dtype == dtype:
+        return tensor
+    rounded = tensor.to(dtype)
+    if not torch.isfinite(rounded).all():
+        raise ElmExportError(f"{name} holds values up to {tensor.abs().max():.4g}, beyond {dtype}'s {torch.finfo(dtype).max:.4g}")
+    return rounded
 
 
 def open_runtime(path: Path) -> TorchRuntime:

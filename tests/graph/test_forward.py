@@ -123,11 +123,12 @@ def test_sequences_of_a_batch_do_not_mix(small_checkpoint: MemoryCheckpoint, gra
         assert np.abs(logits - reference_logits(config, small_checkpoint.arrays, sequence)).max() < TOLERANCE
 
 
-def test_last_only_computes_one_row(small_checkpoint: MemoryCheckpoint, graph: Graph, expected: NDArray[np.float64]) -> None:
+def test_head_of_the_last_tokens_only(small_checkpoint: MemoryCheckpoint, graph: Graph, expected: NDArray[np.float64]) -> None:
     ids = token_ids(128, small_checkpoint.config)
-    found = Forward(small_checkpoint, graph)(ids[:50], 0, last_only=True)
-    assert found.shape == (1, small_checkpoint.config.vocab_size)
-    assert np.abs(found - expected[49:50]).max() < TOLERANCE
+    for last in (1, 7, 50):
+        found = Forward(small_checkpoint, graph)(ids[:50], 0, last=last)
+        assert found.shape == (last, small_checkpoint.config.vocab_size)
+        assert np.abs(found - expected[50 - last : 50]).max() < TOLERANCE
 
 
 def test_observer_sees_every_node_and_weights_are_asked_for_in_order(small_checkpoint: MemoryCheckpoint, graph: Graph) -> None:

@@ -100,10 +100,12 @@ def test_chunks_anywhere_equal_the_full_forward(
     assert kl(expected[start : start + length], runtime.logits(ids[start : start + length], start)).max() < 1e-3
 
 
-def test_last_only(runtime: Runtime, ids: NDArray[np.int64], expected: NDArray[np.float64]) -> None:
-    logits = runtime.logits(ids[:100], last_only=True)
-    assert logits.shape == (1, runtime.vocab_size)
-    assert kl(expected[99:100], logits).max() < 1e-3
+def test_last(runtime: Runtime, ids: NDArray[np.int64], expected: NDArray[np.float64]) -> None:
+    """Within the last chunk, all of it, and more than it."""
+    for last in (1, 100 - CHUNK, 50):
+        logits = runtime.logits(ids[:100], last=last)
+        assert logits.shape == (last, runtime.vocab_size)
+        assert kl(expected[100 - last : 100], logits).max() < 1e-3
 
 
 def test_going_back_forgets(runtime: Runtime, ids: NDArray[np.int64], expected: NDArray[np.float64]) -> None:

@@ -24,9 +24,9 @@ class Counting(Runtime):
         self.vocab_size, self.context = 50, context
         self.fed: list[tuple[list[int], int]] = []
 
-    def _forward(self, ids: NDArray[np.int64], position: int, last_only: bool) -> NDArray[np.float32]:
+    def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         self.fed.append((ids.tolist(), position))
-        assert last_only
+        assert last == 1
         logits = np.zeros((1, self.vocab_size), np.float32)
         logits[0, (ids[-1] + 1) % self.vocab_size] = 5
         return logits

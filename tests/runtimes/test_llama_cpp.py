@@ -113,20 +113,21 @@ def test_going_back_forgets_what_came_after(opened: Opened, ids: NDArray[np.int6
     assert largest_difference(runtime.logits(ids[:1]), full[:1]) < 1e-3
 
 
-def test_last_only(opened: Opened, ids: NDArray[np.int64]) -> None:
+def test_last(opened: Opened, ids: NDArray[np.int64]) -> None:
     runtime = opened("fp32")
     full = runtime.logits(ids)
-    last = runtime.logits(ids, last_only=True)
-    assert last.shape == (1, 512)
-    assert largest_difference(last, full[-1:]) < 1e-3
+    for last in (1, 5):
+        logits = runtime.logits(ids, last=last)
+        assert logits.shape == (last, 512)
+        assert largest_difference(logits, full[-last:]) < 1e-3
 
 
 def test_prompts_longer_than_a_batch(opened: Opened, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = opened("fp32")
-    full, last = runtime.logits(ids), runtime.logits(ids, last_only=True)
+    full, last = runtime.logits(ids), runtime.logits(ids, last=90)
     monkeypatch.setattr(module, "BATCH", 48)
     assert largest_difference(runtime.logits(ids), full) < 1e-3
-    assert largest_difference(runtime.logits(ids, last_only=True), last) < 1e-3
+    assert largest_difference(runtime.logits(ids, last=90), last) < 1e-3
 
 
 def test_past_the_end_is_an_error(opened: Opened, ids: NDArray[np.int64]) -> None:

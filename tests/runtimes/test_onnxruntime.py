@@ -63,13 +63,14 @@ def test_going_back_forgets_what_came_after(runtime: Runtime, small_checkpoint: 
     assert np.abs(found - reference_logits(small_checkpoint.config, small_checkpoint.arrays, branched)[20:]).max() < 1e-3
 
 
-def test_last_only(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
+def test_last(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
     ids = token_ids(9, small_checkpoint.config)
     full = runtime.logits(ids)
-    last = runtime.logits(ids, last_only=True)
     assert full.shape == (9, small_checkpoint.config.vocab_size)
-    assert last.dtype == np.float32
-    assert np.array_equal(last, full[-1:])
+    for last in (1, 4):
+        logits = runtime.logits(ids, last=last)
+        assert logits.dtype == np.float32
+        assert np.array_equal(logits, full[-last:])
 
 
 def test_logits_stay_after_the_next_call(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:

@@ -7,7 +7,7 @@ own. Mode `fp32` rounds nothing. Values are held as float32, int32 or bool tenso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.plan import FAILURES, Plan, Step, make_plan
+from elmexport.runtimes.mil.narrowing import narrow
+from elmexport.runtimes.mil.plan import FAILURES, Places, Plan, Sizes, Step, make_plan
 from elmexport.runtimes.mil.program import MilFunction, Program, TensorType, load_program
 from elmexport.runtimes.mil.weights import WeightStore
 
@@ -38,7 +39,7 @@ class MilModel:
         self.program = package if isinstance(package, Program) else load_program(package)
         self.round_fp16 = precision == "fp16"
         self._store = WeightStore(self.program.files, round_fp16=self.round_fp16, budget=budget)
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[tuple[str, frozenset[str] | None], Plan] = {}
 
     def function(self, name: str | None = None) -> MilFunction:
         """The function called `name`, or the default one, with the types of its inputs, states and outputs."""
@@ -58,43 +59,97 @@ class MilModel:
         return {name: value.numpy().astype(_NUMPY.get(kinds[name].dtype, "i4")) for name, value in results.items()}
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, Tensor], states: States | None = None, function: str | None = None) -> dict[str, Tensor]:
-        """Outputs by name, as float32, int32 or bool tensors.
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        states: States | None = None,
+        function: str | None = None,
+        *,
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Outputs by name, as float32, int32 or bool tensors; only `outputs` are computed if they are given.
 
         Raises:
             ElmExportError: inputs or states that the function does not have, or of another shape; an operation that failed.
         """
-        plan = self._plan(function)
-        values: list[Tensor | None] = [None] * plan.slots
-        for name, tensor in self._checked(plan.function, inputs).items():
-            values[plan.inputs[name]] = tensor
-        states = {} if states is None else states
+        return self._run(self._plan(function, outputs), inputs, {} if states is None else states)
+
+    @torch.inference_mode()
+    def run_batch(
+        self,
+        inputs: Mapping[str, Tensor],
+        shared: Mapping[str, Tensor],
+        states: States,
+        function: str | None = None,
+        *,
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """`run` on each entry of the first axis that `inputs` and `states` have here and outputs get, all at once; `shared` inputs are common.
+
+        Raises:
+            ElmExportError: as `run`; also where operations take a Python number that differs from entry to entry.
+        """
+        plan = self._plan(function, outputs)
+
+        def one(inputs: dict[str, Tensor], states: States) -> tuple[dict[str, Tensor], States]:
+            return self._run(plan, {**inputs, **shared}, states), states
+
+        results, after = torch.vmap(one)(dict(inputs), dict(states))
+        states.update(after)
+        return dict(results)
+
+    def _run(self, plan: Plan, inputs: Mapping[str, Tensor], states: States) -> dict[str, Tensor]:
         if missing := set(plan.function.states) - set(states):
             raise ElmExportError(f"function {plan.function.name!r} needs the states {', '.join(sorted(missing))}; make_states() gives them")
+        sizes = _sizes(plan, inputs, states)
+        values: list[Tensor | None] = [None] * plan.slots
+        for name, tensor in self._checked(plan, inputs, sizes).items():
+            values[plan.inputs[name]] = tensor
         for step in plan.steps:
             try:
-                _execute(step, values, states)
+                _execute(step, values, states, sizes)
             except FAILURES as error:
                 raise ElmExportError(
                     f"operation {step.operation.type} ({step.operation.name!r} in function {plan.function.name!r}) failed: {error}"
                 ) from error
-        outputs = {name: values[value] if isinstance(value, int) else value for name, value in plan.outputs.items()}
+        results = {name: values[value] if isinstance(value, int) else value for name, value in plan.outputs.items()}
         # An output may be a view of a state or an input, which the caller changes next.
-        return {name: value.clone() for name, value in outputs.items() if value is not None}
+        return {name: value.clone() for name, value in results.items() if value is not None}
 
-    def _plan(self, function: str | None) -> Plan:
+    def narrow(self, axes: Places, function: str | None = None) -> None:
+        """Let `function` run on less: inputs and states may then be shorter along `axes` (see `elmexport.runtimes.mil.narrowing`).
+
+        Raises:
+            CannotNarrowError: the function needs an axis in full.
+        """
+        plan = narrow(self._plan(function), axes)
+        self._plans = {key: other for key, other in self._plans.items() if key[0] != plan.function.name}
+        self._plans[plan.function.name, None] = plan
+
+    def _plan(self, function: str | None, outputs: Collection[str] | None = None) -> Plan:
         found = self.function(function)
-        if found.name not in self._plans:
-            self._plans[found.name] = make_plan(found, self._store, round_fp16=self.round_fp16)
-        return self._plans[found.name]
+        key = found.name, None if outputs is None else frozenset(outputs)
+        if key not in self._plans:
+            if outputs is None:
+                self._plans[key] = make_plan(found, self._store, round_fp16=self.round_fp16)
+            else:
+                self._plans[key] = self._plan(function).only(outputs)
+        return self._plans[key]
 
-    def _checked(self, function: MilFunction, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _checked(self, plan: Plan, inputs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        function = plan.function
         if set(inputs) != set(function.inputs):
             raise ElmExportError(f"function {function.name!r} takes the inputs {', '.join(function.inputs)}, not {', '.join(inputs)}")
         for name, kind in function.inputs.items():
-            given = tuple(inputs[name].shape)
+            given = list(inputs[name].shape)
+            for size, places in plan.narrowed.items():
+                for axis in (axis for place, axis in places if place == name and axis < len(given)):
+                    if given[axis] == sizes[size]:
+                        given[axis] = kind.shape[axis] or 0
             if len(given) != len(kind.shape) or any(want not in (None, size) for want, size in zip(kind.shape, given, strict=True)):
-                raise ElmExportError(f"input {name!r} of function {function.name!r} has shape {list(given)}; it takes {list(kind.shape)}")
+                raise ElmExportError(
+                    f"input {name!r} of function {function.name!r} has shape {list(inputs[name].shape)}; it takes {list(kind.shape)}"
+                )
         return {name: self._held(inputs[name], kind) for name, kind in function.inputs.items()}
 
     def _held(self, tensor: Tensor, kind: TensorType) -> Tensor:
@@ -105,7 +160,7 @@ class MilModel:
         return tensor.half().float() if kind.dtype == "float16" and self.round_fp16 else tensor.to(torch.float32)
 
 
-def _execute(step: Step, values: list[Tensor | None], states: States) -> None:
+def _execute(step: Step, values: list[Tensor | None], states: States, sizes: Sizes) -> None:
     if step.state is not None:
         if step.write is not None:
             data = values[step.write] if isinstance(step.write, int) else step.write
@@ -127,12 +182,33 @@ def _execute(step: Step, values: list[Tensor | None], states: States) -> None:
             arguments[name] = value.tolist()
         for name, entries in step.lists:
             arguments[name] = [values[entry] if isinstance(entry, int) else entry for entry in entries]
+        if step.adjust is not None:
+            step.adjust(arguments, sizes)
         result = step.function(**arguments)
         for slot, rounds, tensor in zip(step.outputs, step.rounds, result if isinstance(result, tuple) else (result,), strict=True):
             # A rounded operation's result is fresh memory (see ops.MOVES), so it is rounded where it lies.
             values[slot] = tensor.copy_(tensor.half()) if rounds else tensor
     for slot in step.frees:
         values[slot] = None
+
+
+def _sizes(plan: Plan, inputs: Mapping[str, Tensor], states: States) -> Sizes:
+    """Of the axes that may be narrowed.
+
+    Raises:
+        ElmExportError: two places of one axis differ in size, or one is larger than the function declares.
+    """
+    sizes: dict[str, int] = {}
+    for name, places in plan.narrowed.items():
+        for place, axis in places:
+            tensor = (states if place in plan.function.states else inputs)[place]
+            declared = (dict(plan.function.states) | dict(plan.function.inputs))[place].shape[axis]
+            size = sizes.setdefault(name, tensor.shape[axis])
+            if size != tensor.shape[axis] or not 1 <= size <= (declared or 0):
+                raise ElmExportError(
+                    f"axis {axis} of {place!r} has {tensor.shape[axis]} entries; it takes as many as the other {name}, from 1 to {declared}"
+                )
+    return sizes
 
 
 def _static(name: str, kind: TensorType) -> list[int]:

@@ -156,8 +156,7 @@ def gather(x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0, valid
         return torch.stack(rows)
     axis %= x.ndim
     flat = indices.reshape(-1)
-    if flat.numel() and int(flat.min()) < 0:  # iOS 15 and 16 count from the end
-        flat = torch.where(flat < 0, flat + x.shape[axis], flat)
+    flat = torch.where(flat < 0, flat + x.shape[axis], flat)  # iOS 15 and 16 count from the end
     return x.index_select(axis, flat).reshape(x.shape[:axis] + indices.shape + x.shape[axis + 1 :])
 
 

@@ -6,8 +6,8 @@ tell: otherwise each layer of a language model would copy the whole cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ FAILURES = (RuntimeError, IndexError, ValueError, TypeError)  # what torch raise
 _STATE_OPS = ("read_state", "write_state", "coreml_update_state")
 
 Slot = int
+Sizes = Mapping[str, int]  # of the axes of `Places`, by their names
+Places = Mapping[str, Sequence[tuple[str, int]]]  # by a name: inputs or states and an axis of each, all of one size
 # What a name stands for: a slot at run time, a constant that is read when needed, a tensor that the plan has, a string.
 Value = Slot | Blob | Compressed | Tensor | str
 
@@ -50,6 +52,7 @@ class Step:
     frees: tuple[Slot, ...] = ()
     state: str | None = None
     write: Slot | Tensor | None = None  # what goes into `state`
+    adjust: Callable[[dict[str, Any], Sizes], None] | None = None  # changes the arguments of a run on less than the full sizes
 
     def uses(self) -> set[Slot]:
         """The slots that the step reads."""
@@ -74,6 +77,20 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     outputs: dict[str, Slot | Tensor] = field(default_factory=dict)
     slots: int = 0
+    narrowed: Places = field(default_factory=dict)  # axes that may be smaller; see `elmexport.runtimes.mil.narrowing`
+
+    def only(self, outputs: Collection[str]) -> Plan:
+        """The same without the steps that only other outputs need."""
+        kept = {name: value for name, value in self.outputs.items() if name in outputs}
+        needed = {value for value in kept.values() if isinstance(value, int)}
+        steps = []
+        for step in reversed(self.steps):
+            if (step.state is not None and step.write is not None) or needed & set(step.outputs):
+                needed |= step.uses()
+                steps.append(step)
+        plan = replace(self, steps=[replace(step) for step in reversed(steps)], outputs=kept)
+        _free_early(plan)
+        return plan
 
 
 def make_plan(function: MilFunction, store: WeightStore, *, round_fp16: bool) -> Plan:

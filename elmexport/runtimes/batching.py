@@ -1,0 +1,41 @@
+"""Which continuations are read together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+TOKENS = 512  # of one batch, padding included; bounds the memory of its logits and copied caches
+PADDING = 16  # tokens by which a row may be padded: a call of its own would cost about as much
+
+
+def batches(lengths: Sequence[int], *, rows: int | None = None, tokens: int | None = None, padding: int = PADDING) -> Iterator[list[int]]:
+    """Indices of `lengths` in groups of at most `rows`, longest first; each, padded to its longest, has at most `tokens` (`TOKENS`) tokens.
+
+    A sequence that is longer than `tokens` is a group by itself.
+    """
+    tokens = TOKENS if tokens is None else tokens
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        longest = lengths[group[0]] if group else 0
+        if group and (len(group) == rows or (len(group) + 1) * longest > tokens or longest - lengths[index] > padding):
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def copies(context: int, position: int) -> int:
+    """Rows of a batch whose caches are copies of a prefix of `position` tokens: all together about as large as two full caches."""
+    return max(1, 2 * context // (position + 1))
+
+
+def padded(sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """`[rows, tokens of the longest]`, zeros on the right."""
+    result = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, sequence in zip(result, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return result
