@@ -1,0 +1,113 @@
+"""`elmexport report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elmexport.cli.eval_options import (
+    Against,
+    Data,
+    Fewshot,
+    Limit,
+    PresetName,
+    Seed,
+    Tasks,
+    TextFile,
+    TextTokens,
+    TokenizerFile,
+    settings,
+)
+from elmexport.cli.progress import progress_bar
+from elmexport.errors import ElmExportError
+
+if TYPE_CHECKING:
+    from elmexport.evaluation.results import Report
+
+
+def report(
+    context: typer.Context,
+    sources: Annotated[
+        list[Path], typer.Argument(metavar="SOURCE...", help="Reports that were stored as .json, and artifacts, which are evaluated.")
+    ],
+    out: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated.")
+    ] = None,
+    tasks: Tasks = None,
+    preset: PresetName = None,
+    fewshot: Fewshot = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    against: Against = "fp16",
+    data: Data = None,
+    text: TextFile = None,
+    text_tokens: TextTokens = 8192,
+    tokenizer: TokenizerFile = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+) -> None:
+    """Compare artifacts: size, quality, the worst items.
+
+    Artifacts are evaluated with the options of elmexport eval. Answers to tasks that were given before are not asked for again. An --out
+    file that is there already is replaced.
+
+    \b
+    Example:
+      elmexport report OpenELM-tiny-onnx-int4 OpenELM-tiny-coreml-int4 stored.json --limit 100 --out compared.html
+    """
+    from elmexport.evaluation.evaluate import evaluate
+    from elmexport.evaluation.report.files import check_output, read_reports, to_json, write_reports
+    from elmexport.evaluation.report.terminal import print_reports
+    from elmexport.runtimes import artifact_kind
+
+    for path in out or ():
+        check_output(path)
+    stored = {path: read_reports(path) for path in sources if _is_stored(path)}  # what can fail at once comes before the minutes
+    artifacts = [path for path in sources if path not in stored]
+    for path in artifacts:
+        artifact_kind(path)
+    if not artifacts:
+        _refuse_options(context)
+    chosen = settings(tasks, preset, fewshot, limit, seed, data, text, text_tokens)
+    reports: list[Report] = []
+    with progress_bar() as progress:
+        for path in sources:
+            if path in stored:
+                reports += stored[path]
+                continue
+            reports.append(
+                evaluate(
+                    path,
+                    chosen,
+                    against=None if against == "none" else against,
+                    tokenizer=tokenizer,
+                    progress=progress,
+                    note=lambda line, name=path.name: typer.echo(f"note: {name}: {line}", err=True),  # type: ignore[misc]
+                )
+            )
+    if json:
+        typer.echo(to_json(reports), nl=False)
+    else:
+        print_reports(reports)
+    for path in out or ():
+        there = path.exists()
+        write_reports(reports, path)
+        typer.echo(f"{'replaced' if there else 'wrote'} {path}", err=True)
+
+
+def _is_stored(path: Path) -> bool:
+    return path.suffix.lower() == ".json" and not path.is_dir()
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """
+    Raises:
+        ElmExportError: an option of the evaluation was given, and nothing is to be evaluated.
+    """
+    for option in context.command.params:
+        source = None if option.name is None else context.get_parameter_source(option.name)
+        if source is not None and source.name == "COMMANDLINE" and option.name not in ("sources", "out", "json"):
+            raise ElmExportError(
+                f"{option.opts[0]} changes nothing: all that is compared was evaluated before; leave it out, or name artifacts"
+            )

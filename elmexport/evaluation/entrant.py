@@ -1,0 +1,168 @@
+"""What is evaluated: an artifact, or the model it came from as fp16 reference. Each is described first and opened when its turn comes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmexport.artifact import MANIFEST, Artifact, file_sha256
+from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.random import RandomCheckpoint
+from elmexport.errors import ElmExportError
+from elmexport.evaluation.results import ModelFacts, Subject
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.progress import Progress
+from elmexport.runtimes import artifact_kind, open_as
+from elmexport.runtimes.base import Runtime
+
+FP16 = "fp16"  # --against fp16: the model itself
+_ENGINES = {  # the names that the runtimes have once they are open
+    "onnx": "onnxruntime",
+    "coreml": "core ml" if sys.platform == "darwin" else "mil executor",
+    "gguf": "llama.cpp",
+    "checkpoint": "torch",
+}
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """`open_runtime` may take long and much memory; the caller closes what it returns."""
+
+    subject: Subject
+    open_runtime: Callable[[], Runtime]
+
+
+def artifact_entrant(path: Path) -> Entrant:
+    """The artifact (or bare model file, or checkpoint) `path`; reads every byte of it once, for its identity.
+
+    Raises:
+        ElmExportError: see `elmexport.runtimes.artifact_kind`.
+    """
+    kind = artifact_kind(path)
+    if kind == "checkpoint":
+        return _checkpoint_entrant(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
+    files = _files(path)
+    identity = hashlib.sha256("".join(f"{name} {file_sha256(file)}\n" for name, file in files).encode()).hexdigest()
+    quant, words, bits, model = "unknown", "not recorded", None, ModelFacts("unknown", None)
+    if (path / MANIFEST).is_file():
+        manifest = Artifact.open(path).manifest
+        quant, words = str(_fact(path, manifest, "quant", "name")), str(_fact(path, manifest, "quant", "words"))
+        bits = float(_fact(path, manifest, "bits_per_weight"))
+        model = ModelFacts(str(_fact(path, manifest, "model", "name")), str(_fact(path, manifest, "model", "identity")))
+    subject = Subject(
+        label=path.resolve().name,
+        path=str(path),
+        target=kind,
+        engine=_ENGINES[kind],
+        quant=quant,
+        words=words,
+        bits_per_weight=bits,
+        bytes=sum(file.stat().st_size for _, file in files),
+        identity=identity,
+        model=model,
+    )
+    return Entrant(subject, lambda: open_as(kind, path))
+
+
+def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | None = None) -> Entrant:
+    """What the artifact is compared with: "fp16", the model that its manifest names, or else the path of a checkpoint or another artifact.
+
+    The fp16 reference is the model's weights rounded to fp16, computed in float32, with the artifact's own context so that both shorten a
+    long prompt alike.
+
+    Raises:
+        ElmExportError: a model that the manifest does not say how to find, a download that failed, or another model than the artifact's.
+    """
+    kind = artifact_kind(artifact)
+    manifest = Artifact.open(artifact).manifest if (artifact / MANIFEST).is_file() else None
+    own = None if manifest is None else str(_fact(artifact, manifest, "model", "identity"))
+    context = None if manifest is None else int(_fact(artifact, manifest, "context"))
+    if against == FP16 and kind == "checkpoint":  # the model itself
+        against = str(artifact)
+    if against != FP16:
+        if artifact_kind(Path(against)) != "checkpoint":
+            entrant = artifact_entrant(Path(against))
+        else:
+            entrant = _checkpoint_entrant(open_checkpoint(against, tokenizer=NO_TOKENIZER), against, context, rounded=True)
+    elif manifest is None:
+        raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
+    else:
+        entrant = _checkpoint_entrant(_named_checkpoint(artifact, manifest, progress), "", context, rounded=True)
+    if kind == "checkpoint":
+        own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
+    other = entrant.subject.model
+    if own is not None and other.identity is not None and own != other.identity:
+        raise ElmExportError(
+            f"{artifact} is of the model {own[:12]}…, {against} of {other.name}, {other.identity[:12]}…: "
+            "not the same weights. Compare artifacts of one model, or pass the model it came from with --against PATH"
+        )
+    return entrant
+
+
+def _named_checkpoint(artifact: Path, manifest: Any, progress: Progress | None) -> Checkpoint:
+    """The checkpoint that a manifest's `model` names."""
+    source, name = str(_fact(artifact, manifest, "model", "source")), str(_fact(artifact, manifest, "model", "name"))
+    if source == "embedded":
+        return open_checkpoint("tiny", tokenizer=NO_TOKENIZER)
+    if source.startswith("hub:"):
+        revision = manifest["model"].get("revision")
+        return open_checkpoint(source.removeprefix("hub:"), revision=revision, tokenizer=NO_TOKENIZER, progress=progress)
+    seed = re.fullmatch(r"random weights, seed (\d+)", source)
+    if seed is not None:
+        config = OpenELMConfig.from_dict(_fact(artifact, manifest, "model", "config"), where=str(artifact / MANIFEST))
+        return RandomCheckpoint(config, name.removesuffix(f"-random{seed[1]}"), int(seed[1]))
+    raise ElmExportError(
+        f"{artifact} was exported from {name}, a {source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
+    )
+
+
+def _checkpoint_entrant(checkpoint: Checkpoint, path: str, context: int | None, *, rounded: bool = False) -> Entrant:
+    """`rounded`: weights to fp16 first, which makes it the fp16 reference."""
+    identity = checkpoint.identity()
+    context = checkpoint.config.max_context_length if context is None else context
+    words = "weights rounded to fp16, computed in float32" if rounded else "weights as stored, computed in float32"
+    subject = Subject(
+        label=f"{checkpoint.source.name} {FP16}" if rounded else checkpoint.source.name,
+        path=path,
+        target="checkpoint",
+        engine=_ENGINES["checkpoint"],
+        quant="fp16 reference" if rounded else "none",
+        words=words,
+        bits_per_weight=16.0 if rounded else None,
+        bytes=2 * checkpoint.config.parameter_count if rounded else None,
+        identity=hashlib.sha256(f"{identity} {words} context {context}".encode()).hexdigest(),
+        model=ModelFacts(checkpoint.source.name, identity),
+    )
+
+    def open_runtime() -> Runtime:
+        import torch
+
+        from elmexport.runtimes.torch import TorchRuntime
+
+        return TorchRuntime(checkpoint, context=context, rounded_to=torch.float16 if rounded else None)
+
+    return Entrant(subject, open_runtime)
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """The files that hold the model and what belongs to it, by name: without the manifest, which describes them."""
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file())
+        return [(name, file) for file in found if (name := file.relative_to(path).as_posix()) != MANIFEST]
+    # beside an .onnx lie its external data, model.onnx_data or model.onnx.data
+    return [(file.name, file) for file in sorted(path.parent.iterdir()) if file.is_file() and file.name.startswith(path.name)]
+
+
+def _fact(path: Path, manifest: Any, *keys: str) -> Any:
+    value = manifest
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise ElmExportError(f"{path / MANIFEST} lacks {'.'.join(keys)}; export it again")
+        value = value[key]
+    return value

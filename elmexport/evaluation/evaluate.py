@@ -1,0 +1,216 @@
+"""An evaluation from end to end: tasks and a text pass on an artifact, on its reference, and the comparison of the two."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elmexport.cache import cache_folder
+from elmexport.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from elmexport.evaluation.comparison import compare
+from elmexport.evaluation.data import LocalData
+from elmexport.evaluation.distributions import ReferencePass
+from elmexport.evaluation.entrant import FP16, Entrant, artifact_entrant, find_reference
+from elmexport.evaluation.results import Evaluation, Report, TaskResult
+from elmexport.evaluation.store import AnswerStore
+from elmexport.evaluation.tasks.presets import DEFAULT_TASK, published
+from elmexport.evaluation.text import text_pass
+from elmexport.evaluation.windows import DEFAULT_TOKENS, Windows, text_windows
+from elmexport.progress import Progress, SilentProgress
+from elmexport.runtimes import artifact_kind
+from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.text import artifact_tokenizer
+
+if TYPE_CHECKING:
+    from elmexport.evaluation.tasks.documents import Document
+    from elmexport.evaluation.tasks.suite import Suite
+
+STORE_FORMAT = 1  # of the kept answers; raised when the same request would be answered otherwise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to evaluate. `tasks` are names with a number of few-shot examples each, None for the task's own number."""
+
+    tasks: Mapping[str, int | None]
+    limit: int | None = None  # documents of each task
+    seed: int = 0  # of their choice
+    data: Path | None = None  # folder of JSONL files; None: the hub
+    text: Path | None = None  # of the text pass; None: the bundled prose
+    text_tokens: int = DEFAULT_TOKENS  # 0: no text pass
+
+
+def evaluate(
+    artifact: Path,
+    settings: Settings | None = None,
+    *,
+    against: str | None = FP16,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Evaluate `artifact` and compare it with `against`: "fp16", the model it was made from, or the path of another artifact of it, or None.
+
+    `settings`: by default the bundled cloze task and text, which need no download. Answers are kept in `elmexport.cache.cache_folder()` as they
+    come: an interrupted evaluation goes on where it ended. `note` receives, in words, what is not as one might expect.
+
+    Raises:
+        ElmExportError: unknown tasks, rows that are missing, damaged or empty, models that cannot be compared.
+        VerificationError: the artifact gives values that are not finite.
+        MissingDependencyError: an engine is not installed, or the hub cannot be reached.
+    """
+    settings = settings or Settings({DEFAULT_TASK: None})
+    progress = progress or SilentProgress()
+    started = time.monotonic()
+    entrant = artifact_entrant(artifact)
+    reference = None if against is None else find_reference(artifact, against, progress=progress)
+    chosen = artifact_tokenizer(artifact_kind(artifact), artifact) if tokenizer is None else load_tokenizer(tokenizer)
+    exam, notes = _prepare(settings, progress)
+    for line in notes:
+        note(line)
+
+    with _Opened(entrant) as ours:
+        context, vocab_size = ours.runtime().context, ours.runtime().vocab_size
+        windows = None
+        if settings.text_tokens:
+            windows = text_windows(chosen, vocab_size, context, path=settings.text, tokens=settings.text_tokens)
+        results, shortened = _answer(ours, context, chosen, exam, progress)
+        if shortened:
+            notes.append(f"{shortened} requests are longer than the context of {context} tokens and lost their beginning")
+            note(notes[-1])
+        others, distributions = None, None
+        if reference is not None:
+            with _Opened(reference, before=ours.close) as theirs:  # large models do not fit in memory together
+                others, _ = _answer(theirs, context, chosen, exam, progress)
+                if windows is not None:
+                    distributions = ReferencePass(reference.subject.identity, theirs.runtime, cache_folder() / "distributions")
+                    distributions.windows(windows, vocab_size, progress)
+                    theirs.close()
+                text = None if windows is None else text_pass(ours.runtime(), windows, distributions, progress)
+        else:
+            text = None if windows is None else text_pass(ours.runtime(), windows, None, progress)
+    described = _described(settings, exam, windows, notes)
+    seconds = time.monotonic() - started
+    own = Evaluation(entrant.subject, described, results, text, seconds)
+    other = None if reference is None or others is None else Evaluation(reference.subject, described, others, None, seconds)
+    return compare(own, other, lm_eval=_lm_eval_version())
+
+
+class _Opened:
+    """An entrant's runtime, opened when it is first needed, and again after it was closed."""
+
+    def __init__(self, entrant: Entrant, before: Callable[[], None] = lambda: None) -> None:
+        self.entrant = entrant
+        self._before = before
+        self._runtime: Runtime | None = None
+
+    def runtime(self) -> Runtime:
+        if self._runtime is None:
+            self._before()
+            self._runtime = self.entrant.open_runtime()
+        return self._runtime
+
+    def close(self) -> None:
+        if self._runtime is not None:
+            self._runtime.close()
+        self._runtime = None
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+Exam = Sequence[tuple["Suite", Sequence["Document"]]]
+
+
+def _prepare(settings: Settings, progress: Progress) -> tuple[Exam, list[str]]:
+    """The questions, and what is remarkable about them."""
+    if not settings.tasks:
+        return [], []
+    progress.stage("tasks", len(settings.tasks))
+    from elmexport.evaluation.tasks.documents import build_documents
+    from elmexport.evaluation.tasks.local import quiet
+    from elmexport.evaluation.tasks.suite import load_suites
+
+    data = None if settings.data is None else LocalData(settings.data)
+    exam = []
+    with quiet():
+        for suite in load_suites(settings.tasks, data):
+            exam.append((suite, build_documents(suite, settings.limit, settings.seed)))
+            progress.advance(1)
+    return exam, [f"{suite.name}: {line}" for suite, _ in exam for line in suite.notes]
+
+
+def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, exam: Exam, progress: Progress) -> tuple[dict[str, TaskResult], int]:
+    """The results of one entrant, and how many of its requests were shortened to fit the context."""
+    if not exam:
+        return {}, 0
+    from elmexport.evaluation.lm import RuntimeLM
+    from elmexport.evaluation.tasks.documents import task_result
+    from elmexport.evaluation.tasks.local import quiet
+
+    subject = opened.entrant.subject
+    folder = cache_folder() / "answers" / _store_name(subject.identity, subject.engine, context, tokenizer)
+    stores = [AnswerStore(folder / f"{suite.name}-{suite.fewshot}shot.jsonl", lambda: progress.advance(1)) for suite, _ in exam]
+    open_requests = [_unanswered(documents, store) for (_, documents), store in zip(exam, stores, strict=True)]
+    progress.stage(subject.label, sum(len(requests) for kinds in open_requests for requests in kinds.values()))
+    results = {}
+    for (suite, documents), store, kinds in zip(exam, stores, open_requests, strict=True):
+        with store, quiet():
+            for kind, requests in kinds.items():
+                lm = RuntimeLM(opened.runtime(), tokenizer)
+                lm.set_cache_hook(store)
+                getattr(lm, kind)(requests, disable_tqdm=True)
+
+            def answer(instance: Any, store: AnswerStore = store) -> Any:
+                return store.get(instance.request_type, instance.args)
+
+            results[suite.name] = task_result(suite, documents, answer, published(subject.model.name, suite.name, suite.fewshot))
+    shortened = sum(_too_long(instance, tokenizer, context) for _, documents in exam for doc in documents for instance in doc.instances)
+    return results, shortened
+
+
+def _unanswered(documents: Sequence[Document], store: AnswerStore) -> dict[str, list[Any]]:
+    """The requests that are not in `store`, each once, by kind."""
+    found: dict[str, dict[Any, Any]] = {}
+    for document in documents:
+        for instance in document.instances:
+            if store.get(instance.request_type, instance.args) is None:
+                found.setdefault(instance.request_type, {}).setdefault(repr(instance.args), instance)
+    return {kind: list(requests.values()) for kind, requests in found.items()}
+
+
+def _too_long(instance: Any, tokenizer: Tokenizer, context: int) -> bool:
+    if instance.request_type != "loglikelihood" or sum(map(len, instance.args)) <= context:  # a token is a character at least
+        return False
+    return len(tokenizer.encode("".join(instance.args))) > context + 1
+
+
+def _store_name(identity: str, engine: str, context: int, tokenizer: Tokenizer) -> str:
+    vocabulary = "\n".join(piece.text for piece in tokenizer.pieces())
+    key = f"{STORE_FORMAT} {identity} {engine} {context} {_lm_eval_version()} {hashlib.sha256(vocabulary.encode()).hexdigest()}"
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+def _described(settings: Settings, exam: Exam, windows: Windows | None, notes: Sequence[str]) -> dict[str, Any]:
+    text = None if windows is None else {"name": windows.text, "windows": len(windows.ids), "window": windows.length, "hash": windows.hash}
+    return {
+        "tasks": {suite.name: suite.fewshot for suite, _ in exam},
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "data": "hub" if settings.data is None else "local",
+        "text": text,
+        "notes": list(notes),
+    }
+
+
+def _lm_eval_version() -> str:
+    from importlib.metadata import version
+
+    return version("lm_eval")

@@ -1,0 +1,149 @@
+"""The plots of one or several reports, each with the table that says the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elmexport.evaluation.report.markup import Cell, cell, figure, table
+from elmexport.evaluation.report.overview import common_tasks, labels, mean_drop, task_names
+from elmexport.evaluation.report.pareto import pareto_front
+from elmexport.evaluation.report.plots import Interval, Line, Point, drop_plot, line_plot, size_plot
+from elmexport.evaluation.report.wording import megabytes, number, points, tasks
+from elmexport.evaluation.results import Report, TaskResult
+
+_WIDTHS = (("wide", 860.0), ("narrow", 350.0))
+
+
+def drop_figure(reports: Sequence[Report]) -> str:
+    """Drop per task with intervals; empty where nothing was compared. Its figures stand in the tables of the tasks."""
+    rows = []
+    names = labels(reports)
+    for task in task_names(reports):
+        found = [interval for i, report in enumerate(reports) if (interval := _interval(i, names[i], report.tasks.get(task))) is not None]
+        if found:
+            rows.append((task, found))
+    if not rows:
+        return ""
+    limits = {gate.limit for report in reports for gate in report.gates if gate.name == "max-drop" and gate.limit is not None}
+    limit = limits.pop() if len(limits) == 1 else None
+    label = f"Plot of the drop on each of {len(rows)} tasks, in percentage points, with 95 % intervals. The tables of this section hold its figures."
+    drawings = [drop_plot(rows, width=width, limit=limit, label=label, class_=class_) for class_, width in _WIDTHS]
+    caption = "A mark is the drop that was measured; its bar is the 95 % interval. A bar that crosses 0 is within noise."
+    if limit is not None:
+        caption += f" The dashed line is the largest drop that the gate allows, {limit:g} points."
+    return figure(drawings, caption, _legend(names))
+
+
+def _interval(series: int, label: str, task: TaskResult | None) -> Interval | None:
+    if task is None or task.comparison is None or task.comparison.drop is None or not math.isfinite(task.comparison.drop):
+        return None
+    ends = task.comparison.drop_ci
+    return Interval(series, label, task.comparison.drop, ends if ends is not None and all(map(math.isfinite, ends)) else None)
+
+
+def _legend(names: Sequence[str]) -> list[tuple[int, str]]:
+    return [(i, f"{i + 1}. {name}") for i, name in enumerate(names)] if len(names) > 1 else []
+
+
+def depth_figures(reports: Sequence[Report]) -> list[str]:
+    """KL divergence against depth in the text: mean and 99 % in one plot for one report, in a plot each for several."""
+    names = labels(reports)
+    known = [(i, name, report) for i, (name, report) in enumerate(zip(names, reports, strict=True)) if report.kl and report.kl.by_depth]
+    if not known:
+        return []
+    means = [Line(i, name, _by_depth(report, lambda b: b[0])) for i, name, report in known]
+    tails = [Line(i, name, _by_depth(report, lambda b: b[1])) for i, name, report in known]
+    equivalent = "".join(_depth_table(name, report) for _, name, report in known)
+    where = "Depth: how many tokens of the text the model has read."
+    if len(known) == 1:
+        both = [Line(0, "mean", means[0].points), Line(1, "99 %", tails[0].points, dashed=True)]
+        return [_depth_figure(both, "KL divergence", f"{where} 99 %: 99 of 100 tokens are below.", [(0, "mean"), (1, "99 %")], equivalent)]
+    legend = [(i, f"{i + 1}. {name}") for i, name, _ in known]
+    return [
+        _depth_figure(means, "KL divergence, mean", where, legend, equivalent),
+        _depth_figure(tails, "KL divergence, 99 %", "99 of 100 tokens are below.", legend, ""),
+    ]
+
+
+def _by_depth(report: Report, pick: Callable[[tuple[float, float]], float]) -> list[tuple[float, float]]:
+    assert report.kl is not None
+    found = [((bucket.start + bucket.end) / 2, pick((bucket.mean, bucket.p99))) for bucket in report.kl.by_depth if bucket.tokens]
+    return [(x, y) for x, y in found if math.isfinite(y)]
+
+
+def _depth_figure(lines: Sequence[Line], what: str, caption: str, legend: Sequence[tuple[int, str]], equivalent: str) -> str:
+    drawn = [line for line in lines if line.points]
+    if not drawn:
+        return figure((), f"{what}: no finite figures to draw.", (), equivalent)
+    label = f"Plot of {what} in nats per token against depth in the text in tokens."
+    drawings = [
+        line_plot(drawn, width=width, x_title="depth in the text, tokens", y_title=f"{what}, nats per token", label=label, class_=class_)
+        for class_, width in _WIDTHS
+    ]
+    return figure(drawings, caption, legend, equivalent)
+
+
+def _depth_table(name: str, report: Report) -> str:
+    assert report.kl is not None
+    rows = [
+        (cell(f"{bucket.start:,} to {bucket.end - 1:,}"), cell(number(bucket.mean)), cell(number(bucket.p99)), cell(f"{bucket.tokens:,}"))
+        for bucket in report.kl.by_depth
+    ]
+    return table(f"KL divergence by depth, {name}", ("depth, tokens", ">mean, nats per token", ">99 %, nats per token", ">tokens"), rows)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """A measure of what was lost: one value for each report."""
+
+    what: str
+    unit: str
+    values: Sequence[float | None]
+    show: Callable[[float], str]
+    warning: str = ""
+
+
+def size_figures(reports: Sequence[Report]) -> list[str]:
+    """Size against KL divergence and against mean drop, for several artifacts whose sizes are known."""
+    common = common_tasks(reports)
+    kl = _Loss("mean KL divergence", "nats per token", [None if report.kl is None else report.kl.mean for report in reports], number)
+    drop = _Loss(
+        f"mean drop over {tasks(len(common))}",
+        "percentage points",
+        [mean_drop(report, common) for report in reports],
+        points,
+        " Drops are noisier than KL divergence: where they differ by less than their intervals, trust the plot of KL divergence.",
+    )
+    return [drawn for loss in (kl, drop) if (drawn := _size_figure(reports, loss))]
+
+
+def _size_figure(reports: Sequence[Report], loss: _Loss) -> str:
+    names = labels(reports)
+    sizes = [report.artifact.bytes for report in reports]
+    discs = [
+        Point(i, name, size / 1e6, value)
+        for i, (name, size, value) in enumerate(zip(names, sizes, loss.values, strict=True), 1)
+        if size is not None and value is not None and math.isfinite(value)
+    ]
+    if len(discs) < 2:
+        return ""
+    front = [discs[i].number for i in pareto_front([(disc.x, disc.y) for disc in discs])]
+    label = f"Plot of size in MB against {loss.what} in {loss.unit}. On the Pareto front: {', '.join(names[i - 1] for i in front)}."
+    axes = {"x_title": "size of the artifact, MB", "y_title": f"{loss.what}, {loss.unit}"}
+    drawings = [size_plot(discs, width=width, **axes, label=label, class_=class_) for class_, width in _WIDTHS]
+    caption = "Filled and joined: the Pareto front, artifacts that no other beats in both size and quality. Down and to the left is better."
+    if left_out := [name for i, name in enumerate(names, 1) if i not in {disc.number for disc in discs}]:
+        caption += f" Not drawn, for want of finite figures: {', '.join(left_out)}."
+    rows: list[tuple[Cell, ...]] = [
+        (
+            cell(f"{i}. {name}"),
+            cell("" if size is None else megabytes(size)),
+            cell("" if value is None else loss.show(value)),
+            cell("yes" if i in front else "no"),
+        )
+        for i, (name, size, value) in enumerate(zip(names, sizes, loss.values, strict=True), 1)
+    ]
+    columns = ("artifact", ">MB", f">{loss.what}, {loss.unit}", "on the Pareto front")
+    return figure(drawings, caption + loss.warning, (), table(f"Size against {loss.what}", columns, rows))

@@ -1,0 +1,74 @@
+"""Reports from files and to files, in the form that the file's suffix names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from elmexport.errors import ElmExportError
+from elmexport.evaluation.report.html import html
+from elmexport.evaluation.report.markdown import markdown
+from elmexport.evaluation.results import SCHEMA, Report, read_report
+
+
+def to_json(reports: Sequence[Report]) -> str:
+    """One report's document; of several, `{"schema": …, "reports": [document, …]}`. Ends with a newline.
+
+    Raises:
+        ElmExportError: a figure that is not finite.
+    """
+    if len(reports) == 1:
+        return reports[0].to_json() + "\n"
+    return json.dumps({"schema": SCHEMA, "reports": [json.loads(report.to_json()) for report in reports]}, ensure_ascii=False) + "\n"
+
+
+def read_reports(path: Path) -> list[Report]:
+    """What `to_json` wrote: one report or several.
+
+    Raises:
+        ElmExportError: no such file, or no report in it.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return [read_report(path)]  # says what is wrong
+    if not isinstance(document, dict) or not isinstance(document.get("reports"), list):
+        return [read_report(path)]
+    return [Report.from_json(json.dumps(entry), f"{path}, report {i}") for i, entry in enumerate(document["reports"], 1)]
+
+
+_FORMS: Mapping[str, Callable[[Sequence[Report]], str]] = {".html": html, ".md": markdown, ".json": to_json}
+
+
+def check_output(path: Path) -> None:
+    """Refuse early what `write_reports` could not write.
+
+    Raises:
+        ElmExportError: a suffix that names no form, a folder, or a place in a folder that is not there.
+    """
+    if path.suffix.lower() not in _FORMS:
+        found = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
+        raise ElmExportError(f"{path} has {found}, which names no form of a report; end it with {', '.join(_FORMS)}")
+    if path.is_dir():
+        raise ElmExportError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ElmExportError(f"there is no folder {path.parent} to write {path.name} in; create it first")
+
+
+def write_reports(reports: Sequence[Report], path: Path) -> None:
+    """Write one report, or a comparison of several, whole or not at all. A file that is there is replaced.
+
+    Raises:
+        ElmExportError: see `check_output`; or the place cannot be written.
+    """
+    check_output(path)
+    written = _FORMS[path.suffix.lower()](reports)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(written, encoding="utf-8", newline="\n")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ElmExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from None

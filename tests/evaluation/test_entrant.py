@@ -1,0 +1,142 @@
+"""How artifacts and their references are described and found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from elmexport.artifact import MANIFEST
+from elmexport.checkpoint import open_checkpoint
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.random import RandomCheckpoint
+from elmexport.checkpoint.save import save_checkpoint
+from elmexport.errors import ElmExportError
+from elmexport.evaluation.entrant import artifact_entrant, find_reference
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.runtimes.torch import TorchRuntime
+from tests.conftest import ExportTo, SmallArtifact
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+from tests.reference import reference_logits
+
+
+def edited(artifact: Path, folder: Path, edit: Callable[[Any], None]) -> Path:
+    """A copy of `artifact` whose manifest went through `edit`."""
+    copy = folder / artifact.name
+    shutil.copytree(artifact, copy)
+    manifest = json.loads((copy / MANIFEST).read_text(encoding="utf-8"))
+    edit(manifest)
+    (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return copy
+
+
+def saved(checkpoint: Checkpoint, folder: Path) -> None:
+    save_checkpoint(folder, checkpoint.config, {name: checkpoint.read(name) for name in checkpoint.specs})
+
+
+@pytest.mark.parametrize(("target", "quant"), [("onnx", "int8"), ("coreml", "int8"), ("gguf", "q8_0")])
+def test_an_artifact_is_described_by_its_manifest_and_files(target: str, quant: str, small_artifact: SmallArtifact) -> None:
+    path = small_artifact(target, quant)
+    entrant = artifact_entrant(path)
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    subject = entrant.subject
+    assert (subject.label, subject.target, subject.quant) == (path.name, target, manifest["quant"]["name"])
+    assert subject.bits_per_weight == manifest["bits_per_weight"] and subject.words == manifest["quant"]["words"]
+    assert subject.bytes == sum(facts["bytes"] for facts in manifest["files"].values())
+    assert subject.model.identity == manifest["model"]["identity"]
+    runtime = entrant.open_runtime()
+    assert runtime.name == subject.engine
+    runtime.close()
+
+
+def test_identity_follows_the_files_not_the_place(small_artifact: SmallArtifact, tmp_path: Path) -> None:
+    path = small_artifact("onnx", "int8")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(path, moved)
+    assert artifact_entrant(moved).subject.identity == artifact_entrant(path).subject.identity
+    data = next(moved.glob("onnx/*data*"))
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert artifact_entrant(moved).subject.identity != artifact_entrant(path).subject.identity
+
+
+def test_a_bare_file_is_described_with_its_data(small_artifact: SmallArtifact) -> None:
+    (model,) = small_artifact("onnx", "int8").glob("onnx/*.onnx")
+    subject = artifact_entrant(model).subject
+    assert subject.label == model.name and subject.model.identity is None and subject.bits_per_weight is None
+    assert subject.bytes == sum(file.stat().st_size for file in model.parent.iterdir())
+
+
+def test_the_reference_of_the_embedded_model(tiny: Checkpoint, export_to: ExportTo) -> None:
+    path = export_to(tiny, "onnx", "int8", context=64)
+    reference = find_reference(path)
+    assert reference.subject.model.identity == tiny.identity()
+    assert reference.subject.label == "OpenELM-tiny fp16" and reference.subject.bits_per_weight == 16
+    runtime = reference.open_runtime()
+    assert runtime.context == 64
+    ids = np.arange(1, 30)
+    halved = {name: tiny.read(name).to(torch.float16).double().numpy() for name in tiny.specs}
+    np.testing.assert_allclose(runtime.logits(ids), reference_logits(tiny.config, halved, ids), atol=2e-4)
+
+
+def test_the_reference_of_random_weights(small_config: OpenELMConfig, export_to: ExportTo) -> None:
+    checkpoint = RandomCheckpoint(small_config, "small", 7)
+    path = export_to(checkpoint, "onnx", "fp32")
+    reference = find_reference(path)
+    assert reference.subject.model.identity == checkpoint.identity()
+    assert reference.subject.model.name == "small-random7"
+
+
+def test_a_local_model_is_given_with_against(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
+    folder = tmp_path / "own-model"
+    saved(small_checkpoint, folder)
+    path = export_to(open_checkpoint(str(folder), tokenizer="none"), "onnx", "fp32")
+    with pytest.raises(ElmExportError, match=r"own-model, a local folder, whose place .* pass --against PATH"):
+        find_reference(path)
+    assert find_reference(path, str(folder)).subject.model.name == "own-model"
+    other = tmp_path / "other"
+    saved(random_checkpoint(small_checkpoint.config, seed=5), other)
+    with pytest.raises(ElmExportError, match="not the same weights"):
+        find_reference(path, str(other))
+    assert find_reference(folder).subject.quant == "fp16 reference"  # of a checkpoint: itself
+    with pytest.raises(ElmExportError, match="not the same weights"):
+        find_reference(folder, str(other))
+
+
+def test_another_artifact_as_reference(small_artifact: SmallArtifact, tiny: Checkpoint, export_to: ExportTo) -> None:
+    path = small_artifact("onnx", "int8")
+    reference = find_reference(path, str(small_artifact("onnx", "fp32")))
+    assert reference.subject.quant == "fp32"
+    with pytest.raises(ElmExportError, match="not the same weights"):
+        find_reference(path, str(export_to(tiny, "onnx", "int8")))
+    (model,) = path.glob("onnx/*.onnx")
+    with pytest.raises(ElmExportError, match="names the model it was made from; pass --against PATH"):
+        find_reference(model)
+    with pytest.raises(ElmExportError, match="no such file or folder"):
+        find_reference(path, "missing")
+
+
+def test_a_manifest_of_another_model_is_noticed(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path) -> None:
+    path = export_to(tiny, "onnx", "int8")
+    changed = edited(path, tmp_path / "a", lambda manifest: manifest["model"].update(identity="0" * 64))
+    with pytest.raises(ElmExportError, match=r"is of the model 000000000000…, fp16 of OpenELM-tiny, "):
+        find_reference(changed)
+    with pytest.raises(ElmExportError, match=r"lacks model\.source; export it again"):
+        find_reference(edited(path, tmp_path / "b", lambda manifest: manifest["model"].pop("source")))
+    with pytest.raises(ElmExportError, match="lacks bits_per_weight"):
+        artifact_entrant(edited(path, tmp_path / "c", lambda manifest: manifest.pop("bits_per_weight")))
+
+
+def test_weights_beyond_fp16_are_named(small_checkpoint: MemoryCheckpoint) -> None:
+    arrays = {name: array.copy() for name, array in small_checkpoint.arrays.items()}
+    name = next(iter(arrays))
+    arrays[name].flat[0] = 1e6
+    with pytest.raises(ElmExportError, match=rf"{name} holds values up to 1e\+06"):
+        TorchRuntime(MemoryCheckpoint(small_checkpoint.config, arrays), rounded_to=torch.float16)
