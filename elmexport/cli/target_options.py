@@ -4,13 +4,65 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+class Operators(StrEnum):
+    """The values of `onnx --ops`."""
+
+    FAST = "fast"
+    STANDARD = "standard"
+
 
 # By target: the field's name, its annotation as typer reads it, its default. A test holds the rows and the targets' fields together.
 OPTIONS: Mapping[str, tuple[tuple[str, Any, Any], ...]] = {
-    "onnx": (),
+    "onnx": (
+        (
+            "ops",
+            Annotated[
+                Operators,
+                typer.Option(help="fast: onnxruntime's own operators; standard: operators of ONNX opset 24 alone, for other engines."),
+            ],
+            Operators.FAST,
+        ),
+    ),
     "coreml": (),
-    "gguf": (),
+    "gguf": (
+        (
+            "imatrix",
+            Annotated[
+                Path | None,
+                typer.Option(
+                    metavar="FILE", help="Importance matrix in llama.cpp's GGUF form, for the quantizations that llama.cpp names."
+                ),
+            ],
+            None,
+        ),
+        (
+            "chat_template",
+            Annotated[
+                Path | None,
+                typer.Option(
+                    metavar="FILE", help="Chat template to put into the file: Jinja text, or a tokenizer_config.json that has one."
+                ),
+            ],
+            None,
+        ),
+        (
+            "split_max_size",
+            Annotated[
+                str | None,
+                typer.Option(
+                    metavar="SIZE", help="Split into files of at most so many bytes of weights each: 500M, 2G. [default: one file]"
+                ),
+            ],
+            None,
+        ),
+    ),
 }
 
 

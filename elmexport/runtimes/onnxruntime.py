@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
 CONTEXT_KEY = "elmexport.context"
+LOGITS_TO_KEEP, EVERY_COLUMN = "logits_to_keep", 0
 _CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -50,7 +51,7 @@ class OnnxRuntime(Runtime):
         self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
-        return self._open_sequence().run(ids[None], [position + len(ids)])[0, -last:]
+        return self._open_sequence().run(ids[None], [position + len(ids)], keep=last)[0]
 
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         """The attention kernel takes several sequences with a past only token by token: worth it for many short continuations."""
@@ -88,7 +89,7 @@ class OnnxRuntime(Runtime):
 
 
 class _Sequences:
-    """Static caches of `batch` sequences, `length` tokens each.
+    """Static caches of `batch` sequences, `length` tokens each (the context, where the model's caches have a fixed length).
 
     Past and present of a layer are one buffer: the attention kernel then appends in place, and reads no further than the attention mask
     reaches.
@@ -100,8 +101,9 @@ class _Sequences:
         self._session, self._binding = session, session.io_binding()
         self._caches: list[OrtValue] = []  # the binding keeps pointers only
         for past in pasts:
-            _, heads, _, head_dim = past.shape
-            buffer = OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, length, head_dim), _CACHE_DTYPES[past.type]))
+            _, heads, fixed, head_dim = past.shape
+            shape = (batch, heads, fixed if isinstance(fixed, int) else length, head_dim)
+            buffer = OrtValue.ortvalue_from_numpy(np.zeros(shape, _CACHE_DTYPES[past.type]))
             self._caches.append(buffer)
             self._binding.bind_ortvalue_input(past.name, buffer)
             self._binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
@@ -111,10 +113,18 @@ class _Sequences:
         for own, other in zip(self._caches, source._caches, strict=True):
             own.numpy()[:, :, :tokens] = other.numpy()[:, :, :tokens]
 
-    def run(self, ids: NDArray[np.int64], ends: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits `[batch, tokens, vocab]` of `ids` `[batch, tokens]`; with them, row i has `ends[i]` tokens and then padding."""
+    def run(self, ids: NDArray[np.int64], ends: Sequence[int] | NDArray[np.int64], keep: int = EVERY_COLUMN) -> NDArray[np.float32]:
+        """Logits `[batch, tokens, vocab]` of `ids` `[batch, tokens]`; with them, row i has `ends[i]` tokens and then padding.
+
+        With `keep`, logits `[batch, keep, vocab]` of each row's last tokens.
+        """
+        from onnxruntime import OrtValue
+
         self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
         self._binding.bind_cpu_input("attention_mask", (np.arange(max(ends)) < np.asarray(ends)[:, None]).astype(np.int64))
+        # An initializer that may be overridden: `bind_cpu_input` knows only the inputs proper.
+        kept = OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
+        self._binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         self._binding.bind_output("logits")
         self._session.run_with_iobinding(self._binding)
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
 from elmexport.target import ExportJob, Target
+from elmexport.weights import Role
 
 # The file names by which transformers.js finds a quantization.
 STEMS: Mapping[str, str] = {"fp32": "model", "fp16": "model_fp16", "int8": "model_quantized", "int4": "model_q4"}
+BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates head dimensions in steps of this
 
 
+@dataclass(frozen=True)
 class OnnxTarget(Target):
-    """ONNX in its fast form: `com.microsoft` operators, weights in one external data file."""
+    """ONNX with weights in one external data file.
+
+    `ops` is "fast" for onnxruntime's `com.microsoft` operators, "standard" for ONNX's own alone (opset 24).
+    """
+
+    ops: str = "fast"
 
     name: ClassVar[str] = "onnx"
     quants: ClassVar[tuple[str, ...]] = ("int4", "int8", "fp16", "fp32")
+
+    def refuses(self, scheme: Scheme, role: Role) -> str | None:
+        match scheme:
+            case Float(dtype="fp32" | "fp16"):
+                return None
+            case Integer(granularity=PerBlock(size=size), symmetric=True) if size in BLOCKS:
+                return None
+        return f"stores fp32, fp16, and symmetric integers in blocks of {', '.join(map(str, BLOCKS))}"
 
     def check(self, config: OpenELMConfig, context: int) -> None:
         if config.head_dim % HEAD_MULTIPLE:
@@ -30,14 +48,17 @@ class OnnxTarget(Target):
 
     def write(self, job: ExportJob, folder: Path) -> None:
         from targets.onnx.builder import ExternalData, GraphBuilder, save
+        from targets.onnx.companions import write_companions
         from targets.onnx.lowering import Lowering
+        from targets.onnx.standard import StandardLowering
 
         job.write_description(folder)
-        path = folder / "onnx" / f"{STEMS[job.recipe.name]}.onnx"
+        path = folder / "onnx" / f"{STEMS.get(job.recipe.name, f'model_{job.recipe.name}')}.onnx"
         path.parent.mkdir()
         with ExternalData(path.with_name(path.name + "_data")) as data:
-            model = Lowering(job, GraphBuilder(data)).run()
+            model = {"fast": Lowering, "standard": StandardLowering}[self.ops](job, GraphBuilder(data)).run()
         save(model, path)
+        write_companions(job, path, folder)
 
     def tools(self) -> Mapping[str, str]:
         return {name: version(name) for name in ("onnx", "onnx-ir")}

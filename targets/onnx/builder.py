@@ -33,14 +33,12 @@ class ExternalData:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
-    def append(self, name: str, array: NDArray[Any]) -> ir.ExternalTensor:
-        """Write `array` (contiguous) at the next aligned offset."""
+    def append(self, name: str, array: NDArray[Any], dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
+        """Write `array` (contiguous) at the next aligned offset, to be read as `dtype` and `shape`."""
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
         offset = self._file.tell()
         self._file.write(array.data)
-        return ir.ExternalTensor(
-            self.path.name, offset, array.nbytes, ir.DataType.from_numpy(array.dtype), shape=ir.Shape(array.shape), name=name
-        )
+        return ir.ExternalTensor(self.path.name, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name)
 
 
 class GraphBuilder:
@@ -58,14 +56,21 @@ class GraphBuilder:
         self._inputs.append(value)
         return value
 
+    def optional_input(self, name: str, default: NDArray[Any]) -> ir.Value:
+        """An input that callers may leave out: an initializer that is listed among the inputs."""
+        value = self._initializer(name, ir.Tensor(default, name=name))
+        self._inputs.append(value)
+        return value
+
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
         """Make `value` an output of the model called `name`."""
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self._outputs.append(value)
 
-    def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """An initializer in the external data file; `array` is not kept."""
-        return self._initializer(name, self._data.append(name, np.ascontiguousarray(array)))
+    def weight(self, name: str, array: NDArray[Any], dtype: ir.DataType | None = None, shape: Sequence[int] | None = None) -> ir.Value:
+        """An initializer in the external data file; `array` is not kept. `dtype` and `shape` where codes are packed several to a byte."""
+        dtype = dtype or ir.DataType.from_numpy(array.dtype)
+        return self._initializer(name, self._data.append(name, np.ascontiguousarray(array), dtype, shape or array.shape))
 
     def constant(self, name: str, array: NDArray[Any]) -> ir.Value:
         """An initializer inside the `.onnx` file; equal names mean equal constants."""
@@ -98,16 +103,17 @@ class GraphBuilder:
         """Append a node with one output."""
         return self.node(op, name, inputs, attributes, domain=domain)[0]
 
-    def model(self, name: str, metadata: Mapping[str, str]) -> ir.Model:
+    def model(self, name: str, metadata: Mapping[str, str], opset: int, ir_version: int) -> ir.Model:
+        domains = {node.domain for node in self._nodes}
         graph = ir.Graph(
             self._inputs,
             self._outputs,
             nodes=self._nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={"": opset} | ({MICROSOFT: 1} if MICROSOFT in domains else {}),
             name=name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="elmexport", metadata_props=dict(metadata))
+        return ir.Model(graph, ir_version=ir_version, producer_name="elmexport", metadata_props=dict(metadata))
 
 
 def save(model: ir.Model, path: Path) -> None:

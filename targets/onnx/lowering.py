@@ -3,13 +3,17 @@
 Inputs `input_ids` and `attention_mask` (int64) and `past_key_values.N.key|value`, outputs `logits` (float32) and
 `present.N.key|value`. `attention_mask` is `[batch_size, total_sequence_length]`, ones over the tokens in the cache and those now fed.
 The cache is `[batch_size, kv_heads_N, length, head_dim]`: past and present bound to one buffer make it static, fed back it grows.
-Not covered: the portable form without contrib operators.
+
+GroupQueryAttention takes a row's tokens from the left, without gaps. Callers pad on the left: the graph rolls each row to the left when it
+comes in, and the hidden states back before the head, which costs a gather of ids and one of the states that the head reads.
+
+`logits_to_keep` is an initializer with a default that may be overridden like an input: 1 (the default) computes the head for the last token
+of every row, k for the last k, 0 for every column. Callers that do not know of it never pay for the head on a prompt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +24,14 @@ from numpy.typing import NDArray
 
 from elmexport.graph.ir import Node
 from elmexport.graph.ops import rope_angles
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.target import ExportJob
-from elmexport.weights import WeightSpec
-from targets.onnx.builder import MICROSOFT, GraphBuilder
+from elmexport.weights import Role, WeightSpec
+from targets.onnx.builder import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
 from targets.onnx.packing import pack_codes
+from targets.onnx.rows import BATCH, SEQUENCE, TOTAL, Rows
 
-BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+PAST = "past_sequence_length"
 CONTEXT_KEY = "elmexport.context"  # metadata of the model: tokens that its rotary tables reach
 _ACCURACY_LEVEL = 4  # MatMulNBits multiplies in int8; without it, 8-bit weights take a path about 100 times slower
 
@@ -50,6 +55,8 @@ class Blocks:
 class Lowering:
     """Lowers one graph, node by node; each weight is read, packed and written when its node comes."""
 
+    opset, ir_version = OPSET, IR_VERSION
+
     def __init__(self, job: ExportJob, builder: GraphBuilder) -> None:
         self.job, self.graph, self.config, self.builder = job, job.graph, job.config, builder
         self.dtype, self.numpy_dtype = _DTYPES[job.recipe.activations.dtype]
@@ -61,28 +68,21 @@ class Lowering:
     def run(self) -> ir.Model:
         self._inputs()
         for node in self.graph.nodes:
-            _LOWERINGS[node.op](self, node)
+            getattr(self, node.op)(node)
         self._outputs()
-        return self.builder.model(self.job.name, {CONTEXT_KEY: str(self.graph.context)})
+        return self.builder.model(self.job.name, {CONTEXT_KEY: str(self.graph.context)}, self.opset, self.ir_version)
 
     # Inputs and outputs
 
     def _inputs(self) -> None:
         build, d = self.builder, self.config.head_dim
-        self.values["ids"] = build.input("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
+        ids = build.input("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
         mask = build.input("attention_mask", ir.DataType.INT64, (BATCH, TOTAL))
-        for i, layer in enumerate(self.config.layers):
+        for i in range(len(self.config.layers)):
             for kind, short in (("key", "k"), ("value", "v")):
-                shape = (BATCH, layer.kv_heads, PAST, d)
-                self.values[f"{short}_cache.{i}"] = build.input(f"past_key_values.{i}.{kind}", self.dtype, shape)
-        # GroupQueryAttention wants int32: the index of each sequence's last token, and the length of the longest.
-        one = build.constant("one", np.array([1], np.int64))
-        lengths = build.op("ReduceSum", "attention_mask.lengths", mask, one, keepdims=0)
-        last = build.op("Sub", "attention_mask.last", lengths, one)
-        self.last = build.op("Cast", "seqlens_k", last, to=ir.DataType.INT32)
-        shape = build.op("Shape", "attention_mask.shape", mask)
-        total = build.op("Gather", "attention_mask.total", shape, build.constant("axis_1", np.array(1, np.int64)), axis=0)
-        self.total = build.op("Cast", "total_sequence_length", total, to=ir.DataType.INT32)
+                self.values[f"{short}_cache.{i}"] = build.input(f"past_key_values.{i}.{kind}", self.dtype, self._cache_shape(i, PAST))
+        self.rows = Rows(build, ids, mask)
+        self.values["ids"] = self.rows.ids
         angles = rope_angles(torch.arange(self.graph.context), d, float(self.config.rope_freq_constant), torch.float64)
         self.cos, self.sin = (
             build.weight(name, table[:, : d // 2].numpy().astype(self.numpy_dtype))
@@ -93,11 +93,14 @@ class Lowering:
         logits = self.values[self.graph.logits]
         if self.dtype != ir.DataType.FLOAT:
             logits = self.builder.op("Cast", "logits.cast", logits, to=ir.DataType.FLOAT)
-        self.builder.output(logits, "logits", ir.DataType.FLOAT, (BATCH, SEQUENCE, self.config.vocab_size))
-        for i, layer in enumerate(self.config.layers):
-            shape = (BATCH, layer.kv_heads, TOTAL, self.config.head_dim)
+        self.builder.output(logits, "logits", ir.DataType.FLOAT, (BATCH, 1, self.config.vocab_size))
+        for i in range(len(self.config.layers)):
+            shape = self._cache_shape(i, TOTAL)
             self.builder.output(self.values[self.graph.present_keys[i]], f"present.{i}.key", self.dtype, shape)
             self.builder.output(self.values[self.graph.present_values[i]], f"present.{i}.value", self.dtype, shape)
+
+    def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
+        return (BATCH, self.config.layers[layer].kv_heads, length, self.config.head_dim)
 
     # Weights
 
@@ -105,16 +108,20 @@ class Lowering:
         """A matrix, written at its first use; floats as `[in, out]` with `transpose`, the layout of MatMul."""
         if spec.name not in self.matrices:
             weight = self.job.weights.get(spec, scale)
+            assert not isinstance(weight, PalettizedTensor), f"{spec.name}: `OnnxTarget.refuses` look-up tables"
             if isinstance(weight, QuantizedTensor):
-                codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
-                scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
-                self.matrices[spec.name] = Blocks(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1])
+                self.matrices[spec.name] = self._blocks(spec, weight, transpose=transpose)
             elif transpose:
                 self.matrices[spec.name] = self.builder.weight(f"{spec.name}.transposed", self._floats(weight.t()))
             else:
                 self.matrices[spec.name] = self.builder.weight(spec.name, self._floats(weight))
             self.job.advance(spec.size)
         return self.matrices[spec.name]
+
+    def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
+        codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
+        scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
+        return Blocks(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1])
 
     def _vector(self, spec: WeightSpec) -> ir.Value:
         weight = self.job.weights.get(spec)
@@ -148,16 +155,21 @@ class Lowering:
 
     def linear(self, node: Node) -> None:
         build, spec, x = self.builder, node.weights["weight"], self.values[node.inputs["x"]]
+        if node.role is Role.LM_HEAD:
+            x = self.rows.kept(x)
         tied = spec.name in self.matrices
         matrix = self._matrix(spec, node.weight_scale, transpose=True)
         if isinstance(matrix, Blocks):
-            attributes = {"N": spec.shape[0], "K": spec.shape[1], "accuracy_level": _ACCURACY_LEVEL, **matrix.attributes}
-            out = build.op("MatMulNBits", node.name, x, matrix.codes, matrix.scales, domain=MICROSOFT, **attributes)
+            out = self._multiply(node, spec, x, matrix, tied=tied)
         else:
             if tied:  # it lies as the embedding needs it; engines fold the transposition when they load
                 matrix = build.op("Transpose", f"{node.name}.transposed", matrix, perm=[1, 0])
             out = build.op("MatMul", node.name, x, matrix)
         self.values[node.outputs[0]] = out
+
+    def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: Blocks, *, tied: bool) -> ir.Value:
+        attributes = {"N": spec.shape[0], "K": spec.shape[1], "accuracy_level": _ACCURACY_LEVEL, **matrix.attributes}
+        return self.builder.op("MatMulNBits", node.name, x, matrix.codes, matrix.scales, domain=MICROSOFT, **attributes)
 
     def rms_norm(self, node: Node) -> None:
         if node.outputs[0] not in self.values:  # else `add` has emitted it
@@ -197,7 +209,7 @@ class Lowering:
         values = build.node(
             "GroupQueryAttention",
             node.name,
-            (*qkv, *cache, self.last, self.total, self.cos, self.sin),
+            (*qkv, *cache, self.rows.last, self.rows.total, self.cos, self.sin),
             {"num_heads": query_heads, "kv_num_heads": kv_heads, "do_rotary": 1, "rotary_interleaved": 0},
             domain=MICROSOFT,
             outputs=("", ".k_cache", ".v_cache"),
@@ -226,14 +238,3 @@ class Lowering:
     def _silu(self, name: str, x: ir.Value) -> ir.Value:
         """`x * sigmoid(x)`, which onnxruntime fuses into one kernel."""
         return self.builder.op("Mul", name, x, self.builder.op("Sigmoid", f"{name}.sigmoid", x))
-
-
-_LOWERINGS: Mapping[str, Callable[[Lowering, Node], None]] = {
-    "embed": Lowering.embed,
-    "rms_norm": Lowering.rms_norm,
-    "linear": Lowering.linear,
-    "attention": Lowering.attention,
-    "swiglu": Lowering.swiglu,
-    "silu": Lowering.silu,
-    "add": Lowering.add,
-}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.quantization.schemes import PerBlock
@@ -21,3 +24,12 @@ def pack_codes(quantized: QuantizedTensor) -> NDArray[np.uint8]:
     packed = codes ^ 128 if quantized.scheme.width == 8 else (codes[:, 0::2] + 8) | ((codes[:, 1::2] + 8) << 4)
     result: NDArray[np.uint8] = packed.reshape(rows, blocks, -1).numpy()
     return result
+
+
+def pack_signed(codes: Tensor, width: int) -> NDArray[Any]:
+    """Codes as ONNX's INT4 or INT8 tensors hold them: signed, in row order, of two 4-bit codes in a byte the earlier one in the low half."""
+    flat = codes.contiguous().view(-1)
+    if width == 8:
+        return flat.numpy()
+    low, high = flat[0::2].view(torch.uint8) & 15, flat[1::2].view(torch.uint8) & 15
+    return (low | (high << 4)).numpy()

@@ -18,6 +18,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from calibration.preparation import WeightOptions
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
@@ -61,7 +62,11 @@ def test_folder(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: s
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
         "config.json",
         "manifest.json",
+        "generation_config.json",
+        "genai_config.json",
+        "tokenizer.json",
         "tokenizer.model",
+        "tokenizer_config.json",
         f"onnx/{stem}.onnx",
         f"onnx/{stem}.onnx_data",
     }
@@ -128,8 +133,9 @@ def test_interface(exported: Exported, small_config: OpenELMConfig, quant: str) 
     inputs = {
         "input_ids": (onnx.TensorProto.INT64, ("batch_size", "sequence_length")),
         "attention_mask": (onnx.TensorProto.INT64, ("batch_size", "total_sequence_length")),
+        "logits_to_keep": (onnx.TensorProto.INT64, ()),  # has a default
     }
-    outputs = {"logits": (onnx.TensorProto.FLOAT, ("batch_size", "sequence_length", small_config.vocab_size))}
+    outputs = {"logits": (onnx.TensorProto.FLOAT, ("batch_size", 1, small_config.vocab_size))}
     for i, layer in enumerate(small_config.layers):
         for kind in ("key", "value"):
             inputs[f"past_key_values.{i}.{kind}"] = (cache, ("batch_size", layer.kv_heads, "past_sequence_length", small_config.head_dim))
@@ -154,7 +160,7 @@ def test_native_operators(exported: Exported, small_config: OpenELMConfig) -> No
     assert count["GroupQueryAttention"] == layers
     assert count["SkipSimplifiedLayerNormalization"] == 2 * layers
     assert count["SimplifiedLayerNormalization"] == 2 * layers + 1  # the q/k norms, and the first, which has no residual before it
-    assert count["Add"] == 0
+    assert count["Add"] == 2  # on token counts; the sums of the residual stream are inside the norms
 
 
 # The weights
@@ -238,7 +244,7 @@ def test_inflated_residual_stream_in_fp16(small_config: OpenELMConfig, export_to
         if name.endswith(("out_proj.weight", "proj_2.weight")):
             array *= 2.0**16
     ids = token_ids(100, checkpoint.config)
-    folder = export_to(checkpoint, "onnx", "fp16", calibrate=calibrate)
+    folder = export_to(checkpoint, "onnx", "fp16", weights=WeightOptions(calibrate=calibrate))
     assert json.loads((folder / "manifest.json").read_text())["alpha"] < 1
     assert kl(reference_logits(checkpoint.config, checkpoint.arrays, ids), logits_of(folder, ids)).mean() < 1e-3
 
@@ -269,6 +275,7 @@ names = [output.name for output in session.get_outputs()]
 pasts = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
 dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 feed = {entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype[entry.type]) for entry in pasts}
+feed["logits_to_keep"] = np.array(0)
 logits, start = [], 0
 for end in (1, 40, 41, ids.shape[1]):
     feed |= {"input_ids": ids[:, start:end], "attention_mask": np.ones((1, end), np.int64)}

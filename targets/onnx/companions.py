@@ -1,0 +1,81 @@
+"""The small files beside the model by which other runtimes open the folder: transformers.js, onnxruntime-genai, optimum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.checkpoint.tokenizer_json import write_tokenizer_json
+from elmexport.target import ExportJob
+
+
+def write_companions(job: ExportJob, model: Path, folder: Path) -> None:
+    """Write `generation_config.json`, `genai_config.json` and, with a tokenizer, `tokenizer.json` and `tokenizer_config.json`.
+
+    `model` is the `.onnx` file inside `folder`.
+    """
+    config = job.config
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.eos_token_id}
+    _write(folder / "generation_config.json", {**ids, "do_sample": False})
+    _write(folder / "genai_config.json", _genai(job, model.relative_to(folder).as_posix()))
+    if job.tokenizer is not None:
+        if not (folder / "tokenizer.json").exists():
+            write_tokenizer_json(job.tokenizer, folder / "tokenizer.json")
+        _write(folder / "tokenizer_config.json", _tokenizer(job.tokenizer, job.graph.context))
+
+
+def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
+    """onnxruntime-genai's description of a decoder. Head counts differ from layer to layer: it reads them off the graph and takes these
+    only where a graph leaves them open, so the largest stand here."""
+    config = job.config
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": config.bos_token_id,
+            "eos_token_id": config.eos_token_id,
+            "pad_token_id": config.eos_token_id,
+            "context_length": job.graph.context,
+            "vocab_size": config.vocab_size,
+            "decoder": {
+                "filename": filename,
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "head_size": config.head_dim,
+                "hidden_size": config.model_dim,
+                "num_attention_heads": max(layer.query_heads for layer in config.layers),
+                "num_key_value_heads": max(layer.kv_heads for layer in config.layers),
+                "num_hidden_layers": config.num_transformer_layers,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+            },
+        },
+        "search": {"do_sample": False, "max_length": job.graph.context, "past_present_share_buffer": True},
+    }
+
+
+def _tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
+    pieces = tokenizer.pieces()
+    eos = pieces[tokenizer.eos_id].text
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,  # the text as it is, a space put before it: what SentencePiece does
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": pieces[tokenizer.bos_id].text,
+        "eos_token": eos,
+        "unk_token": pieces[tokenizer.unk_id].text,
+        "pad_token": eos,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""From the op vocabulary to ONNX: the portable form, operators of opset 24 alone.
+
+The interface is that of the fast form, with caches of fixed length: `past_key_values.N.*` and `present.N.*` are
+`[batch_size, kv_heads_N, context, head_dim]`, and TensorScatter writes the new tokens in their place. Weights of 4 or 8 bits are
+blockwise DequantizeLinear, `[in, out]` where engines fuse them with the product, `[out, in]` in a table that a tied head shares.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from elmexport.graph.ir import Node
+from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.weights import WeightSpec
+from targets.onnx.lowering import Blocks, Lowering
+from targets.onnx.packing import pack_signed
+from targets.onnx.rows import BATCH
+
+OPSET, IR_VERSION = 24, 11
+_DTYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+
+
+class StandardLowering(Lowering):
+    """Lowers one graph, node by node; each weight is read, packed and written when its node comes."""
+
+    opset, ir_version = OPSET, IR_VERSION
+
+    def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
+        return (BATCH, self.config.layers[layer].kv_heads, self.graph.context, self.config.head_dim)
+
+    # Weights
+
+    def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
+        codes, scales = (weight.codes.t(), weight.scales.t()) if transpose else (weight.codes, weight.scales)
+        bits = weight.scheme.width
+        packed = self.builder.weight(f"{spec.name}.codes", pack_signed(codes, bits), _DTYPES[bits], tuple(codes.shape))
+        size = spec.shape[1] // weight.scales.shape[1]
+        return Blocks(packed, self.builder.weight(f"{spec.name}.scales", self._floats(scales)), bits, size)
+
+    # Ops
+
+    def _gather_blocks(self, node: Node, ids: ir.Value, table: Blocks) -> ir.Value:
+        build = self.builder
+        codes = build.op("Gather", f"{node.name}.codes", table.codes, ids, axis=0)
+        scales = build.op("Gather", f"{node.name}.scales", table.scales, ids, axis=0)
+        return build.op("DequantizeLinear", node.name, codes, scales, axis=2, block_size=table.size)
+
+    def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: Blocks, *, tied: bool) -> ir.Value:
+        build, name = self.builder, f"{node.name}.dequantized"
+        weight = build.op("DequantizeLinear", name, matrix.codes, matrix.scales, axis=1 if tied else 0, block_size=matrix.size)
+        if tied:
+            weight = build.op("Transpose", f"{node.name}.transposed", weight, perm=[1, 0])
+        return build.op("MatMul", node.name, x, weight)
+
+    def _normalize(self, name: str, x: ir.Value, weight: WeightSpec, eps: float) -> ir.Value:
+        return self.builder.op("RMSNormalization", name, x, self._vector(weight), axis=-1, epsilon=eps, stash_type=1)
+
+    def add(self, node: Node) -> None:
+        self.values[node.outputs[0]] = self.builder.op("Add", node.name, *(self.values[node.inputs[which]] for which in ("x", "y")))
+
+    def attention(self, node: Node) -> None:
+        build, d = self.builder, self.config.head_dim
+        heads = {"q": node.attrs["query_heads"], "k": node.attrs["kv_heads"], "v": node.attrs["kv_heads"]}
+        sizes = build.constant(f"split.{heads['q']}.{heads['k']}", np.array([count * d for count in heads.values()], np.int64))
+        split = build.node(
+            "Split", f"{node.name}.split", (self.values[node.inputs["qkv"]], sizes), {"axis": -1}, outputs=(".q", ".k", ".v")
+        )
+        shape = build.constant("heads_shape", np.array([0, 0, -1, d], np.int64))
+        parts = {}
+        for which, part in zip(heads, split, strict=True):
+            name = f"{node.name}.{which}"
+            part = build.op("Reshape", f"{name}_heads", part, shape)
+            if f"{which}_norm" in node.weights:
+                part = self._normalize(f"{name}_norm", part, node.weights[f"{which}_norm"], node.attrs["eps"])
+            part = build.op("Transpose", f"{name}_first", part, perm=[0, 2, 1, 3])
+            if which != "v":
+                part = build.op("RotaryEmbedding", f"{name}_rotated", part, self.cos, self.sin, self.rows.positions)
+            parts[which] = part
+        caches = [
+            build.op(
+                "TensorScatter",
+                f"{node.name}.{which}_cache",
+                self.values[node.inputs[f"{which}_cache"]],
+                parts[which],
+                self.rows.start,
+                axis=2,
+            )
+            for which in ("k", "v")
+        ]
+        # Where each row's tokens end, padding on the right included, is where the causal triangle ends.
+        out = build.op("Attention", f"{node.name}.heads", parts["q"], *caches, None, None, None, self.rows.end, is_causal=1)
+        out = build.op("Transpose", f"{node.name}.last", out, perm=[0, 2, 1, 3])
+        flat = build.constant(f"flat_shape.{heads['q']}", np.array([0, 0, heads["q"] * d], np.int64))
+        result = build.op("Reshape", node.name, out, flat)
+        self.values.update(zip(node.outputs, (result, *caches), strict=True))

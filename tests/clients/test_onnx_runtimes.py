@@ -1,0 +1,224 @@
+"""The ONNX folder, unchanged, in other people's runtimes: onnxruntime-genai, transformers.js, optimum. Greedy tokens must be the same.
+
+The expected tokens come from a loop over plain onnxruntime, one prompt at a time, with a cache that grows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elmexport.checkpoint import open_checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
+from tests.clients.kept import kept
+
+TRANSFORMERS_JS = "4.3.1"
+OPTIMUM = ("optimum-onnx[onnxruntime]==0.1.0", "optimum==2.1.0", "transformers==4.57.6", f"torch=={version('torch').split('+')[0]}")
+PROMPTS = ["The old captain looked at the sea", "Once upon a time", "“No,” said she; and the door"]
+NEW = 24
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}  # transformers.js's names
+QUANTS = tuple(DTYPES)
+
+Artifact = Callable[[str], Path]
+Tokens = list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """`artifact("tiny-int4")`, or `"270M-int4"` with random weights and tiny's tokenizer, made once."""
+    from elmexport.export import export_checkpoint
+
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            model, quant = name.split("-")
+            tokenizer = None if model == "tiny" else str(open_checkpoint("tiny").tokenizer_path)
+            checkpoint = open_checkpoint(model, random_weights=None if model == "tiny" else 5, tokenizer=tokenizer)
+            out = tmp_path_factory.mktemp("onnx") / name
+            made[name] = export_checkpoint(checkpoint, "onnx", quant, out=out, verify=False, calibrate="none").path
+        return made[name]
+
+    yield get
+    for folder in made.values():
+        shutil.rmtree(folder)
+
+
+def greedy(folder: Path, prompts: Sequence[str] = PROMPTS, new: int = NEW) -> Tokens:
+    """Prompt and continuation of each prompt, by plain onnxruntime."""
+    import onnxruntime
+
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    session = onnxruntime.InferenceSession(next(folder.glob("onnx/*.onnx")), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    pasts = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
+    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+    result = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        feed: dict[str, Any] = {entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtypes[entry.type]) for entry in pasts}
+        fed = 0
+        while len(ids) < len(tokenizer.encode(prompt)) + new and (fed == 0 or ids[-1] != tokenizer.eos_id):
+            feed |= {"input_ids": np.array([ids[fed:]]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+            out = dict(zip(names, session.run(names, feed), strict=True))
+            assert out["logits"].shape[1] == 1  # the head of the last token only
+            feed |= {entry.name: out[entry.name.replace("past_key_values", "present")] for entry in pasts}
+            fed = len(ids)
+            ids.append(int(out["logits"][0, -1].argmax()))
+        result.append(ids)
+    return result
+
+
+def run(command: Sequence[object], cwd: Path) -> Any:
+    """The JSON document on the last line of what the program prints; a failure fails the test."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, cwd=cwd)
+    if done.returncode:
+        pytest.fail(f"{command[0]} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+# onnxruntime-genai
+
+GENAI = """
+import json, sys
+import onnxruntime_genai as og
+folder, shared, new, *prompts = sys.argv[1:]
+model = og.Model(folder)
+tokenizer = og.Tokenizer(model)
+tokenizer.update_options(add_special_tokens="true")
+def generate(ids, longest, batch=1):
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=longest + int(new), do_sample=False, batch_size=batch, past_present_share_buffer=shared == "shared")
+    generator = og.Generator(model, params)
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [[int(i) for i in generator.get_sequence(row)] for row in range(batch)]
+ids = [[int(i) for i in tokenizer.encode(prompt)] for prompt in prompts]
+alone = [generate(row, len(row))[0] for row in ids]
+batch = generate(tokenizer.encode_batch(prompts), max(map(len, ids)), len(prompts))
+print(json.dumps({"ids": ids, "alone": alone, "batch": batch,
+                  "text": [tokenizer.decode(ids) for ids in alone]}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["shared", "growing"])
+@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4"])
+def test_onnxruntime_genai(artifact: Artifact, tmp_path: Path, name: str, cache: str) -> None:
+    folder = artifact(name)
+    expected = greedy(folder)
+    found = run([sys.executable, "-c", GENAI, folder, cache, NEW, *PROMPTS], tmp_path)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    assert found["ids"] == [tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert found["alone"] == expected
+    for ids, row, alone in zip(found["ids"], found["batch"], expected, strict=True):  # rows are padded on the right
+        assert row[: len(ids)] == ids
+        answer = [i for i in row[len(ids) :] if i != tokenizer.eos_id]
+        assert answer == alone[len(ids) :][: len(answer)]
+        assert len(answer) > NEW // 2
+    if name.startswith("tiny"):
+        assert found["text"] == [tokenizer.decode(ids) for ids in expected]
+
+
+# transformers.js
+
+JAVASCRIPT = """
+import { AutoTokenizer, AutoModelForCausalLM, env } from '@huggingface/transformers';
+const [, , parent, name, dtype, count, ...prompts] = process.argv;
+env.allowRemoteModels = false;
+env.localModelPath = parent;
+const tokenizer = await AutoTokenizer.from_pretrained(name);
+const model = await AutoModelForCausalLM.from_pretrained(name, { dtype });
+const generate = async (texts) => {
+  const output = await model.generate({ ...tokenizer(texts, { padding: true }), max_new_tokens: Number(count), do_sample: false });
+  return { ids: output.tolist().map((row) => row.map(Number)), text: tokenizer.batch_decode(output, { skip_special_tokens: true }) };
+};
+const alone = [];
+for (const prompt of prompts) alone.push(await generate([prompt]));
+console.log(JSON.stringify({ alone, batch: await generate(prompts) }));
+"""
+
+
+@pytest.fixture(scope="module")
+def transformers_js() -> Path:
+    """A folder with `run.mjs` beside the installed library."""
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.fail("transformers.js needs Node.js: install node and npm")
+
+    def install(folder: Path) -> None:
+        (folder / "package.json").write_text(json.dumps({"private": True, "dependencies": {"@huggingface/transformers": TRANSFORMERS_JS}}))
+        # Without its install scripts: onnxruntime's would fetch libraries for graphics cards.
+        subprocess.run([npm, "install", "--ignore-scripts", "--no-package-lock", "--no-audit", "--no-fund"], cwd=folder, check=True)
+
+    folder = kept(f"transformers.js-{TRANSFORMERS_JS}", install)
+    (folder / "run.mjs").write_text(JAVASCRIPT)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4"])
+def test_transformers_js(artifact: Artifact, transformers_js: Path, name: str) -> None:
+    folder = artifact(name)
+    expected = greedy(folder)
+    command = ["node", "run.mjs", folder.parent, folder.name, DTYPES[name.split("-")[1]], NEW, *PROMPTS]
+    check(run(command, transformers_js), expected, folder)
+
+
+def check(found: Any, expected: Tokens, folder: Path) -> None:
+    """`found` holds every prompt alone, and all in a batch with padding on the left."""
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    assert [one["ids"][0] for one in found["alone"]] == expected
+    if folder.name.startswith("tiny"):  # other models have more ids than tiny's tokenizer
+        assert [one["text"][0] for one in found["alone"]] == [tokenizer.decode(ids) for ids in expected]
+    for row, alone in zip(found["batch"]["ids"], expected, strict=True):
+        padding = max(map(len, (tokenizer.encode(prompt) for prompt in PROMPTS))) - (len(alone) - NEW)
+        assert row == [tokenizer.eos_id] * padding + alone
+
+
+# optimum, in an environment of its own: it needs an older transformers
+
+PYTHON = """
+import json, sys
+from transformers import AutoTokenizer
+from elmexport.integrations.optimum import ORTOpenELMForCausalLM
+folder, new, *prompts = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = ORTOpenELMForCausalLM.from_pretrained(folder)
+def generate(texts):
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=int(new), do_sample=False)
+    return {"ids": output.tolist(), "text": tokenizer.batch_decode(output, skip_special_tokens=True)}
+print(json.dumps({"alone": [generate([prompt]) for prompt in prompts], "batch": generate(prompts)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def optimum_python() -> Path:
+    def install(folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *OPTIMUM], check=True)
+
+    # A virtual environment may be moved as long as its programs are not run by name: `python` finds its packages from where it lies.
+    return kept("optimum-onnx-0.1.0", install) / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4"])
+def test_optimum(artifact: Artifact, optimum_python: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import elmexport
+
+    folder = artifact(name)
+    monkeypatch.setenv("PYTHONPATH", str(Path(elmexport.__file__).parents[1]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check(run([optimum_python, "-c", PYTHON, folder, NEW, *PROMPTS], tmp_path), greedy(folder), folder)
