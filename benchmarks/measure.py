@@ -31,14 +31,19 @@ class Run:
 
 
 def run_python(*arguments: str) -> Run:
-    """Run `python ARGUMENTS` in a fresh process and wait for it.
+    """`run`, of this Python."""
+    return run(sys.executable, *arguments)
+
+
+def run(*command: str) -> Run:
+    """Run `command` in a fresh process and wait for it.
 
     Memory is what the kernel counted for that one process. The count starts at the fork, with the memory of the process that measures:
     nothing heavy may be imported here.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments], stdout=out, stderr=err)
+        process = subprocess.Popen(command, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)  # tells Popen that it has been waited for

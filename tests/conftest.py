@@ -15,6 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded; see 
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm_config import OpenELMConfig
+from tests.clients import llama_cpp_tools as tools_of_llama_cpp
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
 
@@ -95,3 +96,9 @@ SmallArtifact = Callable[[str, str], Path]
 def small_artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> SmallArtifact:
     """`small_artifact(target, quant)`: the artifact of the small checkpoint, made once."""
     return cache(partial(export_to, small_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_tools() -> tools_of_llama_cpp.LlamaCppTools:
+    """llama.cpp's own programs and converter, built on first use."""
+    return tools_of_llama_cpp.llama_cpp_tools()

@@ -2,43 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import QuantizedTensor, quantize
+from elmexport.quantization.quantize import Method, Moments, PalettizedTensor, QuantizedTensor, quantize
 from elmexport.quantization.recipes import Plan
-from elmexport.quantization.schemes import Float, Scheme
-from elmexport.weights import WeightSpec
+from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
+from elmexport.weights import Role, WeightSpec
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class PlannedWeights:
-    """Streams the weights of `checkpoint` under `plan`; nothing is kept."""
+class Quantizer(Protocol):
+    """Gives the tensors that a plan stores as codes."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan) -> None:
+    def __call__(self, weight: Tensor, spec: WeightSpec, scheme: Integer | Lut) -> QuantizedTensor | PalettizedTensor: ...
+
+
+class PlannedWeights:
+    """Streams the weights of `checkpoint` under `plan`; nothing is kept.
+
+    Codes come from `quantizer`; where None, from `quantize` with its default method. `norms` stand in the place of the checkpoint's.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, quantizer: Quantizer | None = None, norms: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.checkpoint, self.plan = checkpoint, plan
+        self._quantizer, self._norms = quantizer or OnTheFly(), norms or {}
 
     def scheme(self, spec: WeightSpec) -> Scheme:
         return self.plan.schemes[spec.name]
 
-    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | QuantizedTensor:
+    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | QuantizedTensor | PalettizedTensor:
         """The tensor times `scale` (a power of two), as its scheme stores it: `[out, in]` or `[dim]`.
 
         Raises:
             ElmExportError: NaN or infinite weights, values beyond the scheme's range.
         """
-        tensor = self.checkpoint.tensor(spec.name)
+        tensor = self._norms[spec.name] if spec.name in self._norms else self.checkpoint.tensor(spec.name)
         scheme = self.scheme(spec)
         if isinstance(scheme, Float):
             return cast(tensor if scale == 1.0 else tensor.to(torch.float32) * scale, scheme, spec.name)
+        assert isinstance(scheme, Integer | Lut), f"{spec.name}: {scheme} is quantized by the target"
         try:
-            quantized = quantize(tensor, scheme)
+            quantized = self._quantizer(tensor, spec, scheme)
             return quantized if scale == 1.0 else quantized.scaled(scale)
         except ElmExportError as error:
             raise ElmExportError(f"{spec.name}: {error}") from None
+
+
+class OnTheFly:
+    """`quantize` by `method`, its squares weighted by the moments of a tensor's input where `moments` gives them.
+
+    The embedding is a table first, whose rows are read one at a time: its squares are not weighted, though it may be the head too.
+    """
+
+    def __init__(self, method: Method = "mse", moments: Callable[[WeightSpec], Moments | None] | None = None) -> None:
+        self._method, self._moments = method, moments
+
+    def __call__(self, weight: Tensor, spec: WeightSpec, scheme: Integer | Lut) -> QuantizedTensor | PalettizedTensor:
+        moments = None if self._moments is None or spec.role is Role.EMBEDDING else self._moments(spec)
+        return quantize(weight, scheme, self._method, moments)
 
 
 def cast(tensor: Tensor, scheme: Float, name: str) -> Tensor:

@@ -13,8 +13,13 @@ roles = ["embedding", "lm_head"]
 scheme = "int8-block32"
 
 [[rule]]
-layers = "0-3"               # optional, inclusive
+layers = "0-3"               # optional, inclusive; or a share of the depth, see `elmexport.quantization.layers`
 scheme = "int8-block32"
+
+[[rule]]
+min_gqa = 4                  # optional: only where the first layer has at least so many query heads for each KV head
+imatrix = false              # optional: only with (true) or without (false) an importance matrix
+scheme = "ggml-q5_k"
 
 [[rule]]
 scheme = "int4-block32"
@@ -22,16 +27,17 @@ scheme = "int4-block32"
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from elmexport.errors import ElmExportError
+from elmexport.quantization.ggml import GgmlType
+from elmexport.quantization.layers import Layers, parse_layers
 from elmexport.quantization.schemes import FLOAT_BITS, Float, Scheme, find_scheme, scheme_name
 from elmexport.weights import Role, WeightSpec
 
@@ -45,21 +51,51 @@ _KEYS: Mapping[str, type | UnionType] = {
     "max_self_check_kl": int | float,
     "rule": list,
 }
-_RULE_KEYS: Mapping[str, type | UnionType] = {"roles": list, "layers": str, "scheme": str}
+_RULE_KEYS: Mapping[str, type | UnionType] = {"roles": list, "layers": str, "min_gqa": int, "imatrix": bool, "scheme": str}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`scheme` for tensors of `roles` (None: every role but norm) in layers `first` … `last` (None: anywhere)."""
+    """`scheme` for tensors of `roles` (None: every role but norm) in `layers` (None: anywhere).
+
+    The rule counts only in models with at least `min_gqa` query heads for each KV head, and, where `imatrix` is not None, only for exports
+    with (True) or without (False) an importance matrix.
+    """
 
     scheme: Scheme
     roles: frozenset[Role] | None = None
-    layers: tuple[int, int] | None = None
+    layers: Layers | None = None
+    min_gqa: int | None = None
+    imatrix: bool | None = None
 
-    def matches(self, spec: WeightSpec) -> bool:
-        if self.roles is not None and spec.role not in self.roles:
+    def matches(self, spec: WeightSpec, model: ModelFacts) -> bool:
+        """Whether the rule is for `spec`; one that is for exports with an importance matrix only counts after `Recipe.given`."""
+        if self.imatrix or (self.roles is not None and spec.role not in self.roles):
             return False
-        return self.layers is None or (spec.layer is not None and self.layers[0] <= spec.layer <= self.layers[1])
+        if self.min_gqa is not None and model.gqa < self.min_gqa:
+            return False
+        return self.layers is None or (spec.layer is not None and self.layers.contains(spec.layer, model.layers))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What rules ask of a model as a whole: its number of layers, and the query heads for each KV head of the first."""
+
+    layers: int
+    gqa: int
+
+    @classmethod
+    def of(cls, specs: Iterable[WeightSpec]) -> ModelFacts:
+        layers, rows, queries = 0, 0, 0
+        for spec in specs:
+            if spec.layer is not None:
+                layers = max(layers, spec.layer + 1)
+            if spec.layer == 0 and spec.role is Role.ATTENTION_QKV:
+                rows = spec.shape[0]
+            if spec.layer == 0 and spec.role is Role.ATTENTION_OUT:
+                queries = spec.shape[1]
+        # The rows of the fused projection are those of queries, keys and values.
+        return cls(layers, 2 * queries // (rows - queries) if rows > queries else 1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +111,10 @@ class Recipe:
     max_self_check_kl: float
     rules: tuple[Rule, ...]
 
+    def given(self, *, imatrix: bool) -> Recipe:
+        """The recipe for exports with, or without, an importance matrix: rules for the other case left out."""
+        return replace(self, rules=tuple(replace(rule, imatrix=None) for rule in self.rules if rule.imatrix in (None, imatrix)))
+
     def to_dict(self) -> dict[str, Any]:
         """The TOML form, as JSON: what manifests record."""
         rules = []
@@ -83,7 +123,9 @@ class Recipe:
             if rule.roles is not None:
                 data["roles"] = sorted(rule.roles)
             if rule.layers is not None:
-                data["layers"] = "{}-{}".format(*rule.layers)
+                data["layers"] = str(rule.layers)
+            if rule.min_gqa is not None:
+                data["min_gqa"] = rule.min_gqa
             rules.append(data)
         return {
             "name": self.name,
@@ -113,13 +155,15 @@ def resolve(recipe: Recipe, specs: Iterable[WeightSpec]) -> Plan:
     Raises:
         ElmExportError: no rule matches a tensor.
     """
+    specs = list(specs)
+    model = ModelFacts.of(specs)
     schemes: dict[str, Scheme] = {}
     fallbacks: list[tuple[str, str]] = []
     bits = weights = 0
     for spec in specs:
         scheme: Scheme = recipe.norms
         if spec.role is not Role.NORM:
-            rule = next((rule for rule in recipe.rules if rule.matches(spec)), None)
+            rule = next((rule for rule in recipe.rules if rule.matches(spec, model)), None)
             if rule is None:
                 raise ElmExportError(
                     f"recipe {recipe.name}: no rule matches {spec.name} ({spec.role}); end the recipe with a rule that has no roles"
@@ -127,8 +171,9 @@ def resolve(recipe: Recipe, specs: Iterable[WeightSpec]) -> Plan:
             scheme = rule.scheme
             reason = scheme.refuses(spec.shape)
             if reason is not None:
-                fallbacks.append((spec.name, f"{reason}: kept as {recipe.fallback}"))
-                scheme = recipe.fallback
+                while scheme.refuses(spec.shape) is not None:
+                    scheme = (scheme.instead if isinstance(scheme, GgmlType) else None) or recipe.fallback
+                fallbacks.append((spec.name, f"{reason}: kept as {scheme}"))
         schemes[spec.name] = scheme
         bits += scheme.bits(spec.shape, FLOAT_BITS[recipe.scales.dtype])
         weights += spec.size
@@ -168,13 +213,8 @@ def _rule(data: Mapping[str, Any], where: str) -> Rule:
         if unknown:
             raise ElmExportError(f"{where}: unknown role {unknown[0]!r}; known: {', '.join(known)} (norms are never quantized)")
         roles = frozenset(known[role] for role in data["roles"])
-    layers = None
-    if "layers" in data:
-        match = re.fullmatch(r"(\d+)-(\d+)", data["layers"])
-        if match is None or int(match[1]) > int(match[2]):
-            raise ElmExportError(f'{where}: layers is {data["layers"]!r}; write a range like "0-3"')
-        layers = (int(match[1]), int(match[2]))
-    return Rule(find_scheme(data["scheme"]), roles, layers)
+    layers = parse_layers(data["layers"], where) if "layers" in data else None
+    return Rule(find_scheme(data["scheme"]), roles, layers, data.get("min_gqa"), data.get("imatrix"))
 
 
 def _float(name: str, key: str, where: str) -> Float:
@@ -193,6 +233,6 @@ def _check_keys(data: Mapping[str, Any], known: Mapping[str, type | UnionType], 
     if missing:
         raise ElmExportError(f"{where}: {missing[0]!r} is missing")
     for key, value in data.items():
-        if not isinstance(value, known[key]) or isinstance(value, bool):
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is not bool):
             kind = getattr(known[key], "__name__", "number")
             raise ElmExportError(f"{where}: {key} is {value!r}; it must be a {({'str': 'string'}).get(kind, kind)}")

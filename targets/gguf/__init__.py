@@ -1,32 +1,81 @@
-"""The GGUF target: one self-contained file for llama.cpp's `openelm` architecture.
+"""The GGUF target: a self-contained file, or several, for llama.cpp's `openelm` architecture.
 
-Covered: F32, F16, BF16, Q8_0 and Q4_0 files, with the vocabulary inside. Not yet: K- and IQ-types, importance matrices, split files.
+Covered: every type that people ask of `llama-quantize` down to Q2_K, importance matrices, chat templates, split files. Not covered: the
+types below that, and those of mixtures of experts.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.recipes import Recipe
+from elmexport.quantization.schemes import Scheme
 from elmexport.target import ExportJob, Target
+from elmexport.weights import Role
 
-# llama.cpp's own names for the same recipes.
-ALIASES: Mapping[str, str] = {"f32": "fp32", "f16": "fp16", "bf16": "bf16", "q8_0": "int8", "q4_0": "int4"}
+if TYPE_CHECKING:
+    from targets.gguf.imatrix import ImportanceMatrix
+
+# llama.cpp's names for recipes that are the same bytes.
+ALIASES: Mapping[str, str] = {"f32": "fp32", "f16": "fp16", "q3_k": "q3_k_m", "q4_k": "q4_k_m", "q5_k": "q5_k_m"}
+OURS = ("int4", "int8", "fp16", "bf16", "fp32")
+LLAMA_CPPS = (
+    *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+    *("iq4_nl", "iq4_xs"),
+)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}  # as llama.cpp's tools read sizes
 
 
+@dataclass(frozen=True)
 class GgufTarget(Target):
-    """`<model>-<TYPE>.gguf`, nothing else: the file carries configuration and tokenizer."""
+    """`<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama.
+
+    `imatrix` is an importance matrix in llama.cpp's GGUF form, `chat_template` a Jinja file or a `tokenizer_config.json` that has one,
+    `split_max_size` the bytes of tensors in a file ("2G").
+    """
 
     name: ClassVar[str] = "gguf"
-    quants: ClassVar[tuple[str, ...]] = ("int4", "int8", "fp16", "bf16", "fp32")
+    quants: ClassVar[tuple[str, ...]] = (*OURS, *LLAMA_CPPS)
+
+    imatrix: Path | None = None
+    chat_template: Path | None = None
+    split_max_size: str | None = None
 
     def recipe(self, quant: str) -> Recipe:
-        return super().recipe(ALIASES.get(quant.lower(), quant))
+        """See `Target.recipe`.
+
+        Raises:
+            MissingDependencyError: the quantization needs ggml, which is not installed.
+        """
+        return self._prepare(super().recipe(ALIASES.get(quant.lower(), quant.lower())))
+
+    def _prepare(self, found: Recipe) -> Recipe:
+        """`found` as the importance matrix, or its absence, leaves it."""
+        if any(isinstance(rule.scheme, GgmlType) for rule in found.rules):
+            from targets.gguf.ggml import require
+
+            require()
+        elif self.imatrix is not None:
+            raise ElmExportError(
+                f"--imatrix has no use with --quant {found.name}; choose one of ggml's quantizations, {', '.join(LLAMA_CPPS)}"
+            )
+        found = found.given(imatrix=self.imatrix is not None)
+        return found if self.imatrix is None else replace(found, words=f"{found.words}; with an importance matrix")
+
+    def refuses(self, scheme: Scheme, role: Role) -> str | None:
+        from targets.gguf.packing import TYPES
+
+        return None if scheme in TYPES else "stores fp32, fp16, bf16, int4-block32, int8-block32, and ggml's own types"
 
     def check(self, config: OpenELMConfig, context: int) -> None:
         # What llama.cpp's loader of `openelm` takes for granted: it reads no output.weight, and requires both norms and the gate.
@@ -43,11 +92,40 @@ class GgufTarget(Target):
             raise ElmExportError(
                 f"llama.cpp's openelm architecture cannot express this model: {'; '.join(refused)}. Export it to onnx instead"
             )
+        _ = self._limit, self._template
+        if self._importance is not None:
+            from targets.gguf.lowering import matrices
+
+            self._importance.check((name, entry.part_shape) for entry in matrices(config) for name in entry.names)
 
     def write(self, job: ExportJob, folder: Path) -> None:
+        from targets.gguf.ollama import write_modelfile
         from targets.gguf.writer import write_gguf
 
-        write_gguf(job, folder)
+        paths = write_gguf(job, folder, self._importance, self._template, self._limit)
+        if len(paths) == 1:  # Ollama takes no split files
+            write_modelfile(folder, paths[0], job.graph.context, chat=self._template is not None)
 
     def tools(self) -> Mapping[str, str]:
         return {"gguf": version("gguf")}
+
+    @cached_property
+    def _importance(self) -> ImportanceMatrix | None:
+        from targets.gguf.imatrix import read_imatrix
+
+        return None if self.imatrix is None else read_imatrix(self.imatrix)
+
+    @cached_property
+    def _template(self) -> str | None:
+        from targets.gguf.chat import read_template
+
+        return None if self.chat_template is None else read_template(self.chat_template)
+
+    @property
+    def _limit(self) -> int | None:
+        if self.split_max_size is None:
+            return None
+        match = re.fullmatch(r"([1-9]\d*)([KMG]?)", self.split_max_size.upper())
+        if match is None:
+            raise ElmExportError(f'--split-max-size is {self.split_max_size!r}; give bytes, or thousands of them, like "500M" or "2G"')
+        return int(match[1]) * _UNITS[match[2]]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from elmexport.graph.ir import Graph, Node
+from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.weights import Role, WeightSpec
 
 
@@ -20,6 +21,9 @@ class Entry:
     spec: WeightSpec
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        assert self.spec.shape[0] % len(self.names) == 0
+
     @property
     def part_shape(self) -> tuple[int, ...]:
         rows, *rest = self.spec.shape
@@ -27,7 +31,7 @@ class Entry:
 
 
 def lower(graph: Graph) -> list[Entry]:
-    """The file's tensors, in forward order."""
+    """The tensors of every weight, in forward order."""
     entries = []
     for node in graph.nodes:
         # llama.cpp has no place for a rescaled residual stream, and computing in float32 needs none.
@@ -36,8 +40,18 @@ def lower(graph: Graph) -> list[Entry]:
     return entries
 
 
+def matrices(config: OpenELMConfig) -> list[Entry]:
+    """The tensors of every matrix."""
+    return [_matrix(spec) for spec in config.weights() if spec.role is not Role.NORM]
+
+
+def _matrix(spec: WeightSpec) -> Entry:
+    prefix = "" if spec.layer is None else f"blk.{spec.layer}."
+    return Entry(spec, tuple(f"{prefix}{name}.weight" for name in _MATRIX_NAMES[spec.role]))
+
+
 def _embed(node: Node) -> list[Entry]:
-    return [Entry(node.weights["table"], ("token_embd.weight",))]
+    return [_matrix(node.weights["table"])]
 
 
 def _linear(node: Node) -> list[Entry]:
@@ -45,8 +59,7 @@ def _linear(node: Node) -> list[Entry]:
     if node.role is Role.LM_HEAD:
         assert spec.role is Role.EMBEDDING, "the architecture has no output.weight; GgufTarget.check refuses such models"
         return []
-    assert node.role is not None
-    return [Entry(spec, tuple(f"blk.{node.layer}.{name}.weight" for name in _LINEAR_NAMES[node.role]))]
+    return [_matrix(spec)]
 
 
 def _rms_norm(node: Node) -> list[Entry]:
@@ -65,7 +78,8 @@ def _nothing(node: Node) -> list[Entry]:
     return []
 
 
-_LINEAR_NAMES: Mapping[Role, tuple[str, ...]] = {
+_MATRIX_NAMES: Mapping[Role, tuple[str, ...]] = {
+    Role.EMBEDDING: ("token_embd",),
     Role.ATTENTION_QKV: ("attn_qkv",),
     Role.ATTENTION_OUT: ("attn_output",),
     Role.FFN_GATE_UP: ("ffn_gate", "ffn_up"),  # the gate is the first half

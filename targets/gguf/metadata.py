@@ -1,4 +1,4 @@
-"""Key-value metadata: what the file says of the model as a whole, in the order in which llama.cpp's converter writes it."""
+"""Key-value metadata: what the file says of the model as a whole, in llama.cpp's own order."""
 
 from __future__ import annotations
 
@@ -7,34 +7,78 @@ from typing import TYPE_CHECKING
 
 from elmexport.graph.ir import Graph
 from elmexport.quantization.recipes import Recipe
+from elmexport.quantization.schemes import Float
+from elmexport.target import ExportJob
+from targets.gguf.imatrix import ImportanceMatrix
 from targets.gguf.packing import TYPES
+from targets.gguf.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, Metadata
 
-# llama.cpp's `general.file_type` by the type of most of the weights.
-_FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
+# The names by which llama.cpp calls files of our own recipes; its recipes go by its own names.
+_FILE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
 def file_type(recipe: Recipe) -> str:
-    """The type that a file of `recipe` is called after: that of its last rule, which takes what no other rule claims."""
-    return TYPES[recipe.rules[-1].scheme]
+    """What a file of `recipe` is called: "Q4_K_M". A recipe that llama.cpp has no name for goes by the type of its last rule."""
+    from gguf import LlamaFileType
+
+    name = _FILE_TYPES.get(recipe.name, recipe.name.upper())
+    return name if name == "F32" or f"MOSTLY_{name}" in LlamaFileType.__members__ else TYPES[recipe.rules[-1].scheme]
 
 
-def write_general(writer: GGUFWriter, name: str, parameters: int) -> None:
-    """`general.*`: names as llama.cpp's converter reads them out of a model folder's name."""
+def describe(name: str, parameters: int) -> Metadata:
+    """`general.*` as llama.cpp's converter reads them out of a model folder's name."""
     import gguf
 
-    writer.add_type(gguf.GGUFType.MODEL)
     facts = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), model_path=Path(name), total_params=parameters)
     facts.size_label = facts.size_label or gguf.size_label(parameters, parameters, 0, 0)
-    facts.set_gguf_meta_model(writer)
+    return facts
 
 
-def write_hyperparameters(writer: GGUFWriter, graph: Graph, recipe: Recipe) -> None:
-    """`openelm.*`, read off the graph: sizes of every layer, and the constants that its ops carry."""
+def file_name(facts: Metadata, recipe: Recipe) -> str:
+    """The file's name without its suffix, as llama.cpp's converter chooses it: "OpenELM-450M-Q4_K_M"."""
     import gguf
 
+    return gguf.naming_convention(facts.name, facts.basename, facts.finetune, facts.version, facts.size_label, file_type(recipe))
+
+
+def write_metadata(
+    writer: GGUFWriter, facts: Metadata, job: ExportJob, imatrix: ImportanceMatrix | None, chat_template: str | None
+) -> None:
+    """All keys, in the order in which they end up in llama.cpp's files: its quantizer moves two of the converter's to the end."""
+    import gguf
+
+    kind = file_type(job.recipe)
+    number = gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]
+    writer.add_type(gguf.GGUFType.MODEL)
+    facts.set_gguf_meta_model(writer)
+    _write_hyperparameters(writer, job.graph)
+    if is_float(job.recipe):
+        writer.add_file_type(number)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write_tokenizer(writer, job.tokenizer, job.config.vocab_size, chat_template)
+    if is_float(job.recipe):
+        return
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(number)
+    if imatrix is not None:
+        writer.add_string("quantize.imatrix.file", imatrix.path.name[:127])  # llama-quantize cuts here too
+        if imatrix.datasets:
+            writer.add_string("quantize.imatrix.dataset", imatrix.datasets[0][:127])
+        writer.add_uint32("quantize.imatrix.entries_count", len(imatrix.entries))
+        if imatrix.chunks > 0:
+            writer.add_uint32("quantize.imatrix.chunks_count", imatrix.chunks)
+
+
+def is_float(recipe: Recipe) -> bool:
+    """Whether no tensor is quantized: a file that llama.cpp's converter writes alone."""
+    return all(isinstance(rule.scheme, Float) for rule in recipe.rules)
+
+
+def _write_hyperparameters(writer: GGUFWriter, graph: Graph) -> None:
+    """`openelm.*`, read off the graph: sizes of every layer, and the constants that its ops carry."""
     config = graph.config
     attention = next(node for node in graph.nodes if node.op == "attention")
     writer.add_block_count(config.num_transformer_layers)
@@ -49,5 +93,3 @@ def write_hyperparameters(writer: GGUFWriter, graph: Graph, recipe: Recipe) -> N
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[file_type(recipe)]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

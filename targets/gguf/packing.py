@@ -8,32 +8,37 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.quantization.ggml import GGML_TYPES
 from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from elmexport.quantization.quantize import QuantizedTensor
+    from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 
 BLOCK = 32  # values in a block of Q8_0 and Q4_0
 
-# ggml's name for each scheme that a GGUF file can hold.
+# GGUF's name for each scheme that a file can hold.
 TYPES: Mapping[Scheme, str] = {
     Float("fp32"): "F32",
     Float("fp16"): "F16",
     Float("bf16"): "BF16",
     Integer(8, PerBlock(BLOCK)): "Q8_0",
     Integer(4, PerBlock(BLOCK)): "Q4_0",
+    **{kind: kind.name for kind in GGML_TYPES},
 }
 
 
-def pack(weight: Tensor | QuantizedTensor) -> NDArray[np.uint8]:
+def pack(weight: Tensor | QuantizedTensor | PalettizedTensor) -> NDArray[np.uint8]:
     """The bytes of `weight`, one row of the result for each row `[out, bytes]` (`[bytes]` for a vector)."""
     import torch
+
+    from elmexport.quantization.quantize import PalettizedTensor
 
     if isinstance(weight, torch.Tensor):
         plain: NDArray[np.uint8] = weight.contiguous().view(torch.uint8).numpy()
         return plain
+    assert not isinstance(weight, PalettizedTensor), "GGUF has no look-up tables"
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
     blocks = codes.reshape(-1, BLOCK)
     packed = _q8_0(blocks) if weight.scheme.width == 8 else _q4_0(blocks)

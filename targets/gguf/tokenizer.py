@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PADDING_SCORE = -10000.0
 
 
-def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, vocab_size: int, chat_template: str | None = None) -> None:
     """Add the vocabulary, padded with unused tokens to the `vocab_size` rows of the embedding; without a tokenizer, only their number.
 
     llama.cpp runs a file without a vocabulary on token ids alone.
@@ -34,7 +34,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, vocab_size:
     scores = [PADDING_SCORE] * vocab_size
     kinds = [PieceKind.UNUSED] * vocab_size
     for i, piece in enumerate(tokenizer.pieces()):
-        if piece.kind is not PieceKind.UNUSED:
+        if piece.text:
             texts[i], scores[i], kinds[i] = piece.text, piece.score, piece.kind
     doubles = [text for text, count in Counter(texts).items() if count > 1]
     if doubles:
@@ -52,6 +52,8 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, vocab_size:
     writer.add_unk_token_id(tokenizer.unk_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     if not _adds_space(tokenizer, texts):  # the default is to add one, and is not written
         writer.add_add_space_prefix(False)
 

@@ -1,52 +1,156 @@
-"""The GGUF file: metadata first, then the tensors, each read, quantized, packed and written before the next one is read."""
+"""The GGUF file, or files: metadata first, then the tensors, each read, quantized, packed and written before the next one is read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
+from numpy.typing import NDArray
 
+from elmexport.errors import ElmExportError
+from elmexport.quantization.ggml import GgmlType
 from elmexport.target import ExportJob
-from targets.gguf.lowering import lower
-from targets.gguf.metadata import file_type, write_general, write_hyperparameters
+from targets.gguf import ggml
+from targets.gguf.imatrix import ImportanceMatrix
+from targets.gguf.lowering import Entry, lower
+from targets.gguf.metadata import describe, file_name, is_float, write_metadata
 from targets.gguf.packing import TYPES, pack
-from targets.gguf.tokenizer import write_tokenizer
+
+ALIGNMENT = 32  # of every tensor's first byte
 
 
-class _Tensor(np.ndarray[Any, Any]):
-    """numpy's own `tofile` ignores an error of its last flush: a disk that fills up there would cut the file short, silently."""
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: `shape` `[out, bytes of a row]`, in the type `stored`."""
 
-    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
-        fid.write(np.ascontiguousarray(self).data)
+    name: str
+    entry: Entry
+    stored: GGMLQuantizationType
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes, without padding."""
+        return int(np.prod(self.shape))
+
+    @property
+    def padded(self) -> int:
+        return GGUFWriter.ggml_pad(self.size, ALIGNMENT)
 
 
-def write_gguf(job: ExportJob, folder: Path) -> Path:
-    """Write `<model>-<TYPE>.gguf` into `folder` and return its path.
+def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, chat_template: str | None, limit: int | None) -> list[Path]:
+    """Write the model into `folder` and return the paths, in order: one file, or several with at most `limit` bytes of tensors each.
 
     Raises:
         ElmExportError: weights or a tokenizer that the file cannot hold.
+        MissingDependencyError: a type that needs ggml, which is not installed.
     """
-    path = folder / f"{job.name}-{file_type(job.recipe)}.gguf"
-    writer = GGUFWriter(path, "openelm")
-    write_general(writer, job.name, job.config.parameter_count)
-    write_hyperparameters(writer, job.graph, job.recipe)
-    write_tokenizer(writer, job.tokenizer, job.config.vocab_size)
-    entries = lower(job.graph)
-    for entry in entries:
-        stored = GGMLQuantizationType[TYPES[job.weights.scheme(entry.spec)]]
-        shape = quant_shape_to_byte_shape(entry.part_shape, stored)
-        for name in entry.names:
-            writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=stored)
+    facts = describe(job.name, job.config.parameter_count)
+    tensors = _tensors(job)
+    shards = _split(tensors, limit)
+    stem = file_name(facts, job.recipe)
+    names = [stem] if len(shards) == 1 else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    paths = [folder / f"{name}.gguf" for name in names]
+    places: dict[str, tuple[IO[bytes], int]] = {}
+    writers = []
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry in entries:
-            for part in np.split(pack(job.weights.get(entry.spec)), len(entry.names)):
-                writer.write_tensor_data(part.view(_Tensor))
+        for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
+            writer = GGUFWriter(path, "openelm")
+            writers.append(writer)
+            if i == 0:
+                write_metadata(writer, facts, job, imatrix, chat_template)
+            else:
+                writer.kv_data[0].clear()  # the first file alone describes the model
+            if len(shards) > 1:
+                writer.add_uint16("split.no", i)
+                writer.add_int32("split.tensors.count", len(tensors))
+                writer.add_uint16("split.count", len(shards))
+            places |= _write_head(writer, shard)
+        for entry in _entries(tensors):
+            _write_entry(job, entry, imatrix, places)
             job.advance(entry.spec.size)
     finally:
-        writer.close()
-    return path
+        for writer in writers:
+            writer.close()
+    return paths
+
+
+def _tensors(job: ExportJob) -> list[_Tensor]:
+    """Every tensor, in the order of llama.cpp's files.
+
+    The converter goes by the checkpoint's names, the quantizer by the layer and its own names.
+    """
+    tensors = []
+    for entry in lower(job.graph):
+        stored = GGMLQuantizationType[TYPES[job.weights.scheme(entry.spec)]]
+        shape = quant_shape_to_byte_shape(entry.part_shape, stored)
+        tensors += [_Tensor(name, entry, stored, shape) for name in entry.names]
+    if is_float(job.recipe):
+        return sorted(tensors, key=lambda tensor: tensor.entry.spec.name)
+    return sorted(tensors, key=lambda tensor: (-1 if tensor.entry.spec.layer is None else tensor.entry.spec.layer, tensor.name))
+
+
+def _entries(tensors: Sequence[_Tensor]) -> list[Entry]:
+    """The weights in the order of their first tensors: files are written nearly from front to back."""
+    return list(dict.fromkeys(tensor.entry for tensor in tensors))
+
+
+def _split(tensors: Sequence[_Tensor], limit: int | None) -> list[list[_Tensor]]:
+    """The tensors of each file, as `llama-gguf-split` deals them out. A tensor larger than the limit has a file of its own."""
+    shards: list[list[_Tensor]] = [[]]
+    used = 0
+    for tensor in tensors:
+        used += tensor.padded
+        if limit is not None and used > limit and shards[-1]:
+            shards.append([])
+            used = tensor.padded
+        shards[-1].append(tensor)
+    return shards
+
+
+def _write_head(writer: GGUFWriter, tensors: Sequence[_Tensor]) -> dict[str, tuple[IO[bytes], int]]:
+    """Write all but the tensors' data, for which the file is made long enough; by tensor, the file and where its data go."""
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.uint8), tensor.size, raw_dtype=tensor.stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    (file,) = writer.fout
+    position = GGUFWriter.ggml_pad(file.tell(), ALIGNMENT)
+    places = {}
+    for tensor in tensors:
+        places[tensor.name] = file, position
+        position += tensor.padded
+    file.truncate(position)  # so the padding is zeros
+    return places
+
+
+def _write_entry(job: ExportJob, entry: Entry, imatrix: ImportanceMatrix | None, places: dict[str, tuple[IO[bytes], int]]) -> None:
+    """Read, quantize and write one weight."""
+    for name, data in _packed(job, entry, imatrix):
+        file, position = places[name]
+        file.seek(position)
+        file.write(np.ascontiguousarray(data).data)
+
+
+def _packed(job: ExportJob, entry: Entry, imatrix: ImportanceMatrix | None) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Name and bytes `[out, bytes of a row]` of each tensor of `entry`."""
+    scheme = job.weights.scheme(entry.spec)
+    if not isinstance(scheme, GgmlType):
+        parts = np.split(pack(job.weights.get(entry.spec)), len(entry.names))
+        return list(zip(entry.names, parts, strict=True))
+    weight = job.weights.checkpoint.tensor(entry.spec.name)
+    importance = {} if imatrix is None else imatrix.entries
+    try:
+        return [
+            (name, ggml.quantize(part, scheme, importance.get(name)))
+            for name, part in zip(entry.names, torch.split(weight, entry.part_shape[0]), strict=True)
+        ]
+    except ElmExportError as error:
+        raise ElmExportError(f"{entry.spec.name}: {error}") from None

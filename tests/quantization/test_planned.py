@@ -12,7 +12,7 @@ from elmexport.errors import ElmExportError
 from elmexport.quantization.planned import PlannedWeights, cast
 from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.quantization.recipes import Recipe, Rule, resolve
-from elmexport.quantization.schemes import SCHEMES, Float
+from elmexport.quantization.schemes import Float, find_scheme
 from tests.memory_checkpoint import MemoryCheckpoint
 
 QKV = "transformer.layers.1.attn.qkv_proj.weight"
@@ -20,7 +20,7 @@ QKV = "transformer.layers.1.attn.qkv_proj.weight"
 
 def planned(checkpoint: MemoryCheckpoint, scheme: str, **changed: np.ndarray) -> PlannedWeights:
     """`checkpoint` with some arrays replaced, everything but norms in `scheme`."""
-    recipe = Recipe("test", "for tests", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, (Rule(SCHEMES[scheme]),))
+    recipe = Recipe("test", "for tests", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, (Rule(find_scheme(scheme)),))
     copy = MemoryCheckpoint(checkpoint.config, checkpoint.arrays | changed)
     return PlannedWeights(copy, resolve(recipe, checkpoint.config.weights()))
 

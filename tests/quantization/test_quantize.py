@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +14,13 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import QuantizedTensor, quantize
-from elmexport.quantization.schemes import SCHEMES, Integer
+from elmexport.quantization.quantize import Method, QuantizedTensor, quantize
+from elmexport.quantization.schemes import Integer, find_scheme
 
-INT4, INT8, INT8_CHANNEL = (SCHEMES[name] for name in ("int4-block32", "int8-block32", "int8-channel"))
-SCHEMES_UNDER_TEST = {"int4-block32": INT4, "int8-block32": INT8, "int8-channel": INT8_CHANNEL}
+INT4, INT8, INT8_CHANNEL = (find_scheme(name) for name in ("int4-block32", "int8-block32", "int8-channel"))
+INT4_ASYM = find_scheme("int4-asym-block32")
+NAMES = ("int4-block32", "int8-block32", "int8-channel", "int4-block16", "int4-channel")
+SCHEMES_UNDER_TEST = {name: find_scheme(name) for name in NAMES}
 
 # Matrices of whole blocks; values from 1e-6 to 1e4 of both signs, exact zeros and repeated extremes among them.
 MATRICES = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
@@ -26,6 +30,13 @@ MATRICES = st.tuples(st.integers(1, 5), st.integers(1, 4)).flatmap(
         elements=st.one_of(st.floats(-4, 4, width=32), st.sampled_from([0.0, 1e-6, -1e-6, 1e4, -1e4])),
     )
 )
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Moments as far as `quantize` asks for them."""
+
+    mean_square: torch.Tensor
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> NDArray[np.float32]:
@@ -48,7 +59,7 @@ def test_definition(scheme: Integer, x: NDArray[np.float32]) -> None:
     """Shapes and ranges; `dequantize` is codes times scales; each code is the nearest to its value, given the stored scale."""
     q = run(x, scheme)
     low, high = scheme.range
-    granules = scheme.granularity.scales(x.shape)
+    granules = scheme.granularity.count(x.shape)
     assert q.codes.shape == x.shape and q.codes.dtype == torch.int8
     assert q.scales.shape == (len(x), granules // len(x)) and q.scales.dtype == torch.float16
     assert low <= int(q.codes.min()) and int(q.codes.max()) <= high
@@ -75,12 +86,124 @@ def test_int8_scales_are_those_of_gguf(x: NDArray[np.float32]) -> None:
     assert np.all(block_errors(q.dequantize().numpy(), x) <= expected * (1 + 1e-5) + 1e-30)
 
 
+def ggml_blocks(x: NDArray[np.float32], kind: GGMLQuantizationType) -> tuple[NDArray[np.int8], NDArray[np.uint16]]:
+    """Codes `[out, in]` and the bits of the scales `[out, blocks]` as gguf's quantizer (ggml's reference, written in numpy) packs them."""
+    packed = quants.quantize(x, kind).reshape(len(x), x.shape[1] // 32, -1)
+    scales, data = packed[..., :2].copy().view(np.uint16)[..., 0], packed[..., 2:]
+    codes = data.view(np.int8) if kind is GGMLQuantizationType.Q8_0 else (np.concatenate((data & 15, data >> 4), -1).astype(np.int8) - 8)
+    return codes.reshape(x.shape), scales
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [(INT4, GGMLQuantizationType.Q4_0), (INT8, GGMLQuantizationType.Q8_0)], ids=["q4_0", "q8_0"])
+@given(x=MATRICES)
+@settings(max_examples=200, deadline=None)
+def test_rtn_is_ggmls_own_bit_for_bit(scheme: Integer, kind: GGMLQuantizationType, x: NDArray[np.float32]) -> None:
+    assert_ggmls(scheme, kind, np.where(np.abs(x) < 1e-30, np.float32(0), x))  # below, ggml divides by subnormals: undefined codes, scale 0
+
+
+@pytest.mark.parametrize(("scheme", "kind"), [(INT4, GGMLQuantizationType.Q4_0), (INT8, GGMLQuantizationType.Q8_0)], ids=["q4_0", "q8_0"])
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-7, 300.0])
+def test_rtn_is_ggmls_own_on_many_numbers(scheme: Integer, kind: GGMLQuantizationType, factor: float) -> None:
+    x = normal(512, 1024) * np.float32(factor)
+    assert_ggmls(scheme, kind, x)
+    assert_ggmls(scheme, kind, x.astype(np.float16).astype(np.float32))  # with ties and halves, as checkpoints have them
+
+
+def assert_ggmls(scheme: Integer, kind: GGMLQuantizationType, x: NDArray[np.float32]) -> None:
+    codes, scales = ggml_blocks(x, kind)
+    q = quantize(torch.from_numpy(x), scheme, "rtn")
+    np.testing.assert_array_equal(q.scales.numpy().view(np.uint16), scales)
+    np.testing.assert_array_equal(q.codes.numpy(), codes)
+
+
 @given(x=MATRICES)
 @settings(max_examples=60, deadline=None)
 def test_int4_error_is_never_above_q4_0_in_any_block(x: NDArray[np.float32]) -> None:
     packed = quants.quantize(x, GGMLQuantizationType.Q4_0)
     expected = block_errors(quants.dequantize(packed, GGMLQuantizationType.Q4_0), x)
     assert np.all(block_errors(run(x, INT4).dequantize().numpy(), x) <= expected * (1 + 1e-5) + 1e-30)
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse"])
+@given(x=MATRICES)
+@settings(max_examples=60, deadline=None)
+def test_asymmetric_definition(method: Method, x: NDArray[np.float32]) -> None:
+    """Codes and zero points in 0..15; no value further from its own than a step and what clipping allows in `rtn`: nothing is clipped."""
+    q = quantize(torch.from_numpy(x), INT4_ASYM, method)
+    assert q.zeros is not None and q.zeros.shape == q.scales.shape
+    for tensor in (q.codes, q.zeros):
+        assert tensor.dtype == torch.int8 and int(tensor.min()) >= 0 and int(tensor.max()) <= 15
+    scales = np.repeat(q.scales.numpy().astype(np.float64), 32, axis=1)
+    expected = (q.codes.numpy().astype(np.float64) - np.repeat(q.zeros.numpy(), 32, axis=1)) * scales
+    np.testing.assert_array_equal(q.dequantize().numpy(), expected)
+    if method == "rtn":
+        blocks = x.reshape(-1, 32).astype(np.float64)
+        step = (np.maximum(blocks.max(1), 0) - np.minimum(blocks.min(1), 0)) / 15
+        # Half a step, half more where the rounded zero point shifts the range, and what fp16 takes from the scale.
+        allowed = np.where(step < 1e-4, 16 * step, step * 1.02)[:, None]
+        assert np.all(np.abs(q.dequantize().numpy().reshape(-1, 32) - blocks) <= allowed + 1e-30)
+
+
+def test_asymmetric_codes_suit_a_one_sided_block() -> None:
+    x = np.abs(normal(64, 256))
+    errors = {
+        (name, method): block_errors(quantize(torch.from_numpy(x), find_scheme(name), method).dequantize().numpy(), x).sum()
+        for name in ("int4-block32", "int4-asym-block32")
+        for method in ("rtn", "mse")
+    }
+    assert errors["int4-asym-block32", "rtn"] < 0.5 * errors["int4-block32", "rtn"]
+    assert errors["int4-asym-block32", "mse"] < 0.5 * errors["int4-block32", "mse"]
+    assert errors["int4-asym-block32", "mse"] < errors["int4-asym-block32", "rtn"]
+
+
+@pytest.mark.parametrize("name", ["int4-block32", "int4-block128", "int4-channel", "int4-asym-block32"])
+def test_weighted_squares_are_smaller_where_they_weigh(name: str) -> None:
+    x = torch.from_numpy(normal(128, 512))
+    moments = Channels(torch.from_numpy(np.random.default_rng(1).lognormal(sigma=1.5, size=512).astype(np.float32)))
+    plain, weighted = (quantize(x, find_scheme(name), "mse", m).dequantize() for m in (None, moments))
+    weight = moments.mean_square
+    assert ((weighted - x).square() @ weight).sum() < 0.97 * ((plain - x).square() @ weight).sum()
+    assert (weighted - x).square().sum() > (plain - x).square().sum()
+
+
+@pytest.mark.parametrize("name", ["int4-block128", "int4-channel", "int4-asym-block128"])
+def test_scales_are_near_the_best_of_a_fine_search(name: str) -> None:
+    """Within 2 % of the squared error that the best of 400 scales gives (for asymmetric codes: at its zero point)."""
+    x = normal(32, 512)
+    q = quantize(torch.from_numpy(x), find_scheme(name))
+    granules = x.reshape(-1, x.size // q.scales.numel()).astype(np.float64)
+    found = np.square(q.dequantize().numpy().reshape(granules.shape) - granules).sum(1)
+    zero = np.zeros((len(granules), 1)) if q.zeros is None else q.zeros.numpy().reshape(-1, 1)
+    low, high = q.scheme.range
+    best = np.full(len(granules), np.inf)
+    for sign in (1, -1) if q.zeros is None else (1,):
+        for step in np.linspace(0.3, 1.2, 400) * np.abs(granules).max() / 8:
+            values = np.clip(np.round(granules / (sign * step)), low - zero, high - zero) * sign * step
+            best = np.minimum(best, np.square(values - granules).sum(1))
+    assert found.sum() < 1.02 * best.sum()
+
+
+def test_silent_channels_count_a_little() -> None:
+    """A block whose channels the calibration text never moved is still quantized with care, and moments that are all zero say nothing."""
+    x = torch.from_numpy(normal(8, 64))
+    silent = torch.ones(64)
+    silent[32:] = 0
+    for moments in (Channels(silent), Channels(torch.zeros(64))):
+        q = quantize(x, INT4, "mse", moments)
+        assert torch.equal(q.codes, quantize(x, INT4).codes)
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (torch.full((64,), np.nan), "NaN, infinite or negative"),
+        (torch.full((64,), -1.0), "NaN, infinite or negative"),
+        (torch.ones(32), r"moments of \[32\] input channels do not belong to a weight with 64"),
+    ],
+)
+def test_bad_moments_are_refused(moments: torch.Tensor, message: str) -> None:
+    with pytest.raises(ElmExportError, match=message):
+        quantize(torch.from_numpy(normal(4, 64)), INT4, "mse", Channels(moments))
 
 
 def test_the_search_pays() -> None:
@@ -116,7 +239,8 @@ def test_zeros_stay_zeros(scheme: Integer) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES_UNDER_TEST.values(), ids=SCHEMES_UNDER_TEST)
 def test_values_below_the_smallest_scale_become_zero(scheme: Integer) -> None:
     x = np.full((1, 32), 1e-8, dtype=np.float32)  # fp16 ends at 6e-8
-    assert torch.equal(run(x, scheme).dequantize(), torch.zeros(1, 32))
+    for method in ("mse", "rtn"):
+        assert torch.equal(quantize(torch.from_numpy(x), scheme, method).dequantize(), torch.zeros(1, 32))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES_UNDER_TEST.values(), ids=SCHEMES_UNDER_TEST)

@@ -22,7 +22,7 @@ from elmexport.quantization.schemes import Integer
 from elmexport.target import find_target
 from elmexport.weights import Role
 from targets.gguf import ALIASES, GgufTarget
-from targets.gguf.metadata import write_general
+from targets.gguf.metadata import describe, file_name
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
@@ -74,7 +74,15 @@ def expected_names(config: OpenELMConfig) -> dict[str, tuple[str, slice]]:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_one_self_contained_file(exported: Exported, quant: str) -> None:
     names = sorted(path.name for path in exported(quant).iterdir())
-    assert names == ["manifest.json", f"small-{QUANTS[quant]}.gguf"]
+    assert names == ["Modelfile", f"Small-1.4M-{QUANTS[quant]}.gguf", "manifest.json"]
+
+
+def test_modelfile(exported: Exported) -> None:
+    assert (exported("int4") / "Modelfile").read_text(encoding="utf-8").splitlines() == [
+        "FROM ./Small-1.4M-Q4_0.gguf",
+        'TEMPLATE """{{ .Prompt }}"""',
+        "PARAMETER num_ctx 128",
+    ]
 
 
 @pytest.mark.parametrize("quant", FLOATS)
@@ -139,20 +147,23 @@ def test_file_type(exported: Exported, quant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "expected"),
+    ("name", "parameters", "file", "expected"),
     [
-        ("OpenELM-450M", 457179136, {"name": "OpenELM 450M", "basename": "OpenELM", "size_label": "450M"}),
+        ("OpenELM-450M", 457179136, "OpenELM-450M-Q4_0", {"name": "OpenELM 450M", "basename": "OpenELM", "size_label": "450M"}),
         (
             "OpenELM-3B-Instruct",
             3036647424,
+            "OpenELM-3B-Instruct-Q4_0",
             {"name": "OpenELM 3B Instruct", "basename": "OpenELM", "finetune": "Instruct", "size_label": "3B"},
         ),
-        ("mine", 1396832, {"name": "Mine", "size_label": "1.4M"}),
+        ("mine", 1396832, "Mine-1.4M-Q4_0", {"name": "Mine", "size_label": "1.4M"}),
     ],
 )
-def test_names_in_the_metadata(tmp_path: Path, name: str, parameters: int, expected: dict[str, str]) -> None:
+def test_names_in_the_metadata(tmp_path: Path, name: str, parameters: int, file: str, expected: dict[str, str]) -> None:
+    facts = describe(name, parameters)
+    assert file_name(facts, GgufTarget().recipe("int4")) == file
     writer = GGUFWriter(tmp_path / "x.gguf", "openelm")
-    write_general(writer, name, parameters)
+    facts.set_gguf_meta_model(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -160,15 +171,14 @@ def test_names_in_the_metadata(tmp_path: Path, name: str, parameters: int, expec
     found = metadata(tmp_path)
     assert {key: value for key, value in found.items() if key.startswith("general.")} == {
         "general.architecture": "openelm",
-        "general.type": "model",
         **{f"general.{key}": value for key, value in expected.items()},
     }
 
 
 def test_the_file_is_called_after_the_model_and_the_type(small_config: OpenELMConfig, export_to: ExportTo) -> None:
     checkpoint = random_checkpoint(small_config)
-    checkpoint.source = replace(checkpoint.source, name="OpenELM-450M-Instruct")
-    assert gguf_path(export_to(checkpoint, "gguf", "int8")).name == "OpenELM-450M-Instruct-Q8_0.gguf"
+    checkpoint.source = replace(checkpoint.source, name="OpenELM-1.4M-Instruct")
+    assert gguf_path(export_to(checkpoint, "gguf", "int8")).name == "OpenELM-1.4M-Instruct-Q8_0.gguf"
 
 
 def test_context(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
@@ -195,11 +205,11 @@ def test_rows_that_do_not_divide_into_blocks_fall_back(small_config: OpenELMConf
 
 def test_llama_cpps_names_for_the_quantizations() -> None:
     target = find_target("gguf")
-    for alias, name in {**ALIASES, "Q4_0": "int4", "BF16": "bf16"}.items():
+    for alias, name in {**ALIASES, "Q4_0": "q4_0", "BF16": "bf16"}.items():
         assert target.recipe(alias) == target.recipe(name)
     assert [target.recipe(name).name for name in target.quants] == list(target.quants)
-    with pytest.raises(ElmExportError, match=r"--quant q4_k_m is not available for gguf; choose int4, int8, fp16, bf16, fp32"):
-        target.recipe("q4_k_m")
+    with pytest.raises(ElmExportError, match=r"--quant q1_0 is not available for gguf; choose int4, int8, fp16, bf16, fp32, q8_0, q4_0"):
+        target.recipe("q1_0")
 
 
 @pytest.mark.parametrize(

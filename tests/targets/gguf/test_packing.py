@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 from hypothesis import given
@@ -10,8 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
+from elmexport.quantization.ggml import find_ggml_type
 from elmexport.quantization.quantize import QuantizedTensor, quantize
-from elmexport.quantization.schemes import Integer, PerBlock
+from elmexport.quantization.schemes import Integer, PerBlock, find_scheme
+from elmexport.target import find_target
+from elmexport.weights import Role
+from targets.gguf import ggml
 from targets.gguf.packing import BLOCK, TYPES, pack
 
 INT4, INT8 = Integer(4, PerBlock(BLOCK)), Integer(8, PerBlock(BLOCK))
@@ -57,6 +62,28 @@ def test_int8_is_ggufs_own_on_real_numbers() -> None:
     difference = ours.view(np.int8)[:, ~scale_bytes].astype(int) - theirs.view(np.int8)[:, ~scale_bytes]
     assert np.abs(difference).max() <= 1
     assert np.mean(difference != 0) < 0.05
+
+
+@pytest.mark.parametrize(("scheme", "name"), [(INT4, "ggml-q4_0"), (INT8, "ggml-q8_0")])
+@pytest.mark.parametrize("seed", range(4))
+def test_round_to_nearest_is_ggmls_own(scheme: Integer, name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((256, 256), dtype=np.float32) * 10 ** rng.uniform(-6, 4, (256, 1)).astype(np.float32)
+    x[:8, :40] = 0  # blocks of zeros
+    x[8:16] = np.round(x[8:16])  # ties, and extremes of both signs
+    kind = find_ggml_type(name)
+    assert kind is not None
+    weight = torch.from_numpy(x)
+    assert np.array_equal(pack(quantize(weight, scheme, "rtn")), ggml.quantize(weight, kind))
+
+
+def test_schemes_that_the_format_cannot_hold() -> None:
+    target = find_target("gguf")
+    assert target.refuses(find_scheme("ggml-q4_k"), Role.FFN_DOWN) is None
+    for name in ("int4-block64", "int4-asym-block32", "lut4-tensor"):
+        assert (
+            target.refuses(find_scheme(name), Role.FFN_DOWN) == "stores fp32, fp16, bf16, int4-block32, int8-block32, and ggml's own types"
+        )
 
 
 def test_layout_by_hand() -> None:

@@ -1,0 +1,136 @@
+"""Importance matrices that are fine, incomplete, of another model, or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+
+from elmexport.errors import ElmExportError
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.target import find_target
+from targets.gguf.imatrix import read_imatrix
+from targets.gguf.lowering import matrices
+from tests.conftest import ExportTo
+from tests.memory_checkpoint import MemoryCheckpoint
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+def tensors_for(config: OpenELMConfig) -> Tensors:
+    """As llama-imatrix leaves them: sums of squares over 10 tokens, none for the embedding."""
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for entry in matrices(config):
+        for name in entry.names:
+            if name != "token_embd.weight":
+                tensors[f"{name}.in_sum2"] = 10 * rng.random((1, entry.spec.shape[1]), dtype=np.float32)
+                tensors[f"{name}.counts"] = np.array([[10]], dtype=np.float32)
+    return tensors
+
+
+def write(path: Path, tensors: Tensors, *, kind: str | None = "imatrix") -> Path:
+    writer = GGUFWriter(path, "openelm")
+    writer.kv_data[0].clear()
+    if kind is not None:
+        writer.add_type(kind)
+    writer.add_array("imatrix.datasets", ["prose.txt"])
+    writer.add_uint32("imatrix.chunk_count", 4)
+    writer.add_uint32("imatrix.chunk_size", 64)
+    for name, array in tensors.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_means_of_squares(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    tensors = tensors_for(small_config)
+    tensors["blk.0.attn_qkv.weight.counts"][:] = 0  # nothing went through: llama.cpp takes ones
+    found = read_imatrix(write(tmp_path / "imatrix.gguf", tensors))
+    assert (found.datasets, found.chunks) == (("prose.txt",), 4)
+    assert found.entries.keys() == {name.removesuffix(".counts") for name in tensors if name.endswith(".counts")}
+    assert np.array_equal(found.entries["blk.1.ffn_up.weight"], tensors["blk.1.ffn_up.weight.in_sum2"][0] / np.float32(10))
+    assert np.array_equal(found.entries["blk.0.attn_qkv.weight"], np.ones(192, dtype=np.float32))
+
+
+def drop(tensors: Tensors) -> None:
+    del tensors["blk.3.ffn_down.weight.in_sum2"], tensors["blk.3.ffn_down.weight.counts"]
+
+
+def resize(name: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{name}.in_sum2"] = np.ones((1, 7), dtype=np.float32)
+        tensors[f"{name}.counts"] = np.ones((1, 1), dtype=np.float32)
+
+    return change
+
+
+def spoil(value: float) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors["blk.2.ffn_up.weight.in_sum2"][0, 3] = value
+
+    return change
+
+
+def uncount(tensors: Tensors) -> None:
+    del tensors["blk.2.ffn_up.weight.counts"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop, r"has no entry for blk\.3\.ffn_down\.weight; use one that was made for this model"),
+        (resize("blk.0.attn_qkv.weight"), r"has 7 values for blk\.0\.attn_qkv\.weight, whose rows have 192"),
+        (resize("token_embd.weight"), r"has 7 values for token_embd\.weight, whose rows have 192"),
+        (spoil(np.nan), r"has values for blk\.2\.ffn_up\.weight that are not finite or negative; the file is damaged"),
+        (spoil(-1.0), r"has values for blk\.2\.ffn_up\.weight that are not finite or negative"),
+        (uncount, r"has no usable count for blk\.2\.ffn_up\.weight"),
+        (dict.clear, "holds no importance values"),
+    ],
+    ids=["missing", "other-size", "embedding-of-other-size", "nan", "negative", "no-count", "empty"],
+)
+def test_unusable(
+    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    tensors = tensors_for(small_checkpoint.config)
+    change(tensors)
+    path = write(tmp_path / "imatrix.gguf", tensors)
+    with pytest.raises(ElmExportError, match=message):
+        export_to(small_checkpoint, "gguf", "q4_k_m", out=tmp_path / "out", settings={"imatrix": path})
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["imatrix.gguf"]
+
+
+def test_files_of_other_kinds(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    whole = write(tmp_path / "imatrix.gguf", tensors_for(small_config)).read_bytes()
+    for cut in (0, 3, 40, len(whole) // 2, len(whole) - 40):
+        (tmp_path / "cut.gguf").write_bytes(whole[:cut])
+        with pytest.raises(ElmExportError, match=r"cut\.gguf is not a GGUF file, or is damaged"):
+            read_imatrix(tmp_path / "cut.gguf")
+    with pytest.raises(ElmExportError, match=r"cannot read .*none\.gguf: No such file"):
+        read_imatrix(tmp_path / "none.gguf")
+    model = write(tmp_path / "model.gguf", tensors_for(small_config), kind="model")
+    with pytest.raises(ElmExportError, match=r"is a GGUF file of type 'model', not 'imatrix'"):
+        read_imatrix(model)
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8", "fp16"])
+def test_no_use_for_other_quantizations(quant: str, tmp_path: Path) -> None:
+    target = find_target("gguf", {"imatrix": tmp_path / "imatrix.gguf"})
+    with pytest.raises(ElmExportError, match=rf"--imatrix has no use with --quant {quant}; choose one of ggml's .*q4_k_m"):
+        target.recipe(quant)
+
+
+def test_the_embedding_may_have_an_entry(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
+    tensors = tensors_for(small_checkpoint.config)
+    without = export_to(small_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "without.gguf", tensors)})
+    tensors["token_embd.weight.in_sum2"] = np.linspace(1, 100, 192, dtype=np.float32)[None]
+    tensors["token_embd.weight.counts"] = np.ones((1, 1), dtype=np.float32)
+    with_it = export_to(small_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "with.gguf", tensors)})
+    assert next(with_it.glob("*.gguf")).read_bytes() != next(without.glob("*.gguf")).read_bytes()
