@@ -25,7 +25,8 @@ class ResidualPeak:
     def __call__(self, node: Node, output: Tensor) -> None:
         # What is added counts as well as the sum: an addend can overflow before it is added.
         if node.op == "add" or node.role in (Role.EMBEDDING, Role.ATTENTION_OUT, Role.FFN_DOWN):
-            self.value = max(self.value, float(output.abs().max()))
+            low, high = output.aminmax()
+            self.value = max(self.value, -float(low), float(high))
 
 
 def choose_alpha(peak: float) -> float:

@@ -1,20 +1,102 @@
-"""The bundled text, public-domain prose: what an export reads to measure a model and to check itself."""
+"""The texts that a model reads: public-domain prose that ships, or the user's own, cut into windows of tokens."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.errors import ElmExportError
 
 # The opening of "The Spy" (J. F. Cooper, 1821): in the public domain, and not among the books that `tiny` was trained on.
 BUNDLED = "prose.txt"
+# Excerpts of nine books in the public domain, among those that `tiny` was trained on; docs/calibration.md names them.
+CALIBRATION = "calibration.txt"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model reads in one calibration: `ids` `[windows, window]` int64, every row after a BOS; `words` says what it is."""
+
+    ids: NDArray[np.int64]
+    words: str
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.size)
+
+    @property
+    def window(self) -> int:
+        return int(self.ids.shape[1])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the ids as little-endian int64, row after row, and their shape: it covers the text, the tokenizer and what was chosen."""
+        return hashlib.sha256(f"{self.ids.shape}".encode() + self.ids.astype("<i8").tobytes()).hexdigest()
 
 
 def bundled_text() -> str:
-    return files("calibration").joinpath("texts", BUNDLED).read_text(encoding="utf-8")
+    return _shipped(BUNDLED)
+
+
+def calibration_text() -> str:
+    return _shipped(CALIBRATION)
+
+
+def read_text(path: Path, option: str = "--text") -> str:
+    """A text file, which `option` named.
+
+    Raises:
+        ElmExportError: it cannot be read, is not UTF-8, or holds nothing.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; {option} takes text files") from None
+    except UnicodeDecodeError as error:
+        raise ElmExportError(f"{path} is not UTF-8 text (byte {error.start}); {option} takes text files: save it as UTF-8") from None
+    if not text.strip():
+        raise ElmExportError(f"{path} is empty; {option} takes text like what the model will read in use")
+    return text
+
+
+def sample_windows(tokenizer: Tokenizer, texts: Sequence[str], words: str, *, tokens: int, window: int, seed: int = 0) -> Sample:
+    """About `tokens` tokens in windows of `window`: BOS, then text.
+
+    The texts' tokens, one text after the other, are cut into pieces that do not overlap. If there are more than enough, as many as fill
+    `tokens` (rounded up to whole windows) are chosen by `seed`, spread evenly: one from each equal part of the whole. If there are fewer,
+    all are taken; a text shorter than a window makes one shorter window.
+
+    Raises:
+        ElmExportError: texts that give no token.
+    """
+    ids = np.concatenate([np.array(tokenizer.encode(text, bos=False), dtype=np.int64) for text in texts])
+    length = min(window - 1, len(ids))
+    if length < 1:
+        raise ElmExportError(
+            f"the calibration text holds {len(ids)} tokens, for windows of {window}, BOS included; give more text with --text"
+        )
+    pieces = len(ids) // length
+    count = min(-(-tokens // window), pieces)
+    edges = np.arange(count + 1) * pieces // count
+    chosen = np.random.Generator(np.random.PCG64(seed)).integers(edges[:-1], edges[1:])
+    rows = ids[: pieces * length].reshape(pieces, length)[chosen]
+    return Sample(np.concatenate((np.full((count, 1), tokenizer.bos_id), rows), axis=1), words)
+
+
+def random_windows(vocab_size: int, bos_id: int, *, tokens: int, window: int, seed: int = 0) -> Sample:
+    """A sample of ids drawn uniformly, for random weights without a tokenizer."""
+    count = -(-tokens // window)
+    ids = np.random.Generator(np.random.PCG64(seed)).integers(0, vocab_size, (count, window))
+    ids[:, 0] = bos_id
+    return Sample(ids, "pseudo-random ids")
 
 
 def sample_ids(tokenizer: Tokenizer | None, vocab_size: int, count: int) -> tuple[NDArray[np.int64], str]:
@@ -25,3 +107,7 @@ def sample_ids(tokenizer: Tokenizer | None, vocab_size: int, count: int) -> tupl
     if tokenizer is None:
         return np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, count), "pseudo-random ids"
     return np.array(tokenizer.encode(bundled_text())[:count], dtype=np.int64), "bundled prose"
+
+
+def _shipped(name: str) -> str:
+    return files("calibration").joinpath("texts", name).read_text(encoding="utf-8")

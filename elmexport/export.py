@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
+from calibration.allocate import mixed_name
+from calibration.preparation import WeightOptions, prepare
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
+from calibration.statistics import Statistics
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
 from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
-from elmexport.errors import MissingDependencyError
+from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.evaluation.self_check import Reference, reference_pass, self_check
 from elmexport.graph.rescale import rescale
 from elmexport.graph.trace import trace
 from elmexport.progress import Progress, SilentProgress
-from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.recipes import Plan, Recipe, resolve
+from elmexport.quantization.recipe_file import write_recipe
+from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.target import ExportJob, Target, find_target
 
-Calibrate = Literal["auto", "none"]
+RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight chose it
 
 
 class ExportOptions(TypedDict, total=False):
@@ -32,7 +36,7 @@ class ExportOptions(TypedDict, total=False):
 
     out: Path | None
     context: int | None
-    calibrate: Calibrate
+    weights: WeightOptions | None
     verify: bool
     force: bool
     settings: Mapping[str, Any] | None
@@ -68,14 +72,19 @@ def export(
     """
     progress = progress or SilentProgress()
     chosen = find_target(target, options.get("settings"))
-    chosen.recipe(quant or chosen.quants[0])  # a misspelt option must not cost a download
+    read_recipe(chosen, quant)  # a misspelt option must not cost a download
+    (options.get("weights") or WeightOptions()).check()
     out = options.get("out")
     if out is not None:
         check_free(out, force=options.get("force", False))
     checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
     if tokenizer is None and random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
-    return export_checkpoint(checkpoint, target, quant, progress=progress, **options)
+    result = export_checkpoint(checkpoint, target, quant, progress=progress, **options)
+    if checkpoint.tokenizer_path is None and tokenizer is None:
+        note = "no tokenizer found, so the artifact holds none; pass --tokenizer a tokenizer.model or tokenizer.json"
+        result = replace(result, notes=(*result.notes, note))
+    return result
 
 
 def export_checkpoint(
@@ -85,7 +94,7 @@ def export_checkpoint(
     *,
     out: Path | None = None,
     context: int | None = None,
-    calibrate: Calibrate = "auto",
+    weights: WeightOptions | None = None,
     verify: bool = True,
     force: bool = False,
     settings: Mapping[str, Any] | None = None,
@@ -93,9 +102,10 @@ def export_checkpoint(
 ) -> ExportResult:
     """Trace, quantize, write, check.
 
-    `quant` is one of the target's (its first where None), `context` the tokens of the KV cache (the model's maximum where None), `out`
-    the artifact folder (`./<model>-<target>-<quant>` where None). `calibrate` "auto" measures the residual stream for fp16 targets,
-    "none" assumes a safe default. `verify` runs the artifact against the model on a short text. `settings` are the target's own.
+    `quant` is one of the target's (its first where None) or the path of a recipe, `context` the tokens of the KV cache (the model's
+    maximum where None), `out` the artifact folder (`./<model>-<target>-<quant>` where None). `weights` says how codes are found. For fp16
+    targets the residual stream is measured, unless `weights.calibrate` is "none": then a safe default is assumed. `verify` runs the
+    artifact against the model on a short text. `settings` are the target's own.
 
     Raises:
         ElmExportError: bad input, or something that the target cannot express; nothing is left behind.
@@ -103,10 +113,13 @@ def export_checkpoint(
     """
     progress = progress or SilentProgress()
     chosen = find_target(target, settings)
-    recipe = chosen.recipe(quant or chosen.quants[0])
+    options = weights or WeightOptions()
+    options.check()
+    recipe = read_recipe(chosen, quant)
     config = checkpoint.config
     context = config.max_context_length if context is None else context
-    out = out or Path(f"{checkpoint.source.name}-{target}-{recipe.name}")
+    name = recipe.name if options.bits_per_weight is None else mixed_name(options.bits_per_weight)
+    out = out or Path(f"{checkpoint.source.name}-{target}-{name}")
     check_free(out, force=force)
     chosen.check(config, context)
     graph = trace(config, context)
@@ -114,25 +127,28 @@ def export_checkpoint(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config)
 
-    rescales = recipe.activations.dtype == "fp16"
+    prepared = prepare(checkpoint, chosen, recipe, options, progress)
+    plan, recipe = prepared.plan, prepared.plan.recipe
+    rescales, measures = recipe.activations.dtype == "fp16", options.calibrate != "none"
+    peak = None if prepared.statistics is None else prepared.statistics.residual_peak
     reference = None
-    if verify or (rescales and calibrate == "auto"):
+    if verify or (rescales and measures and peak is None):
         reference = reference_pass(checkpoint, graph, tokenizer, progress)
-    alpha, calibration = _alpha(reference if calibrate == "auto" else None) if rescales else (1.0, None)
-    plan = resolve(recipe, config.weights())
+    alpha, calibration = _alpha(prepared.statistics, reference if measures else None) if rescales else (1.0, None)
     notes = [f"{name}: {reason}" for name, reason in plan.fallbacks]
     if context > config.max_context_length:
         notes.append(
             f"the model was trained on {config.max_context_length} tokens; what it says beyond them may be poor (context {context})"
         )
-    if tokenizer is None:
-        notes.append("no tokenizer found, so the artifact holds none; pass --tokenizer a tokenizer.model or tokenizer.json")
 
     with artifact_folder(out, force=force) as folder:
         progress.stage(f"writing {target}", config.parameter_count)
-        job = ExportJob(checkpoint.source.name, rescale(graph, alpha), PlannedWeights(checkpoint, plan), tokenizer, progress.advance)
+        job = ExportJob(checkpoint.source.name, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
         chosen.write(job, folder)
-        manifest = _describe(checkpoint, chosen, recipe, plan, context, alpha, calibration)
+        if options.bits_per_weight is not None:
+            write_recipe(recipe, folder / RECIPE, f"chosen for {checkpoint.source.name}; use it again with --quant {RECIPE}")
+        quantization = {**recipe.to_dict(), **prepared.facts}
+        manifest = _describe(checkpoint, chosen, quantization, plan, context, alpha, calibration)
         if verify and reference is not None:
             manifest["self_check"], note = _self_check(target, folder, reference, recipe, progress)
             notes += note
@@ -140,12 +156,37 @@ def export_checkpoint(
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 
-def _alpha(reference: Reference | None) -> tuple[float, dict[str, Any]]:
+def read_recipe(target: Target, quant: str | None) -> Recipe:
+    """The recipe that `quant` names (the target's first where None), or that lies in the file `quant` (a path that ends in .toml).
+
+    Raises:
+        ElmExportError: the target has no such recipe, the file cannot be read, or see `load_recipe`.
+    """
+    if quant is None or not quant.endswith(".toml"):
+        return target.recipe(quant or target.quants[0])
+    try:
+        recipe = load_recipe(Path(quant))
+    except OSError as error:
+        raise ElmExportError(
+            f"cannot read the recipe {quant}: {error.strerror or error}; --quant takes {', '.join(target.quants)}, or a .toml file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ElmExportError(f"{quant} is not UTF-8 text; --quant takes a recipe as a TOML file") from None
+    if re.fullmatch(r"\w[\w.+-]*", recipe.name) is None:
+        raise ElmExportError(f"{quant}: name is {recipe.name!r}; it becomes part of file names, so letters, digits and . + - _ only")
+    return target.adapt(recipe)
+
+
+def _alpha(statistics: Statistics | None, reference: Reference | None) -> tuple[float, dict[str, Any]]:
     """The factor on the residual stream, and how it was found, for the manifest."""
-    if reference is None:
+    if statistics is not None and statistics.residual_peak is not None:
+        peak = _rounded(statistics.residual_peak)
+        text, tokens = statistics.facts.text, statistics.facts.tokens
+    elif reference is not None:
+        peak, text, tokens = _rounded(reference.residual_peak), reference.text, len(reference.ids)
+    else:
         return DEFAULT_ALPHA, {"method": "default", "text": None, "tokens": 0}
-    peak = _rounded(reference.residual_peak)
-    return choose_alpha(peak), {"method": "measured", "text": reference.text, "tokens": len(reference.ids), "residual_peak": peak}
+    return choose_alpha(peak), {"method": "measured", "text": text, "tokens": tokens, "residual_peak": peak}
 
 
 def _self_check(target: str, folder: Path, reference: Reference, recipe: Recipe, progress: Progress) -> tuple[dict[str, Any], list[str]]:
@@ -158,7 +199,13 @@ def _self_check(target: str, folder: Path, reference: Reference, recipe: Recipe,
 
 
 def _describe(
-    checkpoint: Checkpoint, target: Target, recipe: Recipe, plan: Plan, context: int, alpha: float, calibration: dict[str, Any] | None
+    checkpoint: Checkpoint,
+    target: Target,
+    quant: dict[str, Any],
+    plan: Plan,
+    context: int,
+    alpha: float,
+    calibration: dict[str, Any] | None,
 ) -> dict[str, Any]:
     source = checkpoint.source
     return {
@@ -171,7 +218,8 @@ def _describe(
             "config": checkpoint.config.to_dict(),
         },
         "target": target.name,
-        "quant": recipe.to_dict(),
+        "settings": target.settings(),
+        "quant": quant,
         "fallbacks": [{"tensor": name, "reason": reason} for name, reason in plan.fallbacks],
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "context": context,

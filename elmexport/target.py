@@ -17,12 +17,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
+from elmexport.artifact import file_sha256
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.recipes import Recipe, load_recipe
+from elmexport.quantization.schemes import Scheme
+from elmexport.weights import Role
 
 TARGETS: Mapping[str, str] = {
     "onnx": "targets.onnx:OnnxTarget",
@@ -80,7 +83,23 @@ class Target(ABC):
         """
         if quant not in self.quants:
             raise ElmExportError(f"--quant {quant} is not available for {self.name}; choose {', '.join(self.quants)}")
-        return load_recipe(files(type(self).__module__).joinpath("recipes", f"{quant}.toml"))
+        return self.adapt(load_recipe(files(type(self).__module__).joinpath("recipes", f"{quant}.toml")))
+
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """`recipe`, the target's own or a user's, as the target's settings leave it.
+
+        Raises:
+            ElmExportError: settings that have no use with it.
+            MissingDependencyError: it needs something that is not installed.
+        """
+        return recipe.given(imatrix=False)
+
+    def refuses(self, scheme: Scheme, role: Role) -> str | None:
+        """Why files of the format cannot hold a tensor of `role` in `scheme`, as the end of a sentence that begins with the format's name.
+
+        None if they can. Recipes that a user wrote are checked with it before any work.
+        """
+        return None
 
     @abstractmethod
     def check(self, config: OpenELMConfig, context: int) -> None:
@@ -93,6 +112,13 @@ class Target(ABC):
     @abstractmethod
     def write(self, job: ExportJob, folder: Path) -> None:
         """Write the artifact's files into `folder` (which exists and is empty), weights streamed one tensor at a time."""
+
+    def settings(self) -> dict[str, Any]:
+        """The target's settings for the manifest: plain values, and of a file its name and hash."""
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
+        return {
+            name: {"file": value.name, "sha256": file_sha256(value)} if isinstance(value, Path) else value for name, value in found.items()
+        }
 
     def tools(self) -> Mapping[str, str]:
         """Names and versions of the packages that shaped the files, for the manifest."""

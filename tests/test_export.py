@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.preparation import WeightOptions
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from elmexport.artifact import Artifact
 from elmexport.checkpoint.base import Checkpoint
@@ -94,8 +95,9 @@ def test_a_missing_engine_does_not_cost_the_export(tiny: Checkpoint, tmp_path: P
 
 
 def test_an_artifact_without_a_tokenizer_says_so(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
-    bare = MemoryCheckpoint(small_checkpoint.config, small_checkpoint.arrays)
-    result = export_checkpoint(bare, "onnx", "fp32", out=tmp_path / "artifact")
+    model = tmp_path / "model"
+    save_checkpoint(model, small_checkpoint.config, {name: torch.from_numpy(array) for name, array in small_checkpoint.arrays.items()})
+    result = export(str(model), "onnx", "fp32", out=tmp_path / "artifact", random_weights=0)
     assert any(note.startswith("no tokenizer found") for note in result.notes)
     assert result.manifest["self_check"]["text"] == "pseudo-random ids"
 
@@ -128,7 +130,71 @@ def test_a_model_without_a_tokenizer_is_not_exported_by_accident(
         export(str(model), "onnx", "int8", out=out)
     assert not out.exists()
     result = export(str(model), "onnx", "int8", out=out, tokenizer="none")
-    assert any(note.startswith("no tokenizer found") for note in result.notes)
+    assert not any("tokenizer" in note for note in result.notes)  # it was asked for
+
+
+RECIPE = """
+name = "{name}"
+words = "for a test"
+activations = "fp32"
+norms = "fp32"
+scales = "fp16"
+fallback = "fp16"
+max_self_check_kl = 1
+
+[[rule]]
+roles = ["ffn.down"]
+scheme = "{scheme}"
+
+[[rule]]
+scheme = "int8-block32"
+"""
+
+
+def test_a_recipe_of_the_user_s_own(tiny: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(RECIPE.format(name="mine", scheme="int4-block64"))
+    result = export_checkpoint(tiny, "onnx", str(path), out=tmp_path / "artifact")
+    assert result.manifest["quant"]["name"] == "mine"
+    assert result.manifest["quant"]["rule"][0] == {"scheme": "int4-block64", "roles": ["ffn.down"]}
+    assert 0 < result.manifest["self_check"]["kl_mean"] < 0.01
+    assert (result.path / "onnx" / "model_mine.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the recipe .*: No such file"),
+        (RECIPE.format(name="a/b", scheme="int8-block32"), "name is 'a/b'; it becomes part of file names"),
+        (
+            RECIPE.format(name="mine", scheme="int4-block64"),
+            r"ffn\.proj_2\.weight \(ffn\.down\) as .* gguf stores fp32, fp16, bf16, int4-block32",
+        ),
+        (RECIPE.format(name="mine", scheme="int5"), "unknown scheme 'int5'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used(tiny: Checkpoint, tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ElmExportError, match=message):
+        export_checkpoint(tiny, "gguf", str(path), out=tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.slow
+def test_bits_per_weight(tiny: Checkpoint, tmp_path: Path) -> None:
+    """What was chosen lies in the artifact, costs about what was predicted, and gives the same artifact when used as a recipe."""
+    result = export_checkpoint(tiny, "onnx", out=tmp_path / "a", weights=WeightOptions(bits_per_weight=6.5))
+    manifest = result.manifest
+    assert manifest["quant"]["name"] == "mixed-6.5"
+    assert 6.0 < manifest["bits_per_weight"] <= 6.5
+    cost = manifest["quant"]["allocation"]
+    assert 0.6 < cost["measured_kl"] / cost["predicted_kl"] < 1.6
+    again = export_checkpoint(tiny, "onnx", str(result.path / "recipe.toml"), out=tmp_path / "b")
+    assert (again.path / "onnx" / "model_mixed-6.5.onnx_data").read_bytes() == (
+        result.path / "onnx" / "model_mixed-6.5.onnx_data"
+    ).read_bytes()
 
 
 def test_a_context_beyond_the_model_s_own_is_remarked_on(tiny: Checkpoint, tmp_path: Path) -> None:
@@ -164,7 +230,7 @@ def test_without_rescaling_a_large_residual_stream_overflows(
 
 
 def test_alpha_without_calibration(tiny: Checkpoint, tmp_path: Path) -> None:
-    result = export_checkpoint(tiny, "coreml", "fp16", out=tmp_path / "artifact", calibrate="none")
+    result = export_checkpoint(tiny, "coreml", "fp16", out=tmp_path / "artifact", weights=WeightOptions(calibrate="none"))
     assert result.manifest["alpha"] == DEFAULT_ALPHA
     assert result.manifest["calibration"]["method"] == "default"
     assert result.manifest["self_check"]["kl_mean"] < 1e-3
@@ -253,7 +319,7 @@ def test_torch_runtime(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> No
     for prefill in (1, 64, config.max_context_length - 1):
         parts = [runtime.logits(ids[:prefill])] + [runtime.logits(ids[i : i + 1], i) for i in range(prefill, min(prefill + 3, len(ids)))]
         assert np.abs(np.concatenate(parts) - expected[: prefill + 3]).max() < 1e-3
-    assert np.abs(runtime.logits(ids, last_only=True) - expected[-1:]).max() < 1e-3
+    assert np.abs(runtime.logits(ids, last=1) - expected[-1:]).max() < 1e-3
     with pytest.raises(ElmExportError, match="need a context of 129; this artifact holds 128: export it with --context 129 or feed fewer"):
         runtime.logits([1], config.max_context_length)
     with pytest.raises(ElmExportError, match="position is 5, but the cache holds 2 tokens"):

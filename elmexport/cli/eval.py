@@ -55,14 +55,14 @@ def evaluate(
     junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write the gates as JUnit XML, for CI.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Measure what the quantization cost: accuracy, KL divergence and perplexity against the model itself.
+    """Measure what the quantization cost, against the fp16 model.
 
-    Runs lm-eval's tasks on the artifact and on its reference, item by item, and reads a text with both. By default the bundled task
+    Accuracy, KL divergence, perplexity: runs lm-eval's tasks on the artifact and on its reference, item by item, and reads a text with both. By default the bundled task
     (cloze) and text, which need no download. Answers are kept, so that an interrupted evaluation goes on where it ended, and the reference
     is evaluated once. Ends with exit code 1 if a limit is passed.
 
     \b
-    Examples:
+    Example:
       elmexport eval OpenELM-tiny-onnx-int4
       elmexport eval OpenELM-270M-onnx-int4 --preset zero-shot --limit 100 --max-drop 2 --report report.html
     """

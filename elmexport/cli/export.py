@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -46,24 +46,50 @@ TARGETS: Mapping[str, str] = {
 
     \b
     --quant is one of
-      int4   Q4_0, embedding Q8_0 (default)
-      int8   Q8_0
-      fp16   F16
-      bf16   BF16
-      fp32   F32
+      int4    Q4_0, scales of least error; embedding Q8_0 (default)
+      int8    Q8_0
+      fp16    F16
+      bf16    BF16
+      fp32    F32
+    llama.cpp's own, byte for byte; bits per weight of 450M (pip install xllamacpp)
+      q8_0    8.5
+      q6_k    6.6
+      q5_1    6.1
+      q5_k_m  5.8
+      q5_0    5.6
+      q5_k_s  5.6
+      q4_1    5.2
+      q4_k_m  5.1
+      iq4_nl  4.9
+      q4_k_s  4.8
+      q4_0    4.7
+      iq4_xs  4.7
+      q3_k_l  4.7
+      q3_k_m  4.2
+      q3_k_s  3.8
+      q2_k    3.5
 
     \b
     Example:
-      elmexport gguf --model 1.1B-Instruct --quant int8 --context 1024
+      elmexport gguf --model 1.1B-Instruct --quant q4_k_m --context 1024
     """,
 }
 
 
-class Calibrate(StrEnum):
-    """The values of --calibrate."""
+class Method(StrEnum):
+    """The values of --method."""
 
-    AUTO = "auto"
-    NONE = "none"
+    MSE = "mse"
+    GPTQ = "gptq"
+    AWQ = "awq"
+    AWQ_GPTQ = "awq+gptq"
+    RTN = "rtn"
+
+
+def _calibrate(value: str) -> Literal["auto", "none"] | Path:
+    if value == "auto":
+        return "auto"
+    return "none" if value == "none" else Path(value)
 
 
 def command(target: str) -> Callable[..., None]:
@@ -76,7 +102,10 @@ def command(target: str) -> Callable[..., None]:
                 metavar="NAME|ID|PATH", help="A name from `elmexport models`, a hub id, a checkpoint folder, or a CoreNet .pt file."
             ),
         ] = "tiny",
-        quant: Annotated[str | None, typer.Option(metavar="QUANT", help="How weights are stored: see the list above.")] = None,
+        quant: Annotated[
+            str | None,
+            typer.Option(metavar="QUANT|FILE", help="How weights are stored: see the list above, or a recipe of your own (.toml)."),
+        ] = None,
         out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write. [default: ./MODEL-TARGET-QUANT]")] = None,
         context: Annotated[
             int | None,
@@ -86,12 +115,35 @@ def command(target: str) -> Callable[..., None]:
                 help="Tokens that the artifact can attend to, prompt and answer together. [default: the model's maximum]",
             ),
         ] = None,
-        calibrate: Annotated[
-            Calibrate,
+        method: Annotated[
+            Method,
             typer.Option(
-                help="auto: measure the model's activations on a short text and scale them to fit half precision; none: a scale that is safe for most models."
+                help="How codes are found. mse: the scale of least error, in seconds; gptq: errors cancel along a calibration text, in minutes, at about a third of the loss; rtn: round to nearest."
             ),
-        ] = Calibrate.AUTO,
+        ] = Method.MSE,
+        calibrate: Annotated[
+            str,
+            typer.Option(
+                metavar="auto|none|FILE",
+                help="auto: measure the model's activations on a short text and scale them to fit half precision, and quantize along a longer one where the method needs it; none: a scale that is safe for most models; FILE: a text, or statistics from `elmexport calibrate`.",
+            ),
+        ] = "auto",
+        tokens: Annotated[
+            int | None, typer.Option(min=1, metavar="TOKENS", help="How much of the calibration text to read. [default: 32768]")
+        ] = None,
+        bits_per_weight: Annotated[
+            float | None,
+            typer.Option(
+                min=1,
+                metavar="BITS",
+                help="Let each matrix have the scheme that its sensitivity asks for, so many bits a parameter on average; writes recipe.toml into the artifact.",
+            ),
+        ] = None,
+        weights_from: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Take the codes from a file that --save-weights wrote, instead of computing them."),
+        ] = None,
+        save_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the codes that --method gptq found.")] = None,
         random_weights: Annotated[
             int | None,
             typer.Option(
@@ -118,9 +170,11 @@ def command(target: str) -> Callable[..., None]:
         json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a summary.")] = False,
         **settings: Any,
     ) -> None:
+        from calibration.preparation import WeightOptions
         from elmexport.artifact import Artifact
         from elmexport.export import export as library_export
 
+        weights = WeightOptions(method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight)
         with progress_bar() as progress:
             result = library_export(
                 model,
@@ -128,7 +182,7 @@ def command(target: str) -> Callable[..., None]:
                 quant,
                 out=out,
                 context=context,
-                calibrate=calibrate.value,
+                weights=weights,
                 verify=not no_verify,
                 force=force,
                 settings=settings,

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from elmexport import __version__
-from elmexport.cli import export, generate, inspect, logits, models
+from elmexport.cli import calibrate, eval, export, generate, inspect, logits, models, report
 from elmexport.errors import ElmExportError
 
 app = typer.Typer(name="elmexport", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -44,6 +44,9 @@ def elmexport(
 
 for _target, _help in export.TARGETS.items():
     app.command(_target, help=_help)(export.command(_target))
+app.command("calibrate")(calibrate.calibrate)
+app.command("eval")(eval.evaluate)
+app.command("report")(report.report)
 app.command("models")(models.models)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ class LlamaCppRuntime(Runtime):
 
     def __del__(self) -> None:
         # llama.cpp's memory is not Python's: without this, a runtime that is merely dropped would keep it.
-        if getattr(self, "_lib", None) is not None:
+        # When the interpreter ends, the library's functions may be gone already, and the system takes the memory.
+        if getattr(self, "_lib", None) is not None and not sys.is_finalizing():
             self.close()
 
 

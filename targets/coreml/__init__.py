@@ -15,14 +15,21 @@ from pathlib import Path
 from elmexport import __version__
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.schemes import Float, Integer, Scheme
 from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
 from elmexport.target import ExportJob, Target
+from elmexport.weights import Role
 from targets.coreml.interface import CONTEXT_MULTIPLE, MAX_DIM, functions
 
 
 class CoreMLTarget(Target):
     name = "coreml"
     quants = ("int4", "int8", "fp16")
+
+    def refuses(self, scheme: Scheme, role: Role) -> str | None:
+        if scheme == Float("fp16") or (isinstance(scheme, Integer) and scheme.symmetric):
+            return None
+        return "stores fp16, and symmetric integers per channel or in blocks"
 
     def check(self, config: OpenELMConfig, context: int) -> None:
         if context % CONTEXT_MULTIPLE:

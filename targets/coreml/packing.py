@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
 from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.quantization.schemes import Float
 from elmexport.weights import WeightSpec
 from targets.coreml.interface import MAX_DIM
@@ -86,7 +86,7 @@ class WeightFile:
         name = identifier(spec.name)
         if name not in self.blobs:
             tensor = self._weights.get(spec)
-            assert not isinstance(tensor, QuantizedTensor), f"{spec.name}: norms are not quantized"
+            assert not isinstance(tensor, QuantizedTensor | PalettizedTensor), f"{spec.name}: norms are not quantized"
             self._advance(spec.size)
             self._write(name, tensor.numpy().reshape(shape))
         return self._constant(self.blobs[name])

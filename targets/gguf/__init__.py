@@ -52,25 +52,19 @@ class GgufTarget(Target):
     split_max_size: str | None = None
 
     def recipe(self, quant: str) -> Recipe:
-        """See `Target.recipe`.
+        return super().recipe(ALIASES.get(quant.lower(), quant.lower()))
 
-        Raises:
-            MissingDependencyError: the quantization needs ggml, which is not installed.
-        """
-        return self._prepare(super().recipe(ALIASES.get(quant.lower(), quant.lower())))
-
-    def _prepare(self, found: Recipe) -> Recipe:
-        """`found` as the importance matrix, or its absence, leaves it."""
-        if any(isinstance(rule.scheme, GgmlType) for rule in found.rules):
+    def adapt(self, recipe: Recipe) -> Recipe:
+        if any(isinstance(rule.scheme, GgmlType) for rule in recipe.rules):
             from targets.gguf.ggml import require
 
             require()
         elif self.imatrix is not None:
             raise ElmExportError(
-                f"--imatrix has no use with --quant {found.name}; choose one of ggml's quantizations, {', '.join(LLAMA_CPPS)}"
+                f"--imatrix has no use with --quant {recipe.name}; choose one of ggml's quantizations, {', '.join(LLAMA_CPPS)}"
             )
-        found = found.given(imatrix=self.imatrix is not None)
-        return found if self.imatrix is None else replace(found, words=f"{found.words}; with an importance matrix")
+        recipe = recipe.given(imatrix=self.imatrix is not None)
+        return recipe if self.imatrix is None else replace(recipe, words=f"{recipe.words}; with an importance matrix")
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
         from targets.gguf.packing import TYPES

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from calibration.preparation import WeightOptions
 from elmexport.artifact import Artifact, write_manifest
 from elmexport.cli.export import TARGETS
 from elmexport.cli.target_options import OPTIONS
@@ -44,7 +45,7 @@ def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
             "quant": None,
             "out": None,
             "context": None,
-            "calibrate": "auto",
+            "weights": WeightOptions(),
             "verify": True,
             "force": False,
             "settings": {name: default for name, _, default in OPTIONS["onnx"]},
@@ -57,7 +58,8 @@ def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
 
 def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
     line = (
-        "gguf --model 3B-Instruct --quant int8 --out here --context 512 --calibrate none --random-weights 7 "
+        "gguf --model 3B-Instruct --quant int8 --out here --context 512 --method gptq --calibrate text.txt --tokens 99 --bits-per-weight 4.5 "
+        "--weights-from a.safetensors --save-weights b.safetensors --random-weights 7 "
         "--tokenizer meta/llama --revision v1 --force --no-verify"
     )
     assert run(*line.split()).code == 0
@@ -69,7 +71,7 @@ def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
             "quant": "int8",
             "out": Path("here"),
             "context": 512,
-            "calibrate": "none",
+            "weights": WeightOptions("gptq", Path("text.txt"), 99, Path("a.safetensors"), Path("b.safetensors"), 4.5),
             "verify": False,
             "force": True,
             "random_weights": 7,

@@ -11,13 +11,18 @@ from elmexport import __version__
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from tests.cli.conftest import Run
 
-COMMANDS = ("onnx", "coreml", "gguf", "models", "generate", "inspect", "logits")
+COMMANDS = ("onnx", "coreml", "gguf", "calibrate", "eval", "report", "models", "generate", "inspect", "logits")
 EXPORT = (
     "--model",
     "--quant",
     "--out",
     "--context",
+    "--method",
     "--calibrate",
+    "--tokens",
+    "--bits-per-weight",
+    "--weights-from",
+    "--save-weights",
     "--random-weights",
     "--tokenizer",
     "--revision",
@@ -27,11 +32,30 @@ EXPORT = (
 )
 OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf"), EXPORT) | {
     "models": ("--json",),
+    "calibrate": ("--model", "--text", "--dataset", "--tokens", "--window", "--hessian", "--out", "--imatrix", "--force", "--json"),
     "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer"),
     "inspect": ("--tensors", "--json"),
+    "eval": (
+        *("--tasks", "--preset", "--fewshot", "--limit", "--seed", "--against", "--data", "--text", "--text-tokens", "--tokenizer"),
+        *("--max-drop", "--max-kl", "--max-ppl-ratio", "--baseline", "--report", "--junit", "--json"),
+    ),
+    "report": ("--out", "--tasks", "--preset", "--fewshot", "--limit", "--against", "--data", "--text", "--text-tokens", "--json"),
     "logits": ("--ids-file", "--out"),
 }
-HEAVY = ("coremltools", "gguf", "huggingface_hub", "numpy", "onnx", "onnxruntime", "rich", "sentencepiece", "tokenizers", "torch")
+HEAVY = (
+    "coremltools",
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "lm_eval",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "rich",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+)
 
 
 def test_help_lists_every_command_in_full(run: Run) -> None:

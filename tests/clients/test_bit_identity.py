@@ -7,21 +7,32 @@ stream (`alpha` in the manifest).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
+from calibration.preparation import Method, WeightOptions
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
 from tests.clients.readers import Weights, quantized_weights
 from tests.conftest import ExportTo
+from tests.reference import kl
 
 pytestmark = pytest.mark.slow
 
 TARGETS = ("onnx", "gguf", "coreml")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Weight sets go into a folder of the test's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELMEXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module", params=["tiny", "small_checkpoint"])
@@ -59,7 +70,7 @@ def original(checkpoint: Checkpoint, name: str) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_matrix_is_quantized_and_close_to_the_original(checkpoint: Checkpoint, read: Callable[..., Any], target: str) -> None:
-    weights, _ = read(target, "int4", **({"calibrate": "auto"} if target == "coreml" else {}))
+    weights, _ = read(target, "int4")
     assert set(weights) == {spec.name for spec in checkpoint.specs.values() if spec.role is not Role.NORM}
     for name, spec in checkpoint.specs.items():
         if spec.role is not Role.NORM:
@@ -74,11 +85,40 @@ def test_gguf_and_onnx(read: Callable[..., Any], quant: str) -> None:
 
 
 @pytest.mark.parametrize("calibrate", ["auto", "none"])
-def test_coreml_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrate: str) -> None:
+def test_coreml_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrate: Literal["auto", "none"]) -> None:
     expected, _ = read("onnx", "int4")
-    found, manifest = read("coreml", "int4", calibrate=calibrate)
+    found, manifest = read("coreml", "int4", weights=WeightOptions(calibrate=calibrate))
+    assert_same_but_for_alpha(checkpoint, found, expected, manifest)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_calibrated_weights_are_the_same_in_every_format(checkpoint: Checkpoint, read: Callable[..., Any], method: Method) -> None:
+    """Computed once, by the first export; with AWQ, the norms that its scales are folded into are the same too."""
+    options = WeightOptions(method=method, tokens=2048)
+    expected, manifest = read("onnx", "int4", weights=options)
+    assert_same(read("gguf", "int4", weights=options)[0], expected)
+    found, of_coreml = read("coreml", "int4", weights=options)
+    assert_same_but_for_alpha(checkpoint, found, expected, of_coreml)
+    plain, _ = read("onnx", "int4")
+    assert not any(np.array_equal(expected[name], plain[name]) for name in expected if checkpoint.specs[name].role is not Role.EMBEDDING)
+    assert manifest["quant"]["method"] == of_coreml["quant"]["method"] == method
+    assert manifest["quant"]["calibration"] == of_coreml["quant"]["calibration"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_formats_compute_the_same_function(checkpoint: Checkpoint, export_to: ExportTo, method: Method) -> None:
+    """Norms included, which are stored in float in every format."""
+    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 64)
+    folders = [export_to(checkpoint, target, "int4", weights=WeightOptions(method=method, tokens=2048)) for target in TARGETS]
+    logits = [open_artifact(folder).logits(ids) for folder in folders]
+    for other in logits[1:]:
+        assert kl(logits[0], other).mean() < 5e-3  # onnxruntime multiplies in int8, Core ML rounds to fp16
+
+
+def assert_same_but_for_alpha(checkpoint: Checkpoint, found: Weights, expected: Weights, manifest: dict[str, Any]) -> None:
+    calibrate = manifest["calibration"]["method"]
     alpha = manifest["alpha"]
-    assert np.log2(alpha).is_integer() and (alpha < 1 or calibrate == "auto")
+    assert np.log2(alpha).is_integer() and (alpha < 1 or calibrate == "measured")
     unscaled, scaled = {}, 0
     for name, weight in found.items():
         into_stream = checkpoint.specs[name].role in (Role.ATTENTION_OUT, Role.FFN_DOWN)
@@ -91,7 +131,7 @@ def test_coreml_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calib
 
 
 def test_coreml_int8_is_per_channel_and_close(checkpoint: Checkpoint, read: Callable[..., Any]) -> None:
-    weights, _ = read("coreml", "int8", calibrate="auto")
+    weights, _ = read("coreml", "int8")
     for name, weight in weights.items():
         tensor = original(checkpoint, name)
         assert np.sqrt(np.mean((weight - tensor) ** 2) / np.mean(tensor**2)) < 0.02, name

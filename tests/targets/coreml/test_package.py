@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.preparation import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
@@ -48,7 +49,9 @@ def package(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> PackageO
     def call(quant: str, checkpoint: Checkpoint | None = None, **options: object) -> Package:
         key = f"{quant} {id(checkpoint)} {options}"
         if key not in made:
-            made[key] = Package(export_to(checkpoint or small_checkpoint, "coreml", quant, calibrate="none", **options))
+            made[key] = Package(
+                export_to(checkpoint or small_checkpoint, "coreml", quant, weights=WeightOptions(calibrate="none"), **options)
+            )
         return made[key]
 
     return call
@@ -190,7 +193,7 @@ def test_options_of_the_configuration(package: PackageOf, small_config: OpenELMC
 
 def test_a_tensor_that_does_not_fit_its_scheme_stays_fp16(small_config: OpenELMConfig, export_to: ExportTo) -> None:
     config = dataclasses.replace(small_config, model_dim=200, qkv_multipliers=0.96, ffn_multipliers=0.96)
-    artifact = export_to(random_checkpoint(config), "coreml", "int4", calibrate="none")
+    artifact = export_to(random_checkpoint(config), "coreml", "int4", weights=WeightOptions(calibrate="none"))
     assert Package(artifact).operation("decode", "transformer_layers_0_attn_qkv_proj_weight").type == "const"
     manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
     assert "transformer.layers.0.attn.qkv_proj.weight" in {entry["tensor"] for entry in manifest["fallbacks"]}

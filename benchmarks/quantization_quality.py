@@ -1,0 +1,293 @@
+"""What each way of quantizing `tiny` costs, beside llama.cpp's, at true bits per weight: one table (Markdown, JSON) and one plot (SVG).
+
+python benchmarks/quantization_quality.py --text heldout.txt wiki.test.raw --llama-cpp BUILD/bin --out docs/quality
+
+All rows are weights only, in one float32 forward pass: what llama.cpp wrote is read back with gguf and dequantized, so that no engine's
+own rounding of activations is in the figures. Calibration reads the bundled calibration text, 32,768 tokens, for imatrix too. --text
+should be texts that neither the model nor the calibration has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration.allocate import allocate, by_gptq, candidates
+from calibration.awq import awq_folds
+from calibration.calibrate import make_sample
+from calibration.collect import collect
+from calibration.folding import FoldedCheckpoint
+from calibration.gptq import gptq
+from calibration.sensitivity import Probe, sensitivities
+from calibration.sequential import quantize_in_order
+from calibration.statistics import Statistics
+from calibration.text import Sample, bundled_text, calibration_text, sample_windows
+from elmexport.checkpoint import open_checkpoint
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.export import export_checkpoint
+from elmexport.graph.layerwise import Stage, stages
+from elmexport.graph.trace import trace
+from elmexport.progress import SilentProgress
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
+from elmexport.quantization.schemes import Float, Integer, Lut, find_scheme
+from elmexport.target import find_target
+from elmexport.weights import Role, WeightSpec
+
+WINDOW = 256
+SCHEMES = ("int4-block32", "int4-block128", "lut4-group8")
+LLAMA_CPP = ("Q4_0", "Q4_0+imatrix", "IQ4_XS+imatrix", "Q4_K_S", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q8_0")
+MIXED = (4.5, 5.1, 5.36, 6.0)
+GGUF_NAMES = {
+    "attn.qkv_proj": ("attn_qkv",),
+    "attn.out_proj": ("attn_output",),
+    "ffn.proj_1": ("ffn_gate", "ffn_up"),
+    "ffn.proj_2": ("ffn_down",),
+}
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Entry:
+    name: str
+    kind: str  # "elmexport" or "llama.cpp"
+    scheme: str
+    method: str
+    bits_per_weight: float
+    weights: Weights  # tensors that differ from the checkpoint's, float32
+
+
+class Judge:
+    """The model on held-out windows."""
+
+    def __init__(self, checkpoint: Checkpoint, texts: list[Path], windows: int) -> None:
+        assert checkpoint.tokenizer_path is not None
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        self.checkpoint = checkpoint
+        self.stages: list[Stage] = stages(trace(checkpoint.config, WINDOW))
+        self.ids = {
+            path.stem: torch.from_numpy(
+                sample_windows(tokenizer, [path.read_text(encoding="utf-8")], path.name, tokens=windows * WINDOW, window=WINDOW).ids
+            )
+            for path in texts
+        }
+        self.reference = {name: list(self._log_probabilities(ids, {})) for name, ids in self.ids.items()}
+
+    def figures(self, weights: Weights) -> dict[str, dict[str, float]]:
+        """By text: mean KL in nats per token, its standard error, ratio of perplexities, share of tokens with the same first choice."""
+        found = {}
+        for name, ids in self.ids.items():
+            kl, change, agree = [], [], []
+            for batch, p, q in zip(ids.split(16), self.reference[name], self._log_probabilities(ids, weights), strict=True):
+                kl.append((p.exp() * (p - q)).sum(-1).mean(-1))
+                next_ids = batch[:, 1:, None]
+                change.append((p[:, :-1].gather(-1, next_ids) - q[:, :-1].gather(-1, next_ids)).mean())
+                agree.append((p.argmax(-1) == q.argmax(-1)).double().mean())
+            windows = torch.cat(kl).double()
+            found[name] = {
+                "kl": float(windows.mean()),
+                "kl_error": float(windows.std() / len(windows) ** 0.5),
+                "perplexity_ratio": float(torch.stack(change).double().mean().exp()),
+                "top1_agreement": float(torch.stack(agree).mean()),
+            }
+        return found
+
+    def _log_probabilities(self, ids: Tensor, weights: Weights) -> Iterator[Tensor]:
+        def get(spec: WeightSpec) -> Tensor:
+            return weights[spec.name] if spec.name in weights else self.checkpoint.tensor(spec.name).to(torch.float32)
+
+        table = next(spec for spec in self.checkpoint.specs.values() if spec.role is Role.EMBEDDING)
+        tensors = {spec.name: get(spec) for stage in self.stages for spec in stage.weights()}
+        for batch in ids.split(16):
+            x: Tensor = batch
+            for stage in self.stages:
+                x = stage.run(tensors, x)
+            yield torch.nn.functional.linear(x, tensors[table.name]).log_softmax(-1)
+
+
+def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iterator[Entry]:
+    int4 = find_target("gguf").recipe("int4")
+
+    def plan_of(scheme: str) -> Plan:
+        rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(scheme)))
+        return resolve(
+            Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config.weights()
+        )
+
+    def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, Integer | Lut], Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for spec in model.specs.values():
+            scheme, weight = plan.schemes[spec.name], model.tensor(spec.name).to(torch.float32)
+            if isinstance(scheme, Float):
+                found[spec.name] = weight  # norms, which a fold changes
+            else:
+                assert isinstance(scheme, Integer | Lut)
+                table = spec.role is Role.EMBEDDING
+                found[spec.name] = quantize(weight, scheme).dequantize() if table else find(weight, spec, scheme)
+        return found
+
+    def moments(model: Checkpoint, spec: WeightSpec) -> Any:
+        found = statistics.moments(spec)
+        return model.moments(spec, found) if isinstance(model, FoldedCheckpoint) and found is not None else found
+
+    def in_order(model: Checkpoint, plan: Plan) -> dict[str, Tensor]:
+        norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role is Role.NORM}
+        return norms | {spec.name: q.dequantize() for spec, q in quantize_in_order(model, plan, sample, SilentProgress())}
+
+    def methods(plan: Plan) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        folded = FoldedCheckpoint(checkpoint, awq_folds(checkpoint, lambda spec: plan.schemes[spec.name], statistics))
+        return {
+            "rtn": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "rtn").dequantize()),
+            "mse": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k).dequantize()),
+            "mse, statistics": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", statistics.moments(s)).dequantize()),
+            "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s)).dequantize()),
+            "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: gptq(w, k, moments(checkpoint, s).hessian).dequantize()),
+            "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: gptq(w, k, moments(folded, s).hessian).dequantize()),
+            "gptq": lambda: in_order(checkpoint, plan),
+            "awq+gptq": lambda: in_order(folded, plan),
+        }
+
+    for scheme in SCHEMES:
+        plan = plan_of(scheme)
+        for method, make in methods(plan).items():
+            if method != "rtn" or not scheme.startswith("lut"):
+                yield Entry(f"{scheme} {method}", "elmexport", scheme, method, plan.bits_per_weight, make())
+    target = find_target("onnx")
+    assert checkpoint.tokenizer_path is not None
+    short = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "prose", tokens=1024, window=WINDOW)
+    offered = candidates(target, checkpoint.specs.values())
+    measured = sensitivities(checkpoint, offered, short, Probe(checkpoint, short), SilentProgress())
+    for bits in MIXED:
+        for method in ("mse", "gptq"):
+            items = [by_gptq(item) for item in measured] if method == "gptq" else measured
+            plan = resolve(allocate(items, checkpoint.config.weights(), int4, bits).recipe, checkpoint.config.weights())
+            name = f"--bits-per-weight {bits:g} {method}"
+            yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(plan)[method]())
+
+
+def llama_cpp(checkpoint: Checkpoint, tools: Path, folder: Path) -> Iterator[Entry]:
+    """llama-quantize's files of the model, read back."""
+    from gguf import GGUFReader, quants
+
+    (source,) = export_checkpoint(checkpoint, "gguf", "fp16", out=folder / "fp16", verify=False).path.glob("*.gguf")
+    text, imatrix = folder / "calibration.txt", folder / "imatrix.gguf"
+    text.write_text(calibration_text(), encoding="utf-8")
+    _call(tools / "llama-imatrix", "-m", source, "-f", text, "-o", imatrix, "-c", WINDOW, "-t", 2)
+    for name in LLAMA_CPP:
+        kind, _, weighted = name.partition("+")
+        path = folder / f"{name}.gguf"
+        _call(tools / "llama-quantize", *(("--imatrix", imatrix) if weighted else ()), source, path, kind)
+        tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+        weights = {}
+        for spec in checkpoint.specs.values():
+            if spec.role is not Role.NORM:
+                parts = ["token_embd"]
+                if spec.layer is not None:
+                    module = spec.name.removeprefix(f"transformer.layers.{spec.layer}.").removesuffix(".weight")
+                    parts = [f"blk.{spec.layer}.{part}" for part in GGUF_NAMES[module]]
+                found = [tensors[f"{part}.weight"] for part in parts]
+                weights[spec.name] = torch.cat([torch.from_numpy(quants.dequantize(t.data, t.tensor_type)) for t in found])
+        bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors.values()) / checkpoint.config.parameter_count
+        yield Entry(name, "llama.cpp", kind, "imatrix" if weighted else "", bits, weights)
+
+
+def _call(*command: Any) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} failed: {done.stderr[-500:]}")
+
+
+def markdown(rows: list[dict[str, Any]], texts: list[str]) -> str:
+    head = "| weights | bits per weight | " + " | ".join(f"KL, {t} | perplexity × | same top token" for t in texts) + " |"
+    lines = [head, "|---" + "|---:" * (1 + 3 * len(texts)) + "|"]
+    for row in rows:
+        cells = []
+        for t in texts:
+            f = row["figures"][t]
+            cells += [f"{f['kl']:.5f} ± {f['kl_error']:.5f}", f"{f['perplexity_ratio']:.4f}", f"{f['top1_agreement']:.1%}"]
+        label = row["name"] if row["kind"] == "elmexport" else f"llama.cpp {row['name']}"
+        lines.append(f"| {label} | {row['bits_per_weight']:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "elmexport", "font.size": 9})
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(texts), figsize=(6.4 * len(texts), 4.6), squeeze=False)
+    series = (
+        ("llama.cpp", lambda r: r["kind"] == "llama.cpp" and r["method"] == "", "o-", "#888888"),
+        ("llama.cpp, imatrix", lambda r: r["kind"] == "llama.cpp" and r["method"] != "", "s--", "#444444"),
+        ("elmexport rtn", lambda r: r["method"] == "rtn", "x", "#c23b22"),
+        ("elmexport mse", lambda r: r["kind"] == "elmexport" and r["method"] == "mse", "+", "#d98e04"),
+        ("elmexport gptq", lambda r: r["method"] == "gptq" and r["scheme"] != "mixed", "D", "#1f6fb4"),
+        ("elmexport gptq, --bits-per-weight", lambda r: r["method"] == "gptq" and r["scheme"] == "mixed", "^-", "#2a9d4e"),
+    )
+    for axis, text in zip(axes[0], texts, strict=True):
+        for label, chosen, style, colour in series:
+            points = sorted((r["bits_per_weight"], r["figures"][text]["kl"], r["name"]) for r in rows if chosen(r))
+            axis.plot([p[0] for p in points], [p[1] for p in points], style, color=colour, label=label, markersize=5, linewidth=1)
+            if label != "elmexport mse":
+                for bits, kl, name in points:
+                    axis.annotate(
+                        name.removesuffix(" gptq").removesuffix(" rtn"), (bits, kl), fontsize=6, xytext=(4, 3), textcoords="offset points"
+                    )
+        axis.set(yscale="log", title=text, xlabel="bits per weight, all parameters", ylabel="KL(model || quantized), nats per token")
+        axis.grid(alpha=0.3, which="both", linewidth=0.4)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="texts to measure on")
+    parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="folder with llama-quantize and llama-imatrix")
+    parser.add_argument("--windows", type=int, default=64, help=f"of {WINDOW} tokens, of each text (default 64)")
+    parser.add_argument("--tokens", type=int, default=32768, help="of calibration text (default 32768)")
+    parser.add_argument("--out", type=Path, required=True, metavar="STEM", help="writes STEM.md, STEM.json, STEM.svg")
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint("tiny")
+        judge = Judge(checkpoint, given.text, given.windows)
+        sample = make_sample(checkpoint, tokens=given.tokens)
+        statistics = collect(checkpoint, sample, hessian=True)
+        entries = list(llama_cpp(checkpoint, given.llama_cpp, Path(folder))) if given.llama_cpp else []
+        start = time.perf_counter()
+        for entry in chain(entries, ours(checkpoint, sample, statistics)):
+            figures = judge.figures(entry.weights)
+            facts = {key: getattr(entry, key) for key in ("name", "kind", "scheme", "method", "bits_per_weight")}
+            rows.append({**facts, "figures": figures})
+            print(
+                f"{time.perf_counter() - start:7.0f} s  {entry.name}: " + ", ".join(f"{t} {f['kl']:.5f}" for t, f in figures.items()),
+                file=sys.stderr,
+                flush=True,
+            )
+    texts = list(judge.ids)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.with_suffix(".json").write_text(json.dumps({"tokens": given.tokens, "windows": given.windows, "rows": rows}, indent=1) + "\n")
+    given.out.with_suffix(".md").write_text(markdown(rows, texts))
+    plot(rows, texts, given.out.with_suffix(".svg"))
+    print(markdown(rows, texts))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

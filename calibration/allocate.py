@@ -1,0 +1,184 @@
+"""Choosing bits: the mix of schemes, matrix by matrix, of least predicted divergence at a given size.
+
+Every matrix takes one of several schemes, and their divergences add up (`calibration.sensitivity`): a multiple-choice knapsack. It is solved
+exactly, but for rounding: the embedding may be a fifth of the model, too large a piece for a greedy choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from math import ceil
+
+import numpy as np
+
+from calibration.sensitivity import Probe, Sensitivity, sensitivities
+from calibration.text import bundled_text, random_windows, sample_windows
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.errors import ElmExportError
+from elmexport.progress import Progress
+from elmexport.quantization.layers import Between
+from elmexport.quantization.recipes import Recipe, Rule, resolve
+from elmexport.quantization.schemes import FLOAT_BITS, Integer, Lut, find_scheme
+from elmexport.target import Target
+from elmexport.weights import Role, WeightSpec
+
+# From narrow to wide; a target takes those that it can express.
+CANDIDATES = ("int4-block128", "int4-block64", "int4-block32", "int8-block32")
+
+
+# What is left of a linear layer's divergence when GPTQ finds the codes: about that of `tiny`, docs/quantization-results.md.
+GPTQ_GAIN = 0.3
+_GRAINS = 20000
+TOKENS, WINDOW = 1024, 256  # of the text that costs are measured on
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A recipe, and what it is predicted to cost."""
+
+    recipe: Recipe
+    bits_per_weight: float
+    predicted_kl: float  # nats per token
+
+
+def choose_bits(
+    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gptq: bool, progress: Progress
+) -> tuple[Allocation, Probe]:
+    """The allocation for `checkpoint`, and the probe by which to measure what came of it. The text is the bundled prose.
+
+    Costs are measured with scales of least squared error. `gptq` says that the codes will be GPTQ's.
+
+    Raises:
+        ElmExportError: see `allocate`.
+    """
+    window = min(WINDOW, checkpoint.config.max_context_length)
+    if checkpoint.tokenizer_path is None:
+        sample = random_windows(checkpoint.config.vocab_size, checkpoint.config.bos_token_id, tokens=TOKENS, window=window)
+    else:
+        sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
+    specs = list(checkpoint.specs.values())
+    offered = candidates(target, specs)
+    check_budget(specs, offered, base, bits_per_weight)  # before the minutes that measuring takes
+    probe = Probe(checkpoint, sample)
+    measured = sensitivities(checkpoint, offered, sample, probe, progress)
+    return allocate([by_gptq(item) for item in measured] if gptq else measured, specs, base, bits_per_weight), probe
+
+
+def mixed_name(bits_per_weight: float) -> str:
+    """Of the recipe that `allocate` makes."""
+    return f"mixed-{bits_per_weight:g}"
+
+
+def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[Integer | Lut, ...]]:
+    """By the name of each matrix that has any, the schemes among `CANDIDATES` that its shape and `target` can take."""
+    known = [scheme for name in CANDIDATES if isinstance(scheme := find_scheme(name), Integer | Lut)]
+    found = {
+        spec.name: tuple(s for s in known if s.refuses(spec.shape) is None and target.refuses(s, spec.role) is None)
+        for spec in specs
+        if spec.role is not Role.NORM
+    }
+    return {name: schemes for name, schemes in found.items() if schemes}
+
+
+def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Integer | Lut]], base: Recipe, bits_per_weight: float) -> None:
+    """Refuse a size that not even the narrowest schemes reach.
+
+    Raises:
+        ElmExportError: `bits_per_weight` is too small.
+    """
+    scale_bits = FLOAT_BITS[base.scales.dtype]
+    narrowest = {spec.name: min(offered[spec.name], key=lambda s: s.bits(spec.shape, scale_bits)) for spec in specs if spec.name in offered}
+    least = sum(_bits(spec, narrowest, base, scale_bits) for spec in specs) / sum(spec.size for spec in specs)
+    if bits_per_weight < least:
+        raise ElmExportError(
+            f"--bits-per-weight {bits_per_weight:g} is less than the narrowest that this format offers for this model; ask for {least + 0.005:.2f} or more"
+        )
+
+
+def allocate(measured: Sequence[Sensitivity], specs: Iterable[WeightSpec], base: Recipe, bits_per_weight: float) -> Allocation:
+    """The recipe of least predicted divergence within `bits_per_weight`, counted as in manifests: over all parameters, scales included.
+
+    Everything but the rules is that of `base`.
+
+    Raises:
+        ElmExportError: see `check_budget`.
+    """
+    specs = list(specs)
+    scale_bits = FLOAT_BITS[base.scales.dtype]
+    check_budget(specs, {item.spec.name: tuple(item.kl) for item in measured}, base, bits_per_weight)
+    names = {item.spec.name for item in measured}
+    fixed = sum(_bits(spec, {}, base, scale_bits) for spec in specs if spec.name not in names)
+    chosen = _cheapest(measured, int(bits_per_weight * sum(spec.size for spec in specs)) - fixed, scale_bits)
+    rules = _rules(chosen, {spec.name: spec for spec in specs})
+    recipe = replace(base, name=mixed_name(bits_per_weight), words=_words(chosen), rules=rules)
+    plan = resolve(recipe, specs)
+    assert all(plan.schemes[name] == scheme for name, scheme in chosen.items())
+    return Allocation(recipe, plan.bits_per_weight, sum(item.kl[chosen[item.spec.name]] for item in measured))
+
+
+def by_gptq(item: Sensitivity) -> Sensitivity:
+    """`item` under GPTQ, which does not touch the embedding."""
+    if item.spec.role is Role.EMBEDDING:
+        return item
+    return replace(item, kl={scheme: kl * GPTQ_GAIN for scheme, kl in item.kl.items()})
+
+
+def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> dict[str, Integer | Lut]:
+    """The scheme of each matrix, of least total divergence within `budget` bits: a multiple-choice knapsack, by dynamic programming.
+
+    Bits beyond those of the narrowest schemes are counted in `_GRAINS` grains of what is left of the budget, rounded up.
+    """
+    options = [sorted(item.kl, key=lambda scheme: scheme.bits(item.spec.shape, scale_bits)) for item in measured]
+    extra = [
+        [scheme.bits(item.spec.shape, scale_bits) - schemes[0].bits(item.spec.shape, scale_bits) for scheme in schemes]
+        for item, schemes in zip(measured, options, strict=True)
+    ]
+    room = budget - sum(schemes[0].bits(item.spec.shape, scale_bits) for item, schemes in zip(measured, options, strict=True))
+    grain = max(1.0, room / _GRAINS)
+    least = np.zeros(_GRAINS + 1)  # divergence of the matrices so far, by the grains that they may take
+    choices = []
+    for item, schemes, bits in zip(measured, options, extra, strict=True):
+        costs = np.full((len(schemes), _GRAINS + 1), np.inf)
+        for row, scheme in enumerate(schemes):
+            grains = ceil(bits[row] / grain)
+            if grains <= _GRAINS:
+                costs[row, grains:] = least[: _GRAINS + 1 - grains] + item.kl[scheme]
+        choices.append(costs.argmin(0))
+        least = costs.min(0)
+    left, chosen = _GRAINS, {}
+    for item, schemes, bits, choice in zip(reversed(measured), reversed(options), reversed(extra), reversed(choices), strict=True):
+        row = int(choice[left])
+        chosen[item.spec.name] = schemes[row]
+        left -= ceil(bits[row] / grain)
+    return {item.spec.name: chosen[item.spec.name] for item in measured}
+
+
+def _bits(spec: WeightSpec, chosen: Mapping[str, Integer | Lut], base: Recipe, scale_bits: int) -> int:
+    if spec.name in chosen:
+        return chosen[spec.name].bits(spec.shape, scale_bits)
+    return (base.norms if spec.role is Role.NORM else base.fallback).bits(spec.shape, scale_bits)
+
+
+def _rules(chosen: Mapping[str, Integer | Lut], specs: Mapping[str, WeightSpec]) -> tuple[Rule, ...]:
+    """One rule for each run of layers whose matrices of one role share a scheme; the most common scheme ends the list, for all the rest."""
+    sizes: dict[Integer | Lut, int] = {}
+    for name, scheme in chosen.items():
+        sizes[scheme] = sizes.get(scheme, 0) + specs[name].size
+    common = max(sizes, key=lambda scheme: sizes[scheme])
+    rules = []
+    for role in Role:
+        of_role = [specs[name] for name in chosen if specs[name].role is role]
+        for scheme, run in groupby(of_role, key=lambda spec: chosen[spec.name]):
+            layers = [spec.layer for spec in run]
+            if scheme != common:
+                first, last = layers[0], layers[-1]
+                rules.append(Rule(scheme, frozenset({role}), None if first is None or last is None else Between(first, last)))
+    return (*rules, Rule(common))
+
+
+def _words(chosen: Mapping[str, Integer | Lut]) -> str:
+    kinds = sorted({str(scheme) for scheme in chosen.values()})
+    return f"each matrix as its sensitivity asks for: {'; '.join(kinds)}"

@@ -1,0 +1,143 @@
+"""The codes of a calibrated weight set: computed once for a model, plan, method and text, then found in the cache.
+
+Exports of one model to several formats so hold the same codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from calibration.folding import FoldedCheckpoint
+from calibration.gptq import gptq
+from calibration.sequential import quantize_in_order
+from calibration.statistics import Moments, Statistics
+from calibration.text import Sample
+from calibration.weight_set import FORMAT, Quantized, WeightFacts, WeightSet, quantized_schemes, weight_writer
+from calibration.work import complete_file
+from elmexport import __version__
+from elmexport.cache import cache_folder
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.errors import ElmExportError
+from elmexport.progress import Progress
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.recipes import Plan
+from elmexport.quantization.schemes import Integer, Lut
+from elmexport.weights import Role, WeightSpec
+
+MomentsOf = Callable[[WeightSpec], Moments | None]
+
+
+def gptq_weights(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    source: Sample | Statistics,
+    progress: Progress,
+    fold: Callable[[], FoldedCheckpoint] | None = None,
+) -> WeightSet:
+    """The weights of `checkpoint` under `plan` by GPTQ, out of the cache if they have been computed before.
+
+    With a text (`Sample`), layer by layer in order (`quantize_in_order`); with statistics, each tensor by itself from its Hessian, without
+    running the model. `fold` gives the model to quantize instead (AWQ); it is not called where the cache holds its result.
+
+    Raises:
+        ElmExportError: statistics without Hessians, weights that do not fit their schemes, or a cache that cannot be written.
+    """
+    sequential = isinstance(source, Sample)
+    if isinstance(source, Statistics):
+        if not source.facts.hessian:
+            raise ElmExportError(
+                "the statistics hold no Hessians, which gptq needs; make them with `elmexport calibrate --hessian`, or give a text to --calibrate"
+            )
+        text, digest, tokens = source.facts.text, source.facts.text_sha256, source.facts.tokens
+    else:
+        text, digest, tokens = source.words, source.sha256, source.tokens
+    facts = WeightFacts(
+        model=checkpoint.source.name,
+        identity=checkpoint.identity(),
+        schemes=quantized_schemes(plan),
+        folded=() if fold is None else tuple(name for name, spec in checkpoint.specs.items() if _is_foldable(spec)),
+        method="gptq" if fold is None else "awq+gptq",
+        sequential=sequential,
+        text=text,
+        text_sha256=digest,
+        tokens=tokens,
+        elmexport=__version__,
+    )
+    key = [FORMAT, facts.identity, facts.schemes, facts.method, sequential, digest, tokens, __version__]
+    path = cache_folder() / "weights" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        return WeightSet.load(path)
+    model = checkpoint if fold is None else fold()
+    if isinstance(source, Sample):
+        tensors = quantize_in_order(model, plan, source, progress)
+    else:
+        tensors = _from_statistics(model, plan, moments_of(model, source), progress)
+    try:
+        with weight_writer(path, facts, checkpoint.specs) as writer:
+            for name in facts.folded:
+                writer.add_norm(name, model.tensor(name).to(torch.float32))
+            for spec, quantized in tensors:
+                writer.add(spec, quantized)
+    except OSError as error:
+        raise ElmExportError(
+            f"cannot write {path}: {error.strerror or error}; free space, or choose another folder with the environment variable ELMEXPORT_CACHE"
+        ) from error
+    return WeightSet.load(path)
+
+
+def moments_of(checkpoint: Checkpoint, statistics: Statistics) -> MomentsOf:
+    """The moments of what each matrix of `checkpoint`, folded or not, reads; `statistics` are of the model that is not folded."""
+
+    def get(spec: WeightSpec) -> Moments | None:
+        moments = statistics.moments(spec)
+        if moments is None or not isinstance(checkpoint, FoldedCheckpoint):
+            return moments
+        return checkpoint.moments(spec, moments)
+
+    return get
+
+
+def save_weights(weights: WeightSet, out: Path) -> None:
+    """Copy the file of `weights` to `out`.
+
+    Raises:
+        ElmExportError: `out` cannot be written.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(out) as partial:
+            shutil.copyfile(weights.path, partial)
+    except OSError as error:
+        raise ElmExportError(f"cannot write {out}: {error.strerror or error}; choose another --save-weights") from error
+
+
+def _is_foldable(spec: WeightSpec) -> bool:
+    """Whether it is the norm before the attention or the feed-forward network of a layer."""
+    return spec.role is Role.NORM and spec.name.endswith(("attn_norm.weight", "ffn_norm.weight"))
+
+
+@torch.inference_mode()
+def _from_statistics(
+    checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress
+) -> Iterator[tuple[WeightSpec, Quantized]]:
+    specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], Integer | Lut)]
+    progress.stage("quantizing", sum(spec.size for spec in specs))
+    for spec in specs:
+        scheme = plan.schemes[spec.name]
+        assert isinstance(scheme, Integer | Lut)
+        moments = None if spec.role is Role.EMBEDDING else moments_of(spec)
+        weight = checkpoint.tensor(spec.name)
+        try:
+            if moments is None or moments.hessian is None:
+                yield spec, quantize(weight, scheme)
+            else:
+                yield spec, gptq(weight, scheme, moments.hessian)
+        except ElmExportError as error:
+            raise ElmExportError(f"{spec.name}: {error}") from None
+        progress.advance(spec.size)

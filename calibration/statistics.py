@@ -1,0 +1,222 @@
+"""What a model showed while it read the calibration text: second moments of every linear layer's input, and peaks.
+
+One safetensors file holds it all. Statistics of activations are stored once, under the name that the traced graph gives the activation
+(`layers.3.attn_norm`), however many weights read it; `calibration.collect` measures them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.errors import ElmExportError
+from elmexport.weights import WeightSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1  # of the file; a reader refuses a newer one
+METADATA_KEY = "elmexport.statistics"
+TOKEN_COUNTS = "token_counts"
+MEAN_SQUARE, MEAN_ABS, HESSIAN = "mean_square", "mean_abs", "hessian"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the input x `[in]` of one linear layer, over `tokens` positions, in the float32 model as published (alpha 1, nothing folded)."""
+
+    tokens: int
+    mean_square: Tensor  # float32 [in]: E[x²]
+    mean_abs: Tensor | None  # float32 [in]: E[|x|]; None only where llama.cpp measured (an importance matrix)
+    hessian: Tensor | None  # float32 [in, in]: E[x xᵀ], symmetric, its diagonal equal to `mean_square`; None where not asked for
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was read by which model, and the small figures: the file's metadata."""
+
+    model: str  # display name
+    identity: str  # SHA-256 of `Checkpoint.identity`; empty for an importance matrix, which does not say
+    text: str  # what was read, in words
+    text_sha256: str  # of the token ids; empty for an importance matrix
+    tokens: int  # positions, BOS of each window included
+    window: int  # tokens of one window
+    hessian: bool
+    inputs: Mapping[str, str]  # name of each weight to that of the activation it reads
+    residual_peaks: tuple[float, ...]  # largest magnitude on the residual stream after the embedding, then in each layer
+    norm_peaks: Mapping[str, float]  # by the name of each norm's weight: the largest sum of squares it met (q/k norms: in one head)
+
+
+class Statistics:
+    """`facts` and the tensors, which a file gives one at a time: it is mapped, and read where a tensor is looked at.
+
+    Tensors: for every activation `A` `A.mean_square`, `A.mean_abs` (float32 `[in]`) and, if asked for, `A.hessian` (float32
+    `[in, in]`); and `token_counts`, int64 `[vocab]`.
+    """
+
+    def __init__(self, facts: Facts, tensors: Mapping[str, Tensor]) -> None:
+        self.facts = facts
+        self.tensors = tensors
+
+    @property
+    def residual_peak(self) -> float | None:
+        """The largest magnitude that was met on the residual stream; None only for an importance matrix. See `choose_alpha`."""
+        return max(self.facts.residual_peaks, default=None)
+
+    @property
+    def token_counts(self) -> Tensor | None:
+        """How often each token was read, int64 `[vocab]`; None only for an importance matrix."""
+        return self.tensors.get(TOKEN_COUNTS)
+
+    def moments(self, spec: WeightSpec) -> Moments | None:
+        """Those of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an embedding that is not the head too)."""
+        activation = self.facts.inputs.get(spec.name)
+        if activation is None:
+            return None
+        return Moments(
+            self.facts.tokens,
+            self.tensors[f"{activation}.{MEAN_SQUARE}"],
+            self.tensors.get(f"{activation}.{MEAN_ABS}"),
+            self.tensors.get(f"{activation}.{HESSIAN}"),
+        )
+
+    def outliers(self) -> list[tuple[str, float]]:
+        """By weight, how many times its inputs' root mean square the largest channel's is, the most extreme weight first.
+
+        Quantization that does not know the inputs suffers where this is large.
+        """
+        ratios = []
+        for name, activation in self.facts.inputs.items():
+            square = self.tensors[f"{activation}.{MEAN_SQUARE}"]
+            mean = float(square.mean())
+            ratios.append((name, math.sqrt(float(square.max()) / mean) if mean else 1.0))
+        return sorted(ratios, key=lambda pair: -pair[1])
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, tensor by tensor.
+
+        Raises:
+            OSError: it cannot be written; what was written remains.
+        """
+        write_safetensors(path, self.tensors, {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(self.facts)})})
+
+    @classmethod
+    def load(cls, path: Path) -> Statistics:
+        """Read the metadata of `path`; tensors follow when they are asked for.
+
+        Raises:
+            ElmExportError: no such file, another kind of file, a damaged one, or one of a newer format.
+        """
+        header = read_metadata(path)
+        if METADATA_KEY not in header:
+            raise ElmExportError(f"{path} holds no calibration statistics; make them with `elmexport calibrate --out FILE`")
+        facts = _facts(path, header[METADATA_KEY])
+        tensors = FileTensors(path)
+        kinds = (MEAN_SQUARE, MEAN_ABS, *([HESSIAN] if facts.hessian else []))
+        wanted = {TOKEN_COUNTS, *(f"{activation}.{kind}" for activation in facts.inputs.values() for kind in kinds)}
+        missing = sorted(wanted - set(tensors))
+        if missing:
+            raise ElmExportError(f"{path} is damaged: it lacks {', '.join(missing[:5])}; calibrate again")
+        return cls(facts, tensors)
+
+
+def load_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
+    """The statistics in `path`, made sure to be of `checkpoint`.
+
+    Raises:
+        ElmExportError: statistics of another model, or see `Statistics.load`.
+    """
+    statistics = Statistics.load(path)
+    found, wanted = statistics.facts.identity, checkpoint.identity()
+    if found != wanted:
+        raise ElmExportError(
+            f"{path} holds the statistics of another model: {statistics.facts.model}, identity {found[:12]}…, "
+            f"while {checkpoint.source.name} has {wanted[:12]}…; calibrate this one with `elmexport calibrate`"
+        )
+    return statistics
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` one after another, so that mapped ones are never in memory together; the library's own writer gathers them first."""
+    dtypes = {"torch.float32": "F32", "torch.int64": "I64"}
+    sizes = {name: (tensor.element_size(), tensor.numel()) for name, tensor in tensors.items()}
+    order = sorted(sizes, key=lambda name: (-sizes[name][0], name))  # the library's own order: every tensor lies aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        start, end = end, end + math.prod(sizes[name])
+        header[name] = {"dtype": dtypes[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(tensors[name].contiguous().numpy().data)
+
+
+class FileTensors(Mapping[str, "Tensor"]):
+    """The tensors of a safetensors file, mapped anew at every access."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = tuple(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ElmExportError(f"{self._path} changed while it was in use ({error}); calibrate again") from None
+        if tensor.ndim == 1 and not bool(tensor.isfinite().all()):
+            raise ElmExportError(f"{self._path} is damaged: {name} holds NaN or infinity; calibrate again")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ElmExportError(
+            f"{path} is no statistics file, or is truncated or damaged ({error}); make one with `elmexport calibrate --out FILE`"
+        ) from None
+    except OSError as error:
+        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a file that `elmexport calibrate` wrote") from None
+
+
+def _facts(path: Path, text: str) -> Facts:
+    try:
+        data = json.loads(text)
+        version = data.pop("format")
+        if version > FORMAT:
+            raise ElmExportError(f"{path}: statistics of format {version}, this version reads up to {FORMAT}; update elmexport")
+        facts = Facts(**{field.name: data[field.name] for field in fields(Facts)})
+        facts = Facts(**(facts.__dict__ | {"residual_peaks": tuple(float(peak) for peak in facts.residual_peaks)}))
+        figures = [*facts.residual_peaks, *facts.norm_peaks.values(), facts.tokens]
+        if not all(math.isfinite(figure) for figure in figures):
+            raise ValueError("a figure in its metadata is not finite")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ElmExportError(f"{path} is damaged: its metadata cannot be read ({error}); calibrate again") from None
+    return facts

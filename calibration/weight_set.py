@@ -1,0 +1,238 @@
+"""A calibrated weight set: the codes and scales of every quantized tensor of a model, computed once, for every format.
+
+One safetensors file. A tensor NAME of integer codes is stored as `NAME.codes`, `NAME.scales` float16 `[out, granules]` and, where asymmetric,
+`NAME.zeros` int8 `[out, granules]`; one of table indices as `NAME.codes` and `NAME.tables` float16 `[groups, entries]`. Codes are int8 or
+uint8 `[out, in]`; 4-bit ones lie two in a byte, `[out, in / 2]` uint8, the even column in the low half, counted from the lowest code up. A
+folded norm is stored as `NAME`, float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from calibration.statistics import FileTensors
+from calibration.work import complete_file
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.errors import ElmExportError
+from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+from elmexport.quantization.recipes import Plan
+from elmexport.quantization.schemes import Integer, Lut, find_scheme, scheme_name
+from elmexport.weights import WeightSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1  # of the file; a reader refuses a newer one
+METADATA_KEY = "elmexport.weights"
+_DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
+
+Quantized = QuantizedTensor | PalettizedTensor
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """Of which model, how computed, from what: the file's metadata."""
+
+    model: str  # display name
+    identity: str  # SHA-256 of `Checkpoint.identity`
+    schemes: Mapping[str, str]  # by tensor, as recipe files call them; quantized tensors only
+    folded: tuple[str, ...]  # norms that a folding changed, held by the file too
+    method: str
+    sequential: bool  # fitted to what the quantized layers before hand on; false: to the statistics of the model as published
+    text: str  # what was read, in words
+    text_sha256: str  # of the token ids
+    tokens: int
+    elmexport: str  # version that computed it
+
+
+class WeightSet:
+    """`facts`, and the tensors in a file, read when they are asked for."""
+
+    def __init__(self, path: Path, facts: WeightFacts) -> None:
+        self.path, self.facts = path, facts
+        self._tensors = FileTensors(path)
+
+    @classmethod
+    def load(cls, path: Path) -> WeightSet:
+        """Read the metadata of `path`.
+
+        Raises:
+            ElmExportError: no such file, another kind of file, a damaged one, or one of a newer format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        fix = "make one with --save-weights"
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+        except SafetensorError as error:
+            raise ElmExportError(f"{path} is no weight set, or is truncated or damaged ({error}); {fix}") from None
+        except OSError as error:
+            raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a weight set: {fix}") from None
+        if METADATA_KEY not in header:
+            raise ElmExportError(f"{path} holds no calibrated weights; {fix}")
+        found = cls(path, _facts(path, header[METADATA_KEY]))
+        wanted = {*(f"{name}.codes" for name in found.facts.schemes), *found.facts.folded}
+        missing = sorted(wanted - set(found._tensors))
+        if missing:
+            raise ElmExportError(f"{path} is damaged: it lacks {', '.join(missing[:5])}; {fix}")
+        return found
+
+    def check(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        """Make sure that these are weights of `checkpoint` in the schemes of `plan`.
+
+        Raises:
+            ElmExportError: another model, or another scheme for some tensor.
+        """
+        if self.facts.identity != checkpoint.identity():
+            raise ElmExportError(
+                f"{self.path} holds the weights of another model: {self.facts.model}, identity {self.facts.identity[:12]}…, while "
+                f"{checkpoint.source.name} has {checkpoint.identity()[:12]}…; leave --weights-from out to compute this model's"
+            )
+        wanted = quantized_schemes(plan)
+        for name in sorted(wanted.keys() | self.facts.schemes.keys()):
+            have, want = self.facts.schemes.get(name), wanted.get(name)
+            if have != want:
+                raise ElmExportError(
+                    f"{self.path} holds {name} as {have or 'no quantized tensor'}, while --quant {plan.recipe.name} stores it as "
+                    f"{want or plan.schemes[name]}; choose the --quant that the file was made with, or leave --weights-from out"
+                )
+
+    def norms(self) -> dict[str, Tensor]:
+        """The norms that a folding changed, float32, by name."""
+        return {name: self._tensors[name] for name in self.facts.folded}
+
+    def get(self, spec: WeightSpec) -> Quantized:
+        """The tensor of `spec`, which is one of `facts.schemes`."""
+        scheme = find_scheme(self.facts.schemes[spec.name])
+        assert isinstance(scheme, Integer | Lut)
+        codes = _unpack(self._tensors[f"{spec.name}.codes"], scheme, spec.shape)
+        if isinstance(scheme, Lut):
+            return PalettizedTensor(scheme, codes, self._tensors[f"{spec.name}.tables"])
+        zeros = None if scheme.symmetric else self._tensors[f"{spec.name}.zeros"]
+        return QuantizedTensor(scheme, codes, self._tensors[f"{spec.name}.scales"], zeros)
+
+
+def quantized_schemes(plan: Plan) -> dict[str, str]:
+    """Name of the scheme of every tensor that `plan` stores as codes of ours (not as a type of ggml's)."""
+    return {name: scheme_name(scheme) for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)}
+
+
+class WeightWriter:
+    """Writes a weight set tensor by tensor; the sizes of all are known from their schemes."""
+
+    def __init__(self, file: IO[bytes], facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> None:
+        self._file = file
+        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(facts)})}}
+        self._entries: dict[str, tuple[str, list[int], int]] = {}
+        end = 0
+        for name, scheme in facts.schemes.items():
+            for part, (dtype, shape, size) in _layout(find_scheme(scheme), specs[name].shape).items():
+                header[f"{name}.{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+                self._entries[f"{name}.{part}"] = (dtype, shape, end)
+                end += size
+        for name in facts.folded:
+            shape, size = list(specs[name].shape), specs[name].size * 4
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+            self._entries[name] = ("F32", shape, end)
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        self._start = len(text) + 8
+
+    def add(self, spec: WeightSpec, quantized: Quantized) -> None:
+        parts = {"codes": _pack(quantized.codes, quantized.scheme)}
+        if isinstance(quantized, PalettizedTensor):
+            parts["tables"] = quantized.tables
+        else:
+            parts["scales"] = quantized.scales
+            if quantized.zeros is not None:
+                parts["zeros"] = quantized.zeros
+        for part, tensor in parts.items():
+            self._write(f"{spec.name}.{part}", tensor)
+
+    def add_norm(self, name: str, tensor: Tensor) -> None:
+        self._write(name, tensor)
+
+    def _write(self, name: str, tensor: Tensor) -> None:
+        dtype, shape, offset = self._entries.pop(name)
+        assert (dtype, shape) == (_DTYPES[str(tensor.dtype)], list(tensor.shape)), name
+        self._file.seek(self._start + offset)
+        self._file.write(tensor.contiguous().numpy().data)
+
+    def close(self) -> None:
+        assert not self._entries, f"never written: {sorted(self._entries)[:3]}"
+
+
+@contextmanager
+def weight_writer(path: Path, facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> Iterator[WeightWriter]:
+    """A writer into `path`, which appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_file(path) as partial:
+        try:
+            with partial.open("wb") as file:
+                writer = WeightWriter(file, facts, specs)
+                yield writer
+                writer.close()
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _layout(scheme: Any, shape: tuple[int, ...]) -> dict[str, tuple[str, list[int], int]]:
+    """Type, shape and bytes of each stored part of a tensor."""
+    rows, columns = shape
+    granules = scheme.granularity.count(shape)
+    codes = [rows, columns // 2] if _packs(scheme, columns) else [rows, columns]
+    kind = "I8" if isinstance(scheme, Integer) and not _packs(scheme, columns) else "U8"
+    parts = {"codes": (kind, codes, codes[0] * codes[1])}
+    if isinstance(scheme, Lut):
+        return parts | {"tables": ("F16", [granules, scheme.entries], granules * scheme.entries * 2)}
+    parts["scales"] = ("F16", [rows, granules // rows], granules * 2)
+    return parts if scheme.symmetric else parts | {"zeros": ("I8", [rows, granules // rows], granules)}
+
+
+def _packs(scheme: Integer | Lut, columns: int) -> bool:
+    return scheme.width == 4 and columns % 2 == 0
+
+
+def _lowest(scheme: Integer | Lut) -> int:
+    return scheme.range[0] if isinstance(scheme, Integer) else 0
+
+
+def _pack(codes: Tensor, scheme: Integer | Lut) -> Tensor:
+    import torch
+
+    if not _packs(scheme, codes.shape[1]):
+        return codes
+    nibbles = (codes.to(torch.int16) - _lowest(scheme)).to(torch.uint8)
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+def _unpack(stored: Tensor, scheme: Integer | Lut, shape: tuple[int, ...]) -> Tensor:
+    import torch
+
+    if not _packs(scheme, shape[1]):
+        return stored
+    nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).view(shape)
+    return nibbles if isinstance(scheme, Lut) else nibbles.to(torch.int8) + _lowest(scheme)
+
+
+def _facts(path: Path, text: str) -> WeightFacts:
+    try:
+        data = json.loads(text)
+        version = data.pop("format")
+        if version > FORMAT:
+            raise ElmExportError(f"{path}: weight set of format {version}, this version reads up to {FORMAT}; update elmexport")
+        facts = WeightFacts(**{field.name: data[field.name] for field in fields(WeightFacts)} | {"folded": tuple(data["folded"])})
+        for scheme in facts.schemes.values():
+            find_scheme(scheme)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ElmExportError(f"{path} is damaged: its metadata cannot be read ({error}); make it again with --save-weights") from None
+    return facts

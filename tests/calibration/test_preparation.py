@@ -1,0 +1,173 @@
+"""What an export's weights are made of: options that fit together, statistics or text, the cache, weight sets, and what is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibration import calibrated
+from calibration.calibrate import make_sample
+from calibration.collect import collect
+from calibration.preparation import Prepared, WeightOptions, prepare
+from calibration.statistics import Statistics
+from elmexport.errors import ElmExportError
+from elmexport.progress import SilentProgress
+from elmexport.quantization.quantize import QuantizedTensor, quantize
+from elmexport.quantization.recipes import Recipe, Rule
+from elmexport.quantization.schemes import Float, find_scheme
+from elmexport.target import find_target
+from elmexport.weights import Role
+from tests.memory_checkpoint import MemoryCheckpoint
+
+RECIPE = Recipe("int4", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp32"), 1.0, (Rule(find_scheme("int4-block32")),))
+DOWN = "transformer.layers.2.ffn.proj_2.weight"
+NORM = "transformer.layers.2.attn_norm.weight"
+TOKENS = 1024
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "weights"
+
+
+@pytest.fixture(scope="module")
+def statistics(small_checkpoint: MemoryCheckpoint) -> Statistics:
+    return collect(small_checkpoint, make_sample(small_checkpoint, tokens=TOKENS), hessian=True)
+
+
+def prepared(checkpoint: MemoryCheckpoint, **options: Any) -> Prepared:
+    return prepare(checkpoint, find_target("onnx"), RECIPE, WeightOptions(**options), SilentProgress())
+
+
+def codes(found: Prepared, name: str = DOWN) -> torch.Tensor:
+    weight = found.weights.get(found.weights.checkpoint.specs[name])
+    assert isinstance(weight, QuantizedTensor)
+    return weight.codes
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"method": "magic"}, "--method magic does not exist; choose mse, rtn, gptq, awq"),
+    "calibrated without calibration": ({"method": "gptq", "calibrate": "none"}, "--method gptq is calibrated; leave --calibrate none out"),
+    "tokens of no text": ({"tokens": 5}, "--tokens is how much of a calibration text to read, and none is read here"),
+    "tokens of statistics": ({"method": "gptq", "calibrate": Path("a.safetensors"), "tokens": 5}, "none is read here"),
+    "two sources": ({"method": "gptq", "weights_from": Path("a.safetensors")}, "--weights-from brings the codes; leave --method"),
+    "nothing to save": ({"save_weights_to": Path("a.safetensors")}, "--method mse finds codes as it writes them"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_options_that_do_not_fit_are_refused(case: str) -> None:
+    options, message = BAD[case]
+    with pytest.raises(ElmExportError, match=message.replace("(", r"\(")):
+        WeightOptions(**options).check()
+
+
+def test_mse_and_rtn_read_nothing(small_checkpoint: MemoryCheckpoint) -> None:
+    for method in ("mse", "rtn"):
+        found = prepared(small_checkpoint, method=method)
+        expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), method)  # type: ignore[call-overload]
+        assert torch.equal(codes(found), expected.codes)
+        assert found.facts == {"method": method, "calibration": None}
+        assert found.statistics is None
+
+
+def test_statistics_weight_the_squares(small_checkpoint: MemoryCheckpoint, statistics: Statistics, tmp_path: Path) -> None:
+    statistics.save(tmp_path / "s.safetensors")
+    found = prepared(small_checkpoint, calibrate=tmp_path / "s.safetensors")
+    spec = small_checkpoint.specs[DOWN]
+    expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(spec))  # type: ignore[call-overload]
+    assert torch.equal(codes(found), expected.codes)
+    assert not torch.equal(codes(found), codes(prepared(small_checkpoint)))
+    assert found.facts["calibration"] == {
+        "text": "bundled calibration text",
+        "text_sha256": statistics.facts.text_sha256,
+        "tokens": statistics.facts.tokens,
+        "sequential": False,
+    }
+    assert found.statistics is not None and found.statistics.residual_peak == statistics.residual_peak
+
+
+def test_a_text_is_measured(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely. " * 40)
+    found = prepared(small_checkpoint, calibrate=tmp_path / "mine.txt", tokens=256)
+    assert found.facts["calibration"]["text"] == "mine.txt"
+    assert not torch.equal(codes(found), codes(prepared(small_checkpoint)))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_gptq_is_computed_once(small_checkpoint: MemoryCheckpoint, cache: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    first = prepared(small_checkpoint, method=method, tokens=TOKENS)
+    assert first.facts["calibration"]["sequential"] is True
+    assert len(list(cache.iterdir())) == 1
+
+    def again(*_: object) -> None:
+        pytest.fail("computed again")
+
+    monkeypatch.setattr(calibrated, "quantize_in_order", again)
+    second = prepared(small_checkpoint, method=method, tokens=TOKENS)
+    assert torch.equal(codes(first), codes(second))
+    assert second.facts == first.facts
+
+
+def test_each_method_and_text_has_a_set_of_its_own(
+    small_checkpoint: MemoryCheckpoint, statistics: Statistics, cache: Path, tmp_path: Path
+) -> None:
+    statistics.save(tmp_path / "s.safetensors")
+    options: list[dict[str, Any]] = [
+        {"method": "gptq", "tokens": TOKENS},
+        {"method": "gptq", "tokens": 256},
+        {"method": "gptq", "calibrate": tmp_path / "s.safetensors"},
+        {"method": "awq+gptq", "tokens": TOKENS},
+    ]
+    found = [codes(prepared(small_checkpoint, **chosen)) for chosen in options]
+    assert len(list(cache.iterdir())) == len(options)
+    assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+
+
+def test_saved_weights_are_used_again(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    """With the norms that AWQ changed."""
+    path = tmp_path / "kept" / "w.safetensors"
+    first = prepared(small_checkpoint, method="awq+gptq", tokens=TOKENS, save_weights_to=path)
+    second = prepared(small_checkpoint, weights_from=path)
+    norm = small_checkpoint.specs[NORM]
+    assert torch.equal(codes(first), codes(second))
+    assert torch.equal(first.weights.get(norm), second.weights.get(norm))  # type: ignore[arg-type]
+    assert not torch.equal(second.weights.get(norm), small_checkpoint.tensor(NORM))  # type: ignore[arg-type]
+    assert second.facts == first.facts
+    assert second.facts["method"] == "awq+gptq"
+
+
+def test_gptq_needs_hessians(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    collect(small_checkpoint, make_sample(small_checkpoint, tokens=256)).save(tmp_path / "s.safetensors")
+    with pytest.raises(ElmExportError, match="hold no Hessians, which gptq needs; make them with `elmexport calibrate --hessian`"):
+        prepared(small_checkpoint, method="gptq", calibrate=tmp_path / "s.safetensors")
+
+
+def test_a_cache_that_cannot_be_written(small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ElmExportError, match=r"cannot write .*ELMEXPORT_CACHE"):
+        prepared(small_checkpoint, method="gptq", tokens=256)
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "message"),
+    [
+        ("onnx", "lut4-group8", r"stores .* \(attention.qkv\) as .*; onnx stores fp32, fp16, and symmetric integers in blocks of 16"),
+        ("gguf", "int4-block64", r"\(attention.qkv\) as .*; gguf stores fp32, fp16, bf16, int4-block32"),
+        ("coreml", "ggml-q4_k", r"\(attention.qkv\) as .*; coreml stores "),
+    ],
+)
+def test_a_scheme_that_the_format_cannot_hold_is_refused_before_any_work(
+    small_checkpoint: MemoryCheckpoint, target: str, scheme: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = (Rule(find_scheme(scheme), frozenset({Role.ATTENTION_QKV})), Rule(Float("fp16")))
+    recipe = Recipe("mine", "", Float("fp16"), Float("fp16"), Float("fp16"), Float("fp16"), 1.0, rules)
+    if scheme == "ggml-q4_k":
+        monkeypatch.setattr(type(find_scheme(scheme)), "refuses", lambda self, shape: None)
+    with pytest.raises(ElmExportError, match=message):
+        prepare(small_checkpoint, find_target(target), recipe, WeightOptions(method="gptq"), SilentProgress())

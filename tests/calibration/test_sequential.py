@@ -1,0 +1,94 @@
+"""Quantization along the forward pass: targets against float64 least squares, and the order of the methods on held-out prose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from calibration import sequential
+from calibration.calibrate import make_sample
+from calibration.sensitivity import Probe
+from calibration.sequential import RIDGE, quantize_in_order
+from calibration.text import Sample, bundled_text, sample_windows
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.graph.trace import trace
+from elmexport.progress import SilentProgress
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
+from elmexport.quantization.schemes import Float, Integer, Lut, find_scheme
+from elmexport.target import find_target
+from elmexport.weights import Role
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+
+
+def plan_of(checkpoint: Checkpoint, *rules: Rule) -> Plan:
+    recipe = Recipe("test", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules)
+    return resolve(recipe, checkpoint.specs.values())
+
+
+def test_the_target_is_the_least_squares_solution(small_checkpoint: MemoryCheckpoint) -> None:
+    """Of what the layer should give, and what the stream lacks, from what the quantized layers hand on."""
+    generator = torch.Generator().manual_seed(0)
+    node = next(node for node in trace(small_checkpoint.config).nodes if node.role is Role.FFN_DOWN)
+    weight = torch.randn(6, 10, generator=generator)
+    before, lack = torch.randn(4, 32, 10, generator=generator), 0.1 * torch.randn(4, 32, 6, generator=generator)
+    now = before + 0.1 * torch.randn(4, 32, 10, generator=generator)
+    name = node.inputs["x"]
+    target, hessian = sequential._target(node, weight, {name: before}, {name: now}, lambda rows: lack[rows])
+    x, y = now.reshape(-1, 10).double().numpy(), (before.reshape(-1, 10) @ weight.T + lack.reshape(-1, 6)).double().numpy()
+    h = x.T @ x / len(x)
+    ridge = RIDGE * np.trace(h) / 10 * np.eye(10)
+    # Ridge regression towards the weight as it was.
+    expected = np.linalg.solve(h + ridge, (x.T @ y / len(x)) + ridge @ weight.double().numpy().T).T
+    np.testing.assert_allclose(hessian.numpy(), h, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(target.numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoint: MemoryCheckpoint, tied: bool) -> None:
+    checkpoint = small_checkpoint if tied else random_checkpoint(replace(small_checkpoint.config, share_input_output_layers=False))
+    plan = plan_of(checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int8-block32")))
+    ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (9, 64))
+    found = {spec.name: q for spec, q in quantize_in_order(checkpoint, plan, Sample(ids, "random"), SilentProgress())}
+    assert list(found) == [name for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)]
+    assert all(quantized.scheme == plan.schemes[name] for name, quantized in found.items())
+    probe = Probe(checkpoint, Sample(ids, "random"))
+    alone = {name: quantize(checkpoint.tensor(name), plan.schemes[name]).dequantize() for name in found}  # type: ignore[call-overload]
+    assert probe.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.3 * probe.divergence(alone)
+
+
+def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:
+    """Where only the last matrix is quantized, both copies agree up to it: the target is the weight."""
+    last = "transformer.layers.4.ffn.proj_2.weight"
+    float_plan = plan_of(small_checkpoint, Rule(Float("fp32")))
+    plan = Plan(float_plan.recipe, {**float_plan.schemes, last: find_scheme("int8-block32")}, (), 32)
+    ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (2, 64))
+    ((spec, quantized),) = quantize_in_order(small_checkpoint, plan, Sample(ids, "random"), SilentProgress())
+    assert spec.name == last
+    nearest = quantize(small_checkpoint.tensor(last), find_scheme("int8-block32"))  # type: ignore[call-overload]
+    tensor = small_checkpoint.tensor(last)
+    assert float((quantized.dequantize() - tensor).norm()) < 2 * float((nearest.dequantize() - tensor).norm())
+
+
+@pytest.mark.slow
+def test_gptq_below_mse_below_rtn_on_text_that_was_not_used(tiny: Checkpoint) -> None:
+    """In divergence on the bundled prose, which neither `tiny` nor the calibration has read; the margins catch a method that degrades."""
+    assert tiny.tokenizer_path is not None
+    prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=1280, window=256)
+    probe = Probe(tiny, prose)
+    plan = resolve(find_target("gguf").recipe("int4"), tiny.specs.values())
+    schemes = {name: scheme for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)}
+
+    def cost(method: str) -> float:
+        return probe.divergence({n: quantize(tiny.tensor(n), s, method).dequantize() for n, s in schemes.items()})  # type: ignore[call-overload]
+
+    sample = make_sample(tiny, tokens=4096)
+    in_order = {spec.name: q.dequantize() for spec, q in quantize_in_order(tiny, plan, sample, SilentProgress())}
+    assert not set(map(tuple, prose.ids[:, 1:].tolist())) & set(map(tuple, sample.ids[:, 1:].tolist()))
+    gptq, mse, rtn = probe.divergence(in_order), cost("mse"), cost("rtn")
+    assert gptq < 0.5 * min(mse, rtn)
+    assert mse < 1.1 * rtn

@@ -1,0 +1,103 @@
+"""Weight sets: what is written is what is read; other models, other plans and damaged files are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibration.weight_set import WeightFacts, WeightSet, quantized_schemes, weight_writer
+from elmexport.errors import ElmExportError
+from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
+from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
+from elmexport.quantization.schemes import Float, Integer, Lut, find_scheme
+from elmexport.weights import Role
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+
+ROLES = {
+    Role.ATTENTION_QKV: "int4-block32",
+    Role.ATTENTION_OUT: "int4-asym-block32",
+    Role.FFN_GATE_UP: "lut4-group8",
+    Role.FFN_DOWN: "lut6-tensor",
+}
+NORM = "transformer.layers.1.attn_norm.weight"
+
+
+@pytest.fixture
+def plan(small_checkpoint: MemoryCheckpoint) -> Plan:
+    rules = (*(Rule(find_scheme(name), frozenset({role})) for role, name in ROLES.items()), Rule(find_scheme("int8-block32")))
+    return resolve(
+        Recipe("mix", "all kinds", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules), small_checkpoint.specs.values()
+    )
+
+
+@pytest.fixture
+def path(small_checkpoint: MemoryCheckpoint, plan: Plan, tmp_path: Path) -> Path:
+    path = tmp_path / "weights.safetensors"
+    schemes = quantized_schemes(plan)
+    facts = WeightFacts("small", small_checkpoint.identity(), schemes, (NORM,), "gptq", True, "a text", "00", 5, "0")
+    with weight_writer(path, facts, small_checkpoint.specs) as writer:
+        for name in reversed(schemes):  # in any order
+            scheme = plan.schemes[name]
+            assert isinstance(scheme, Integer | Lut)
+            writer.add(small_checkpoint.specs[name], quantize(small_checkpoint.tensor(name), scheme))
+        writer.add_norm(NORM, small_checkpoint.tensor(NORM))
+    return path
+
+
+def test_what_is_written_is_what_is_read(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint) -> None:
+    weights = WeightSet.load(path)
+    weights.check(small_checkpoint, plan)
+    kinds = set()
+    for name, scheme in plan.schemes.items():
+        if isinstance(scheme, Integer | Lut):
+            expected, found = quantize(small_checkpoint.tensor(name), scheme), weights.get(small_checkpoint.specs[name])
+            assert type(found) is type(expected)
+            assert found.scheme == scheme
+            assert found.codes.dtype == expected.codes.dtype
+            assert torch.equal(found.codes, expected.codes)
+            assert torch.equal(found.dequantize(), expected.dequantize())
+            kinds.add((type(found), isinstance(found, QuantizedTensor) and found.zeros is not None))
+    assert kinds == {(QuantizedTensor, False), (QuantizedTensor, True), (PalettizedTensor, False)}
+    assert torch.equal(weights.norms()[NORM], small_checkpoint.tensor(NORM))
+
+
+def test_safetensors_own_reader_takes_the_file_and_4_bit_codes_take_4_bits(path: Path, small_checkpoint: MemoryCheckpoint) -> None:
+    tensors = load_file(path)
+    name = "transformer.layers.0.attn.qkv_proj.weight"
+    assert tensors[f"{name}.codes"].numel() == small_checkpoint.specs[name].size // 2
+
+
+def test_weights_of_another_model_are_refused(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint) -> None:
+    other = random_checkpoint(small_checkpoint.config, seed=1)
+    with pytest.raises(ElmExportError, match="holds the weights of another model: small, identity"):
+        WeightSet.load(path).check(other, plan)
+
+
+def test_weights_of_another_plan_are_refused(path: Path, small_checkpoint: MemoryCheckpoint) -> None:
+    rules = (Rule(find_scheme("int8-channel")),)
+    recipe = Recipe("other", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules)
+    with pytest.raises(ElmExportError, match=r"holds .* as int4-asym-block32, while --quant other stores it as int8-channel"):
+        WeightSet.load(path).check(small_checkpoint, resolve(recipe, small_checkpoint.specs.values()))
+
+
+def test_damaged_and_foreign_files_are_refused(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ElmExportError, match=r"cannot read .*missing\.safetensors"):
+        WeightSet.load(tmp_path / "missing.safetensors")
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"a": torch.zeros(1)}, foreign)
+    with pytest.raises(ElmExportError, match="holds no calibrated weights; make one with --save-weights"):
+        WeightSet.load(foreign)
+    data = path.read_bytes()
+    path.write_bytes(data[:-100])
+    with pytest.raises(ElmExportError, match="truncated or damaged"):
+        WeightSet.load(path)
+
+
+def test_an_interrupted_writer_leaves_nothing(small_checkpoint: MemoryCheckpoint, plan: Plan, tmp_path: Path) -> None:
+    facts = WeightFacts("small", "", quantized_schemes(plan), (), "gptq", True, "a text", "00", 5, "0")
+    with pytest.raises(KeyboardInterrupt), weight_writer(tmp_path / "w" / "x.safetensors", facts, small_checkpoint.specs):
+        raise KeyboardInterrupt
+    assert list((tmp_path / "w").iterdir()) == []
