@@ -50,7 +50,7 @@ def evaluate(
     ] = None,
     report: Annotated[
         list[Path] | None,
-        typer.Option("--report", "--out", metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated."),
+        typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated."),
     ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write the gates as JUnit XML, for CI.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
