@@ -1,6 +1,8 @@
-"""A hub on loopback: enough of the Hugging Face HTTP API for `huggingface_hub` to list and download models through HF_ENDPOINT.
+"""A hub on loopback: enough of the Hugging Face HTTP API for `huggingface_hub` to list and download models, and for `datasets` to load
+data sets, through HF_ENDPOINT.
 
-Large files are redirected to a second address, as the real hub does with its CDN, and served with Range. There is no Xet.
+A data set is a repository whose name begins with "datasets/", as in the addresses of its files. Large files are redirected to a second
+address, as the real hub does with its CDN, and served with Range. There is no Xet.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+REPO = r"((?:datasets/)?[^/]+/[^/]+)"
 LARGE = 1 << 16  # bytes from which a file counts as stored in LFS
 
 
@@ -58,7 +61,7 @@ class HubServer:
 
     def push(self, repo: str, folder: Path, *, branch: str = "main") -> str:
         """Commit the files of `folder`; returns the commit's hash."""
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
         commit = hashlib.sha1(b"".join(name.encode() + content for name, content in files.items())).hexdigest()
         self.repos.setdefault(repo, Repo()).commits[commit] = files
         self.repos[repo].branches[branch] = commit
@@ -67,6 +70,20 @@ class HubServer:
     def downloads(self, name: str) -> list[Request]:
         """The GET requests for the content of the file `name`."""
         return [request for request in self.requests if request.method == "GET" and request.path.endswith(f"/{name}")]
+
+
+def _entries(files: dict[str, bytes]) -> list[dict[str, object]]:
+    """The files and folders of a commit as the hub lists them."""
+    folders = sorted({path[: i.start()] for path in files for i in re.finditer("/", path)})
+    entries: list[dict[str, object]] = [
+        {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()} for path in folders
+    ]
+    for path, content in files.items():
+        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if len(content) >= LARGE:
+            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        entries.append(entry)
+    return entries
 
 
 def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
@@ -85,9 +102,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(Request(self.command, path, self.headers.get("Range")))
-            listing = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
-            file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^/]+)", path)
-            blob = re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/([^/]+)", path)
+            listing = re.fullmatch(rf"/api/{REPO}(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path.replace("/api/models/", "/api/", 1))
+            file = re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path)
+            blob = re.fullmatch(rf"/cdn/{REPO}/([^/]+)/(.+)", path)
             match = listing or file or blob
             if match is None:
                 return self._error(404)
@@ -96,7 +113,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return None
             assert repo is not None
             if listing:
-                return self._list(match[1], repo, listing[2] or "revision", listing[3] or "main")
+                return self._list(match[1], repo, listing[2] or "revision", listing[3] or "main", listing[4])
             commit = repo.branches.get(match[2], match[2])
             content = repo.commits.get(commit, {}).get(match[3])
             if content is None:
@@ -115,19 +132,21 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 return True
             return False
 
-        def _list(self, name: str, repo: Repo, what: str, revision: str) -> None:
+        def _list(self, name: str, repo: Repo, what: str, revision: str, folder: str | None) -> None:
             commit = repo.branches.get(revision, revision)
             if commit not in repo.commits:
                 return self._error(404, "RevisionNotFound")
             files = repo.commits[commit]
             if what == "revision":
-                return self._json({"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]})
-            entries = []
-            for path, content in files.items():
-                entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                if len(content) >= LARGE:
-                    entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-                entries.append(entry)
+                return self._json(
+                    {"id": name.removeprefix("datasets/"), "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+                )
+            prefix = f"{folder}/" if folder else ""
+            entries = [entry for entry in _entries(files) if str(entry["path"]).startswith(prefix)]
+            if "recursive=true" not in self.path.lower():
+                entries = [entry for entry in entries if "/" not in str(entry["path"])[len(prefix) :]]
+            if not entries:
+                return self._error(404, "EntryNotFound")
             return self._json(entries)
 
         def _file(self, repo: str, commit: str, name: str, content: bytes, *, redirect: bool) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 MAX_GEN_TOKS = 256  # where a task sets none, as in lm-eval
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names for it, the first one counts
 _SAMPLED = ("do_sample", "temperature", "top_k", "top_p", "num_beams")  # settings that have nothing to say about a greedy answer
 
 
@@ -99,7 +100,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
         until = settings.pop("until", None) or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        room = int(settings.pop("max_gen_toks", None) or settings.pop("max_new_tokens", None) or MAX_GEN_TOKS)
+        lengths = [settings.pop(name, None) for name in _LENGTHS]
+        room = int(next((length for length in lengths if length), MAX_GEN_TOKS))
         if settings.get("do_sample") or (settings.get("num_beams") or 1) > 1:
             raise ElmExportError(f"the task asks for sampled or beam-searched text ({settings}); only greedy decoding is evaluated")
         unknown = sorted(set(settings) - set(_SAMPLED))

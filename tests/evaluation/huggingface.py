@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
@@ -22,9 +22,10 @@ class ReferenceConfig(PretrainedConfig):
     def __init__(self, max_position_embeddings: int = 256, bos_token_id: int = 1, eos_token_id: int = 2, **kwargs: Any) -> None:
         super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
         self.max_position_embeddings = max_position_embeddings
+        self.num_hidden_layers = 0  # of the cache that `generate` makes, which this model leaves empty
 
 
-class ReferenceModel(PreTrainedModel):
+class ReferenceModel(PreTrainedModel, GenerationMixin):
     config_class = ReferenceConfig
 
     def __init__(self, folder: Path) -> None:
@@ -37,7 +38,10 @@ class ReferenceModel(PreTrainedModel):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutput:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids}  # the whole text every time: there is no cache
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> CausalLMOutput:
         facts, weights = self.facts, self.weights
         x = weights["transformer.token_embeddings.weight"][input_ids]
         length, head_dim = input_ids.shape[1], facts["head_dim"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,11 @@ FOLDERS = (
 )
 
 
-def load_rows(path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
-    """In place of `datasets.load_dataset`: the test rows as the hub has them."""
+def load_rows(folder: Path, path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
+    """In place of `datasets.load_dataset`: the rows in `folder` as the hub has them."""
     stem = "mmlu" if path == "cais/mmlu" else HUB[path, name]
     splits = {}
-    for file in ROWS.glob(f"{stem}.*jsonl"):
+    for file in folder.glob(f"{stem}.*jsonl"):
         split = file.name.split(".")[1] if file.name.count(".") == 2 else OWN_SPLIT[stem]
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
         splits[split] = datasets.Dataset.from_list([_as_on_hub(stem, row) for row in rows if stem != "mmlu" or row["subject"] == name])
@@ -72,14 +73,18 @@ def _as_on_hub(stem: str, row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def stock_results(names: Sequence[str], fewshot: int, folder: Path) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` says about `tiny`, samples included. `folder` is for a copy of its vocabulary."""
+def backend(checkpoint: Path, folder: Path) -> HFLM:
+    """lm-eval's Hugging Face backend over a checkpoint with the vocabulary of `tiny`, of which a copy goes to `folder`."""
     shutil.copy(TINY_FOLDER / "tokenizer.model", folder)
     tokenizer = LlamaTokenizer.from_pretrained(str(folder), add_bos_token=True)
-    model = HFLM(pretrained=ReferenceModel(TINY_FOLDER), tokenizer=tokenizer, add_bos_token=True, batch_size=1)
+    return HFLM(pretrained=ReferenceModel(checkpoint), tokenizer=tokenizer, add_bos_token=True, batch_size=1)
+
+
+def stock_results(model: HFLM, names: Sequence[str], fewshot: int, rows: Path = ROWS) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` says, samples included."""
     root = Path(lm_eval.tasks.__file__).parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset", load_rows)
+        patch.setattr(datasets, "load_dataset", partial(load_rows, rows))
         results = lm_eval.simple_evaluate(
             model,
             tasks=list(names),

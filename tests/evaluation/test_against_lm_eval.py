@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import lm_eval.tasks
 import pytest
 
 from elmexport.checkpoint.base import Checkpoint
@@ -14,8 +18,10 @@ from elmexport.evaluation.lm import RuntimeLM
 from elmexport.evaluation.results import TaskResult
 from elmexport.evaluation.tasks.documents import build_documents, task_result
 from elmexport.evaluation.tasks.suite import FOLDERS, load_suites
+from elmexport.models.zoo import TINY_FOLDER
 from elmexport.runtimes.torch import TorchRuntime
-from tests.evaluation.lm_eval_backend import ROWS, SUBJECTS, stock_results
+from tests.evaluation.lm_eval_backend import ROWS, SUBJECTS, backend, stock_results
+from tests.evaluation.wide import Wide
 
 TASKS = sorted(set(FOLDERS) - {"mmlu"})
 
@@ -23,7 +29,8 @@ TASKS = sorted(set(FOLDERS) - {"mmlu"})
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm-eval's results by number of few-shot examples."""
-    return cache(lambda fewshot: stock_results([*TASKS, *(f"mmlu_{s}" for s in SUBJECTS)], fewshot, tmp_path_factory.mktemp("vocabulary")))
+    model = backend(TINY_FOLDER, tmp_path_factory.mktemp("vocabulary"))
+    return cache(lambda fewshot: stock_results(model, [*TASKS, *(f"mmlu_{s}" for s in SUBJECTS)], fewshot))
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +39,17 @@ def ours(tiny: Checkpoint) -> Any:
     assert tiny.tokenizer_path is not None
     lm = RuntimeLM(TorchRuntime(tiny), load_tokenizer(tiny.tokenizer_path))
 
-    @cache
-    def evaluate(fewshot: int) -> dict[str, TaskResult]:
-        results = {}
-        for suite in load_suites(dict.fromkeys((*TASKS, "mmlu"), fewshot), LocalData(ROWS)):
-            documents = build_documents(suite, None, 0)
-            instances = [instance for document in documents for instance in document.instances]
-            answers = dict(zip(map(id, instances), getattr(lm, instances[0].request_type)(instances, disable_tqdm=True), strict=True))
-            results[suite.name] = task_result(suite, documents, lambda instance, known=answers: known[id(instance)], None)
-        return results
+    return cache(lambda fewshot: our_results(lm, dict.fromkeys((*TASKS, "mmlu"), fewshot), ROWS))
 
-    return evaluate
+
+def our_results(lm: RuntimeLM, fewshot: Mapping[str, int | None], rows: Path) -> dict[str, TaskResult]:
+    results = {}
+    for suite in load_suites(fewshot, LocalData(rows)):
+        documents = build_documents(suite, None, 0)
+        instances = [instance for document in documents for instance in document.instances]
+        answers = dict(zip(map(id, instances), getattr(lm, instances[0].request_type)(instances, disable_tqdm=True), strict=True))
+        results[suite.name] = task_result(suite, documents, lambda instance, known=answers: known[id(instance)], None)
+    return results
 
 
 @pytest.mark.slow
@@ -74,6 +81,48 @@ def test_mmlu_pools_its_subjects_by_size(stock: Any, ours: Any, fewshot: int) ->
         assert_same_items(mine, samples, first)
         first += len(samples)
     assert mine.n == first
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Wide:
+    return Wide.make(tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.slow
+def test_as_many_examples_as_the_published_tables_have(wide: Wide, tmp_path: Path) -> None:
+    """25 examples, in a context that holds them."""
+    questions = [file.read_text(encoding="utf-8") for file in sorted(ROWS.glob("arc_*.jsonl"))]
+    lines = [line for text in questions for line in text.split("\n") if line]
+    train = [json.dumps({**json.loads(line), "id": str(i)}) for i, line in enumerate(2 * lines)]
+    assert len(train) > 25
+    (tmp_path / "arc_challenge.train.jsonl").write_text("\n".join(train) + "\n", encoding="utf-8")
+    (tmp_path / "arc_challenge.test.jsonl").write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    theirs = stock_results(wide.backend, ["arc_challenge"], 25, tmp_path)
+    mine = our_results(wide.lm, {"arc_challenge": 25}, tmp_path)["arc_challenge"]
+    assert theirs["samples"]["arc_challenge"][0]["arguments"][0][0].count("Question:") == 26
+    assert wide.lm.shortened == 0
+    assert_same_items(mine, theirs["samples"]["arc_challenge"], 0)
+    assert mine.metrics["acc"] == theirs["results"]["arc_challenge"]["acc,none"]
+    assert mine.metrics["acc_norm"] == theirs["results"]["arc_challenge"]["acc_norm,none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fewshot", [0, 5])
+def test_mmlu_is_lm_eval_s_group(wide: Wide, tmp_path: Path, fewshot: int) -> None:
+    """All 57 subjects, of different sizes: the pooled accuracy and its standard error."""
+    every = [json.loads(line) for line in (ROWS / "mmlu.test.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    subjects = sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
+    assert len(subjects) == 57
+    for split, count in (("test", lambda i: 2 + i % 3), ("dev", lambda i: 5)):
+        rows = [json.dumps({**every[(i + k) % len(every)], "subject": s}) for i, s in enumerate(subjects) for k in range(count(i))]
+        (tmp_path / f"mmlu.{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    theirs = stock_results(wide.backend, ["mmlu"], fewshot, tmp_path)
+    mine = our_results(wide.lm, {"mmlu": fewshot}, tmp_path)["mmlu"]
+    group = theirs["groups"]["mmlu"]
+    assert 0.1 < mine.metrics["acc"] < 0.6
+    assert mine.metrics["acc"] == pytest.approx(group["acc,none"], rel=1e-12)
+    assert mine.stderr["acc"] == pytest.approx(group["acc_stderr,none"], rel=1e-12)
 
 
 def mmlu_order(subject: str) -> tuple[int, str]:

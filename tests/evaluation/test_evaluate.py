@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.errors import ElmExportError
 from elmexport.evaluation.evaluate import Settings, evaluate
 from elmexport.evaluation.results import Report
 from elmexport.models.zoo import TINY_FOLDER
@@ -79,17 +79,6 @@ def test_unknown_task_and_missing_artifact(tmp_path: Path) -> None:
         evaluate(TINY_FOLDER, Settings({"piqaa": None}, data=ROWS), against=None)
 
 
-def test_the_hub_out_of_reach_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import datasets
-
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(MissingDependencyError, match=r"cannot get the data set allenai/ai2_arc .* --data FOLDER"):
-        evaluate(TINY_FOLDER, Settings({"arc_easy": None}), against=None)
-
-
 @pytest.mark.slow
 def test_generated_answers_end_at_stop_strings(tiny: Checkpoint) -> None:
     from lm_eval.api.instance import Instance
@@ -128,7 +117,7 @@ def test_command_line(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, cap
         return int(ended.value.code or 0), out, err
 
     page, baseline, junit = tmp_path / "page.html", tmp_path / "report.json", tmp_path / "gates.xml"
-    code, out, _ = run("--json", "--report", str(page), "--out", str(baseline), "--max-kl", "1", "--junit", str(junit))
+    code, out, _ = run("--json", "--report", str(page), "--report", str(baseline), "--max-kl", "1", "--junit", str(junit))
     assert code == 0
     assert json.loads(out)["tasks"]["cloze"]["n"] == 6
     assert page.stat().st_size and junit.stat().st_size

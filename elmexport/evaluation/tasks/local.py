@@ -12,9 +12,10 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.errors import ElmExportError
 from elmexport.evaluation.data import EVALUATION_FALLBACK, FEWSHOT_FALLBACK, UNNAMED, LocalData, read_lines
 from elmexport.evaluation.layouts import LAYOUTS, Layout, Line
+from elmexport.evaluation.tasks.hub import hub
 
 BUNDLED = "elmexport/"  # dataset_path of tasks whose rows lie beside their definition
 
@@ -28,7 +29,8 @@ class RowTask(ConfigurableTask):  # type: ignore[misc]
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self._splits is None:
-            super().download(dataset_kwargs, **kwargs)
+            with hub(self.DATASET_PATH):
+                super().download(dataset_kwargs, **kwargs)
         else:
             self.dataset = datasets.DatasetDict({name: _dataset(lines) for name, lines in self._splits.items()})
 
@@ -65,9 +67,7 @@ def build_task(
             return RowTask({**config, "num_fewshot": fewshot}, splits), notes
         except ElmExportError:
             raise
-        except Exception as error:  # a row that a prompt template cannot take, or the hub's many ways to fail
-            if splits is None:
-                raise _hub_failed(config, error) from error
+        except Exception as error:  # a row that a prompt template cannot take
             raise ElmExportError(
                 f"the rows for {config['task']} do not fit the task ({_first_line(error)}); compare them with its columns"
             ) from error
@@ -150,13 +150,6 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
-
-
-def _hub_failed(config: Mapping[str, Any], error: Exception) -> ElmExportError:
-    return MissingDependencyError(
-        f"cannot get the data set {config['dataset_path']} for {config['task']} from the hub ({_first_line(error)}); "
-        "check the connection, or give local rows with --data FOLDER; the task cloze needs no download"
-    )
 
 
 def _first_line(error: Exception) -> str:
