@@ -8,10 +8,12 @@ from pathlib import Path
 
 from elmexport.cache import cache_folder
 
+FOLDER = cache_folder() / "tests"  # asked for once: single tests point the product's cache elsewhere
+
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made by `make(folder)` unless it is there; it appears complete or not at all."""
-    place = cache_folder() / "tests" / name
+    place = FOLDER / name
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as temporary:

@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from tests.clients.kept import kept
 
 PROGRAMS = {  # by the folder of their sources under tools/
     "quantize": "llama-quantize",
@@ -78,29 +79,9 @@ def llama_cpp_tools() -> LlamaCppTools:
     if not common:
         pytest.fail(f"llama-cpp-python {release} has no libllama-common in {libraries}; set LLAMA_CPP_TOOLS to a folder of programs")
     built = hashlib.sha256(f"{common[0]} {common[0].stat().st_size}".encode()).hexdigest()[:8]
-    folder = _cache_folder() / f"llama-cpp-python-{release}"
-    source, programs = folder / "source", folder / f"programs-{built}"
-    if not source.is_dir():
-        _into(source, lambda where: _extract(release, where))
-    if not programs.is_dir():
-        _into(programs, lambda where: _build(source, libraries, where))
+    source = kept(f"llama-cpp-python-{release}/source", lambda where: _extract(release, where))
+    programs = kept(f"llama-cpp-python-{release}/programs-{built}", lambda where: _build(source, libraries, where))
     return LlamaCppTools(programs, source)
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("ELMEXPORT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "elmexport"
-    return Path(root) / "tests"
-
-
-def _into(place: Path, make: Callable[[Path], None]) -> None:
-    """`make(folder)`, renamed to `place` when complete: other test processes may do the same at the same time."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
-        made = Path(temporary) / "made"
-        made.mkdir()
-        make(made)
-        if not place.is_dir():
-            made.rename(place)
 
 
 def _extract(release: str, folder: Path) -> None:
