@@ -50,7 +50,7 @@ from elmexport.weights import Role, WeightSpec
 WINDOW = 256
 SCHEMES = ("int4-block32", "int4-block128", "lut4-group8")
 LLAMA_CPP = ("Q4_0", "Q4_0+imatrix", "IQ4_XS+imatrix", "Q4_K_S", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q8_0")
-MIXED = (4.5, 5.1, 5.36, 6.0)
+MIXED = (5.1, 5.36, 6.0)
 GGUF_NAMES = {
     "attn.qkv_proj": ("attn_qkv",),
     "attn.out_proj": ("attn_output",),
