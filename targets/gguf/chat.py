@@ -17,7 +17,9 @@ def read_template(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; --chat-template takes a Jinja file or a tokenizer_config.json") from None
+        raise ElmExportError(
+            f"cannot read {path}: {error.strerror or error}; --chat-template takes a Jinja file or a tokenizer_config.json"
+        ) from None
     except UnicodeDecodeError:
         raise ElmExportError(f"{path} is not text; give a Jinja chat template or a tokenizer_config.json") from None
     template: object = text

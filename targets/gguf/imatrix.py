@@ -53,7 +53,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     try:
         reader = GGUFReader(path)
     except OSError as error:
-        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; --imatrix takes a file that elmexport calibrate --imatrix or llama-imatrix wrote") from None
+        raise ElmExportError(
+            f"cannot read {path}: {error.strerror or error}; --imatrix takes a file that elmexport calibrate --imatrix or llama-imatrix wrote"
+        ) from None
     except (ValueError, IndexError, KeyError) as error:
         raise ElmExportError(
             f"{path} is not a GGUF file, or is damaged ({error}); make the importance matrix again, in GGUF form (llama-imatrix writes it)"

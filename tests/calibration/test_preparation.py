@@ -98,6 +98,7 @@ def test_a_text_is_measured(small_checkpoint: MemoryCheckpoint, tmp_path: Path) 
     assert not torch.equal(codes(found), codes(prepared(small_checkpoint)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_gptq_is_computed_once(small_checkpoint: MemoryCheckpoint, cache: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     first = prepared(small_checkpoint, method=method, tokens=TOKENS)
@@ -113,6 +114,7 @@ def test_gptq_is_computed_once(small_checkpoint: MemoryCheckpoint, cache: Path, 
     assert second.facts == first.facts
 
 
+@pytest.mark.slow
 def test_each_method_and_text_has_a_set_of_its_own(
     small_checkpoint: MemoryCheckpoint, statistics: Statistics, cache: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +130,7 @@ def test_each_method_and_text_has_a_set_of_its_own(
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
 
 
+@pytest.mark.slow
 def test_saved_weights_are_used_again(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
     """With the norms that AWQ changed."""
     path = tmp_path / "kept" / "w.safetensors"

@@ -52,7 +52,9 @@ def whole(small_checkpoint: MemoryCheckpoint, sample: Sample, tmp_path_factory: 
     return out.read_bytes()
 
 
-@pytest.mark.parametrize("batches", [1, 3, 8, 16, 21])  # of 7 stages of 3 batches: in the first, at an end, within a layer, in the last
+@pytest.mark.parametrize(
+    "batches", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 16, 21))]
+)  # of 7 stages of 3 batches: in the first, at an end, within a layer, in the last
 def test_an_interrupted_run_goes_on(
     small_checkpoint: MemoryCheckpoint, sample: Sample, whole: bytes, tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_target_is_the_least_squares_solution(small_checkpoint: MemoryCheckp
     np.testing.assert_allclose(target.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoint: MemoryCheckpoint, tied: bool) -> None:
     checkpoint = small_checkpoint if tied else random_checkpoint(replace(small_checkpoint.config, share_input_output_layers=False))

@@ -38,6 +38,7 @@ LENGTHS: dict[str, Sequence[int]] = {
     "very different": [1, 30, 2, 17, 1],
     "more than a batch": [2, 3] * 20,
 }
+SLOW = {"more than a batch": pytest.mark.slow}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def one_by_one(runtime: Runtime, prefix: NDArray[np.int64], continuations: Seque
     return rows
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("lengths", [pytest.param(LENGTHS[name], id=name, marks=SLOW.get(name, ())) for name in LENGTHS])
 @pytest.mark.parametrize("position", [0, 1, 64, 90])
 @pytest.mark.parametrize("name", [*EXACT, *NEAR])
 def test_equal_one_after_another(opened: Opened, ids: NDArray[np.int64], name: str, position: int, lengths: Sequence[int]) -> None:
