@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import product
 
 import pytest
 
@@ -22,12 +23,16 @@ SCHEMES = {
     ("onnx", "fp16", Role.FFN_DOWN): "float16 transposed",
     ("coreml", "int4", Role.ATTENTION_QKV): "int4 in blocks of 32",
     ("coreml", "fp16", Role.FFN_DOWN): "float16",
+    ("coreml", "lut6", Role.ATTENTION_QKV): "uint6 indices, a table for every 16 output channels",
+    ("coreml", "lut6", Role.EMBEDDING): "int8 per output channel",
+    ("coreml", "lut8", Role.FFN_DOWN): "uint8 indices, one table",
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["int4", "fp16"])
-@pytest.mark.parametrize("target", ["onnx", "coreml", "gguf"])
+@pytest.mark.parametrize(
+    ("target", "quant"), [*product(("onnx", "coreml", "gguf"), ("int4", "fp16")), *product(["coreml"], ("lut4", "lut6", "lut8"))]
+)
 def test_lists_the_whole_model(target: str, quant: str, tiny: Checkpoint, export_to: ExportTo) -> None:
     path = export_to(tiny, target, quant)
     inspection = inspect_artifact(path, tensors=True)

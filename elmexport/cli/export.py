@@ -36,6 +36,9 @@ TARGETS: Mapping[str, str] = {
     --quant is one of
       int4   4-bit weights in blocks of 32; embedding and head 8-bit (default)
       int8   8-bit weights, one scale for each output channel
+      lut4   4-bit look-up tables, one for every 8 output channels; embedding and head 8-bit
+      lut6   6-bit look-up tables, one for every 16 output channels; embedding and head 8-bit
+      lut8   8-bit look-up tables, one for each matrix; embedding and head 8-bit
       fp16   half precision
 
     \b

@@ -1,6 +1,6 @@
 """The Core ML target: an `.mlpackage` for iOS 18 and macOS 15, in the form that the Neural Engine runs best.
 
-Quantized weights are written as they are (`constexpr_blockwise_shift_scale`), the KV cache is a state, prefill and decode are two functions
+Quantized weights are written as they are (`constexpr_blockwise_shift_scale`, `constexpr_lut_to_dense`), the KV cache is a state, prefill and decode are two functions
 over one weight file. Nothing here needs a Mac.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from elmexport import __version__
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.quantization.schemes import Float, Integer, Scheme
+from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
 from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
 from elmexport.target import ExportJob, Target
 from elmexport.weights import Role
@@ -24,12 +24,12 @@ from targets.coreml.interface import CONTEXT_MULTIPLE, MAX_DIM, functions
 
 class CoreMLTarget(Target):
     name = "coreml"
-    quants = ("int4", "int8", "fp16")
+    quants = ("int4", "int8", "lut4", "lut6", "lut8", "fp16")
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
-        if scheme == Float("fp16") or (isinstance(scheme, Integer) and scheme.symmetric):
+        if scheme == Float("fp16") or isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.symmetric):
             return None
-        return "stores fp16, and symmetric integers per channel or in blocks"
+        return "stores fp16, symmetric integers per channel or in blocks, and indices into look-up tables"
 
     def check(self, config: OpenELMConfig, context: int) -> None:
         if context % CONTEXT_MULTIPLE:

@@ -42,8 +42,13 @@ def _tensor(operation: Operation, blobs: dict[str, Blob]) -> StoredTensor:
 
 
 def _scheme(operation: str, dtype: str, blobs: dict[str, Blob]) -> str:
-    if operation != "constexpr_blockwise_shift_scale":
-        return dtype if operation == "const" else operation.removeprefix("constexpr_").replace("_", " ")
-    data, scales = blobs["data"], blobs["scale"]
-    block = data.shape[1] // scales.shape[1]  # of [out, in, …]
-    return f"{data.dtype} {'per output channel' if scales.shape[1] == 1 else f'in blocks of {block}'}"
+    if operation == "constexpr_blockwise_shift_scale":
+        data, scales = blobs["data"], blobs["scale"]
+        block = data.shape[1] // scales.shape[1]  # of [out, in, …]
+        return f"{data.dtype} {'per output channel' if scales.shape[1] == 1 else f'in blocks of {block}'}"
+    if operation == "constexpr_lut_to_dense":
+        indices, tables = blobs["indices"], blobs["lut"]
+        groups = tables.shape[0]
+        which = "one table" if groups == 1 else f"a table for every {indices.shape[0] // groups} output channels"
+        return f"{indices.dtype} indices, {which}"
+    return dtype if operation == "const" else operation.removeprefix("constexpr_").replace("_", " ")

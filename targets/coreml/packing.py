@@ -2,17 +2,20 @@
 
 coremltools keeps every constant of a program as an array until it saves the package. Here a tensor goes to the file at once, and the graph
 gets a stand-in: an array of the same shape and dtype without memory, and a `weight_id` by which the file offset is found again. Functions
-that use the same tensor share its bytes. No arithmetic happens here: codes and scales are those of `QuantizedTensor`.
+that use the same tensor share its bytes. No arithmetic happens here: codes, scales and tables are those of `QuantizedTensor` and
+`PalettizedTensor`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from coremltools import proto
 from coremltools.converters.mil.backend.mil.helper import create_file_value_tensor, types_to_proto_primitive
 from coremltools.converters.mil.backend.mil.load import MILProtoExporter
@@ -20,17 +23,22 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 from coremltools.libmilstoragepython import _BlobStorageWriter as BlobStorageWriter
 from numpy.typing import NDArray
+from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
-from elmexport.quantization.schemes import Float
+from elmexport.quantization.schemes import Float, PerGroupedChannel
 from elmexport.weights import WeightSpec
 from targets.coreml.interface import MAX_DIM
 
 WEIGHT_FILE = Path("weights", "weight.bin")  # beside the model specification
 
 Var = Any  # coremltools' class carries no types
+Weight = Tensor | QuantizedTensor | PalettizedTensor
+
+# Codes of which several lie in a byte, by the name that the blob writer has for them.
+_NARROW: Mapping[str, np.dtype[Any]] = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype, "uint6": types.np_uint6_dtype}
 
 
 @dataclass(frozen=True)
@@ -45,11 +53,13 @@ class Blob:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a weight matrix `[rows, in, 1, 1]`: fp16 values, or codes with `scales` `[rows, granules, 1, 1]`."""
+    """Rows of a weight matrix `[rows, in, 1, 1]`: fp16 values, codes with `scales` `[rows, granules, 1, 1]`, or indices into `tables`
+    `[groups, 1, 1, 1, entries, 1]`."""
 
     name: str
     values: Blob
     scales: Blob | None = None
+    tables: Blob | None = None
 
 
 @dataclass(frozen=True)
@@ -99,10 +109,12 @@ class WeightFile:
 
     def part(self, part: Part) -> Var:
         """The rows of `part` `[rows, in, 1, 1]` as fp16, decompressed by Core ML where they are quantized."""
-        if part.scales is None:
-            return self._constant(part.values)
-        data, scale = self._constant(part.values), self._constant(part.scales)
-        return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=part.name)
+        values = self._constant(part.values)
+        if part.scales is not None:
+            return mb.constexpr_blockwise_shift_scale(data=values, scale=self._constant(part.scales), name=part.name)
+        if part.tables is not None:
+            return mb.constexpr_lut_to_dense(indices=values, lut=self._constant(part.tables), name=part.name)
+        return values
 
     def close(self) -> None:
         """Finish the file: the writer flushes when it goes."""
@@ -111,43 +123,46 @@ class WeightFile:
     def _write_matrix(self, spec: WeightSpec, pieces: int, scale: float) -> Matrix:
         weight, factor = self._read(spec, scale)
         name = identifier(spec.name)
-        bounds = _cut(spec.shape[0], pieces)
+        bounds = _cut(spec.shape[0], pieces, _group(weight))
         parts = []
         for i, (start, stop) in enumerate(bounds):
             label = name if len(bounds) == 1 else f"{name}_part{i}"
-            rows = slice(start, stop)
-            if isinstance(weight, QuantizedTensor):
-                codes = weight.codes[rows].numpy()[:, :, None, None]
-                scales = self._write(f"{label}_scales", weight.scales[rows].numpy()[:, :, None, None])
-                parts.append(Part(label, self._write(f"{label}_codes", codes, four_bits=weight.scheme.width == 4), scales))
-            else:
-                parts.append(Part(label, self._write(label, weight[rows].numpy()[:, :, None, None])))
+            parts.append(self._write_part(label, weight, slice(start, stop)))
         self._advance(spec.size)
         return Matrix(tuple(parts), factor)
 
-    def _read(self, spec: WeightSpec, scale: float) -> tuple[Any, float]:
-        """The weight times `scale`, and 1; or, where fp16 scales would lose bits to it, the weight as it is, and `scale`."""
+    def _write_part(self, label: str, weight: Weight, rows: slice) -> Part:
+        if isinstance(weight, QuantizedTensor):
+            scales = self._write(f"{label}_scales", weight.scales[rows].numpy()[:, :, None, None])
+            codes = weight.codes[rows].numpy()[:, :, None, None]
+            return Part(label, self._write(f"{label}_codes", codes, f"int{weight.scheme.width}"), scales=scales)
+        if isinstance(weight, PalettizedTensor):
+            tables = self._write(f"{label}_tables", _tables(weight, rows)[:, None, None, None, :, None])
+            indices = weight.codes[rows].numpy()[:, :, None, None]
+            return Part(label, self._write(f"{label}_indices", indices, f"uint{weight.scheme.width}"), tables=tables)
+        return Part(label, self._write(label, weight[rows].numpy()[:, :, None, None]))
+
+    def _read(self, spec: WeightSpec, scale: float) -> tuple[Weight, float]:
+        """The weight times `scale`, and 1; or, where fp16 scales or tables would lose bits to it, the weight as it is, and `scale`."""
         if isinstance(self._weights.scheme(spec), Float):
             return self._weights.get(spec, scale), 1.0
         weight = self._weights.get(spec)
-        assert isinstance(weight, QuantizedTensor)
+        assert isinstance(weight, QuantizedTensor | PalettizedTensor)
         try:
             return weight.scaled(scale), 1.0
         except ElmExportError:
             return weight, scale
 
-    def _write(self, name: str, array: NDArray[Any], *, four_bits: bool = False) -> Blob:
+    def _write(self, name: str, array: NDArray[Any], kind: str | None = None) -> Blob:
+        """`kind` ("uint4") says which integers the bytes of `array` stand for, where they are not bytes."""
+        kind = kind or array.dtype.name
         flat = np.ascontiguousarray(array).reshape(-1)
-        if four_bits:
-            offset, dtype = self.writer.write_int4_data(flat), types.np_int4_dtype
-        elif array.dtype == np.float16:
-            offset, dtype = self.writer.write_fp16_data(flat.view(np.uint16)), array.dtype
-        elif array.dtype == np.int8:
-            offset, dtype = self.writer.write_int8_data(flat), array.dtype
+        if kind == "float16":
+            offset = self.writer.write_fp16_data(flat.view(np.uint16))
         else:
-            assert array.dtype == np.int32, f"{name}: {array.dtype} has no place in the weight file"
-            offset, dtype = self.writer.write_int32_data(flat), array.dtype
-        self.blobs[name] = Blob(name, array.shape, dtype, offset)
+            assert kind in _NARROW or kind in ("int8", "uint8", "int32"), f"{name}: {kind} has no place in the weight file"
+            offset = getattr(self.writer, f"write_{kind}_data")(flat)
+        self.blobs[name] = Blob(name, array.shape, _NARROW.get(kind, array.dtype), offset)
         return self.blobs[name]
 
     def _constant(self, blob: Blob) -> Var:
@@ -175,12 +190,34 @@ def _file_value(blob: Blob) -> proto.MIL_pb2.Value:
     return create_file_value_tensor(f"@model_path/{WEIGHT_FILE.as_posix()}", blob.offset, blob.shape, types_to_proto_primitive(element))
 
 
-def _cut(rows: int, pieces: int) -> list[tuple[int, int]]:
-    """Bounds of `pieces` equal parts of `rows`, each in as few and as equal parts of at most `MAX_DIM` rows as possible."""
+def _group(weight: Weight) -> int:
+    """Consecutive rows that share a table, where others have another."""
+    if isinstance(weight, PalettizedTensor) and isinstance(weight.scheme.granularity, PerGroupedChannel):
+        return weight.scheme.granularity.size
+    return 1
+
+
+def _cut(rows: int, pieces: int, group: int = 1) -> list[tuple[int, int]]:
+    """Bounds of `pieces` equal parts of `rows`, each in as few and as equal parts of at most `MAX_DIM` rows as possible.
+
+    A part of a piece ends behind a whole number of groups of `group` rows, counted from the piece's start, unless a group exceeds `MAX_DIM`.
+    """
     size = rows // pieces
-    count = -(-size // MAX_DIM)
-    edges = [piece * size + i * size // count for piece in range(pieces) for i in range(count)]
+    step = group if group <= MAX_DIM else 1
+    steps = -(-size // step)
+    count = -(-steps // (MAX_DIM // step))
+    edges = [piece * size + i * steps // count * step for piece in range(pieces) for i in range(count)]
     return list(zip(edges, [*edges[1:], rows], strict=True))
+
+
+def _tables(weight: PalettizedTensor, rows: slice) -> NDArray[np.float16]:
+    """Tables `[groups, entries]` of some rows, for groups of equal size: smaller ones, tables repeated, where the rows cut through groups."""
+    group = len(weight.codes) // len(weight.tables)
+    first, last = rows.start // group, (rows.stop - 1) // group
+    if first == last:
+        return weight.tables[first : first + 1].numpy()
+    size = math.gcd(group, rows.start, rows.stop)
+    return weight.tables[torch.arange(rows.start, rows.stop, size) // group].numpy()
 
 
 def identifier(name: str) -> str:

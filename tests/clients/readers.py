@@ -19,7 +19,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 def quantized_weights(target: str, folder: Path, config: OpenELMConfig) -> Weights:
-    """float32 `[out, in]` of every tensor that the artifact stores as integer codes."""
+    """float32 `[out, in]` of every tensor that the artifact stores as integer codes or indices."""
     return {"onnx": _onnx, "gguf": _gguf, "coreml": _coreml}[target](folder, config)
 
 
@@ -140,8 +140,8 @@ def _coreml(folder: Path, config: OpenELMConfig) -> Weights:
 
 
 def _constexprs(block: Any, data: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Name and value `[out, in]` of every `constexpr_blockwise_shift_scale`."""
-    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_blockwise_shift_scale
+    """Name and value `[out, in]` of every `constexpr_blockwise_shift_scale` and `constexpr_lut_to_dense`."""
+    from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_blockwise_shift_scale, constexpr_lut_to_dense
     from coremltools.libmilstoragepython import _BlobStorageReader
     from coremltools.proto import MIL_pb2
 
@@ -153,14 +153,19 @@ def _constexprs(block: Any, data: Path) -> Iterator[tuple[str, NDArray[np.float3
         kind = value.type.tensorType
         dtype = MIL_pb2.DataType.Name(kind.dataType)
         offset = value.blobFileValue.offset
-        read = {"FLOAT16": reader.read_fp16_data, "INT8": reader.read_int8_data, "INT4": reader.read_int4_data}[dtype]
+        read = getattr(reader, f"read_{'fp16' if dtype == 'FLOAT16' else dtype.lower()}_data")
         flat = np.asarray(read(offset))
-        flat = flat.view(np.float16) if dtype == "FLOAT16" else flat.astype(np.int8)
+        flat = flat.view(np.float16) if dtype == "FLOAT16" else flat.astype(np.uint8 if dtype.startswith("U") else np.int8)
         return flat.reshape([axis.constant.size for axis in kind.dimensions])
 
     for op in block.operations:
-        if op.type == "constexpr_blockwise_shift_scale":
-            inputs = {name: array(binding.arguments[0]) for name, binding in op.inputs.items()}
+        if not op.type.startswith("constexpr_"):
+            continue
+        inputs = {name: array(binding.arguments[0]) for name, binding in op.inputs.items()}
+        if op.type == "constexpr_lut_to_dense":
+            value = constexpr_lut_to_dense.decompress(inputs["indices"], inputs["lut"], None).astype(np.float32)
+        else:
+            assert op.type == "constexpr_blockwise_shift_scale"
             # In float32: Core ML's own product is rounded to fp16, which is arithmetic on the weight and not the weight.
             value = constexpr_blockwise_shift_scale.decompress(inputs["data"], inputs["scale"].astype(np.float32), inputs.get("offset"))
-            yield op.outputs[0].name, value.reshape(value.shape[:2])
+        yield op.outputs[0].name, value.reshape(value.shape[:2])

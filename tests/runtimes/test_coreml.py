@@ -69,7 +69,7 @@ def test_without_rounding_only_the_weights_are_fp16(artifact: Path, small_checkp
     assert kl(expected, logits).max() < 2e-6  # what is left: RoPE tables in fp16
 
 
-@pytest.mark.parametrize(("quant", "limit"), [("fp16", 1e-3), ("int8", 0.01)])
+@pytest.mark.parametrize(("quant", "limit"), [("fp16", 1e-3), ("int8", 0.01), ("lut8", 0.01), ("lut6", 0.02), ("lut4", 0.2)])
 def test_tiny_agrees_with_torch(tiny: Checkpoint, export_to: ExportTo, quant: str, limit: float) -> None:
     ids = np.random.default_rng(0).integers(0, tiny.config.vocab_size, 100)
     logits = open_artifact(export_to(tiny, "coreml", quant)).logits(ids)

@@ -67,11 +67,18 @@ def test_blockwise_shift_scale(dtype: str, seed: int, blocks: int, offset: bool,
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 @few
-@given(seed=st.integers(0, 1000), groups=st.sampled_from([1, 2, 6]), vector=st.sampled_from([1, 2]), axis=st.integers(0, 1))
-def test_lut_to_dense(bits: int, seed: int, groups: int, vector: int, axis: int, tmp_path: Path) -> None:
+@given(
+    seed=st.integers(0, 1000),
+    groups=st.sampled_from([1, 2, 6]),
+    vector=st.sampled_from([1, 2]),
+    axis=st.integers(0, 1),
+    rank=st.sampled_from([2, 4]),
+)
+def test_lut_to_dense(bits: int, seed: int, groups: int, vector: int, axis: int, rank: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(seed)
-    indices = rng.integers(0, 2**bits, (6, 10)).astype(UNSIGNED.get(bits, np.uint8))
-    lut = rng.standard_normal((groups, 1, 2**bits, vector)).astype(np.float16)
+    tail = (1,) * (rank - 2)
+    indices = rng.integers(0, 2**bits, (6, 10, *tail)).astype(UNSIGNED.get(bits, np.uint8))
+    lut = rng.standard_normal((groups, 1, *tail, 2**bits, vector)).astype(np.float16)
     ours, theirs = both(tmp_path, "constexpr_lut_to_dense", {"indices": indices, "lut": lut, "vector_axis": axis})
     np.testing.assert_array_equal(ours, theirs)
 
@@ -157,6 +164,28 @@ def test_any_budget_gives_the_same(budget: int | None, tmp_path: Path) -> None:
         linear, conv = model.run({"x": x}).values()
         np.testing.assert_allclose(linear, expected, rtol=2e-3, atol=2e-2)
         np.testing.assert_array_equal(linear.reshape(-1), conv.reshape(-1))
+
+
+@pytest.mark.parametrize("budget", [0, None])
+def test_tables_in_two_shapes(budget: int | None, tmp_path: Path) -> None:
+    """One palettized weight as a matrix, as a convolution's, and with other tables: the first two are one tensor, the third is not."""
+    rng = np.random.default_rng(0)
+    indices = rng.integers(0, 16, (48, 32)).astype(types.np_uint4_dtype)
+    tables, others = (rng.standard_normal((6, 1, 16, 1)).astype(np.float16) for _ in range(2))
+
+    def build(x: Any) -> Any:
+        flat, other = (mb.constexpr_lut_to_dense(indices=indices, lut=lut) for lut in (tables, others))
+        deep = mb.constexpr_lut_to_dense(indices=indices[:, :, None, None], lut=tables[:, :, None, None])
+        image = mb.expand_dims(x=x, axes=[2, 3])
+        return [mb.linear(x=x, weight=flat), mb.conv(x=image, weight=deep), mb.linear(x=x, weight=other)]
+
+    made = function({"x": mb.TensorSpec((1, 32), dtype=types.fp16)}, build)
+    model = MilModel(write_package(tmp_path / "a.mlpackage", {"main": made}), budget=budget)
+    x = torch.from_numpy(rng.standard_normal((1, 32), dtype=np.float32)).half().float()
+    linear, conv, different = model.run({"x": x}).values()
+    for result, lut in ((linear, tables), (conv.reshape(1, -1), tables), (different, others)):
+        weight = np.take_along_axis(lut[:, 0, :, 0], indices.reshape(6, -1).astype(np.int64), 1).reshape(48, 32).astype(np.float32)
+        np.testing.assert_allclose(result, x.numpy() @ weight.T, rtol=2e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])

@@ -8,6 +8,7 @@ from typing import Any
 
 import coremltools as ct
 import numpy as np
+from coremltools.converters.mil.mil.ops.defs.iOS18.compression import constexpr_lut_to_dense
 from coremltools.libmilstoragepython import _BlobStorageReader as BlobStorageReader
 from numpy.typing import NDArray
 
@@ -41,12 +42,15 @@ class Package:
                     yield value
 
     def array(self, value: Any) -> NDArray[Any]:
-        """A constant of the weight file; 4-bit codes as int8."""
+        """A constant of the weight file; 4-bit codes as int8, indices as uint8."""
         readers = {
             MIL.FLOAT16: lambda offset: np.asarray(self._reader.read_fp16_data(offset)).view(np.float16),
             MIL.INT8: self._reader.read_int8_data,
             MIL.INT4: self._reader.read_int4_data,
             MIL.INT32: self._reader.read_int32_data,
+            MIL.UINT4: self._reader.read_uint4_data,
+            MIL.UINT6: self._reader.read_uint6_data,
+            MIL.UINT8: self._reader.read_uint8_data,
         }
         return np.asarray(readers[value.type.tensorType.dataType](value.blobFileValue.offset)).reshape(shape(value.type))
 
@@ -61,6 +65,9 @@ class Package:
         if op.type == "const":
             values = self.array(op.attributes["val"]).astype(np.float32)
             return values[:, :, 0, 0] if values.shape[0] > 1 else values.reshape(-1)
+        if op.type == "constexpr_lut_to_dense":
+            indices, tables = (self.array(op.inputs[key].arguments[0].value) for key in ("indices", "lut"))
+            return constexpr_lut_to_dense.decompress(indices, tables, None).astype(np.float32)[:, :, 0, 0]
         assert op.type == "constexpr_blockwise_shift_scale"
         codes, scales = (self.array(op.inputs[key].arguments[0].value).astype(np.float32)[:, :, 0, 0] for key in ("data", "scale"))
         return codes * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)

@@ -28,11 +28,11 @@ from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.targets.coreml.package_reader import Package, shape
 
-QUANTS = ("fp16", "int8", "int4")
+QUANTS = ("fp16", "int8", "int4", "lut4", "lut6", "lut8")
 FUNCTIONS = {"prefill": 64, "decode": 1}
 # What the Neural Engine form may be made of. The second group handles positions and token ids, before the first layer.
 LAYER_OPERATIONS = (
-    "const constexpr_blockwise_shift_scale conv matmul softmax silu mul add real_div abs maximum reduce_max reduce_mean rsqrt concat split "
+    "const constexpr_blockwise_shift_scale constexpr_lut_to_dense conv matmul softmax silu mul add real_div abs maximum reduce_max reduce_mean rsqrt concat split "
     "slice_by_index slice_update read_state write_state reshape transpose squeeze gather"
 )
 INDEX_OPERATIONS = "cast greater greater_equal minimum select sub"
@@ -122,7 +122,7 @@ def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, 
             expected = (weight * (1 / 32 if into_stream else 1)).to(torch.float16).float().numpy()
             assert np.array_equal(values, expected), spec.name
         else:
-            # Where fp16 scales would lose bits to alpha, they stay as they are, and the input is multiplied.
+            # Where fp16 scales or table entries would lose bits to alpha, they stay as they are, and the input is multiplied.
             exact = quantize(weight, scheme).dequantize().numpy()
             assert np.array_equal(values, exact) or (into_stream and np.array_equal(values, exact / 32)), spec.name
 
@@ -130,7 +130,8 @@ def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, 
 def test_the_recipes_give_what_they_say(package: PackageOf) -> None:
     def kinds(quant: str, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         inputs = package(quant).operation("decode", name).inputs
-        data, scale = (inputs[key].arguments[0].value.type for key in ("data", "scale"))
+        keys = ("indices", "lut") if "lut" in inputs else ("data", "scale")
+        data, scale = (inputs[key].arguments[0].value.type for key in keys)
         return (
             data.tensorType.DESCRIPTOR.fields_by_name["dataType"].enum_type.values_by_number[data.tensorType.dataType].name,
             shape(data),
@@ -142,6 +143,10 @@ def test_the_recipes_give_what_they_say(package: PackageOf) -> None:
     assert kinds("int4", projection) == ("INT4", (192, 192, 1, 1), (192, 6, 1, 1))
     assert kinds("int8", table) == ("INT8", (512, 192, 1, 1), (512, 1, 1, 1))
     assert kinds("int8", projection) == ("INT8", (192, 192, 1, 1), (192, 1, 1, 1))
+    assert kinds("lut4", table) == kinds("lut6", table) == kinds("lut8", table) == kinds("int8", table)
+    assert kinds("lut4", projection) == ("UINT4", (192, 192, 1, 1), (24, 1, 1, 1, 16, 1))
+    assert kinds("lut6", projection) == ("UINT6", (192, 192, 1, 1), (12, 1, 1, 1, 64, 1))
+    assert kinds("lut8", projection) == ("UINT8", (192, 192, 1, 1), (1, 1, 1, 1, 256, 1))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -203,15 +208,17 @@ def test_coremltools_parses_and_type_checks_the_whole_program(package: PackageOf
     from coremltools.converters.mil.frontend.milproto.load import load
 
     for checkpoint in (None, wide_checkpoint):
-        found = package("int4", checkpoint)
-        program = load(found.spec, 9, found.model.weights_dir)
-        assert set(program.functions) == set(FUNCTIONS)
+        for quant in ("int4", "lut4", "lut6", "lut8"):
+            found = package(quant, checkpoint)
+            program = load(found.spec, 9, found.model.weights_dir)
+            assert set(program.functions) == set(FUNCTIONS)
 
 
-def test_same_inputs_same_bytes(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
-    first = export_to(small_checkpoint, "coreml", "int4")
+@pytest.mark.parametrize("quant", ["int4", "lut4", *(pytest.param(quant, marks=pytest.mark.slow) for quant in ("lut6", "lut8"))])
+def test_same_inputs_same_bytes(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
+    first = export_to(small_checkpoint, "coreml", quant)
     export_to(small_checkpoint, "coreml", "fp16")  # what was built in between must not matter
-    assert digests(first) == digests(export_to(small_checkpoint, "coreml", "int4"))
+    assert digests(first) == digests(export_to(small_checkpoint, "coreml", quant))
 
 
 @pytest.mark.slow
