@@ -35,6 +35,7 @@ Tokens = list[list[int]]
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """`artifact("tiny-int4")`, or `"270M-int4"` with random weights and tiny's tokenizer, made once."""
+    from calibration.preparation import WeightOptions
     from elmexport.export import export_checkpoint
 
     made: dict[str, Path] = {}
@@ -45,7 +46,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
             tokenizer = None if model == "tiny" else str(open_checkpoint("tiny").tokenizer_path)
             checkpoint = open_checkpoint(model, random_weights=None if model == "tiny" else 5, tokenizer=tokenizer)
             out = tmp_path_factory.mktemp("onnx") / name
-            made[name] = export_checkpoint(checkpoint, "onnx", quant, out=out, verify=False, calibrate="none").path
+            made[name] = export_checkpoint(checkpoint, "onnx", quant, out=out, verify=False, weights=WeightOptions(calibrate="none")).path
         return made[name]
 
     yield get
