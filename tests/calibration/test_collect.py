@@ -50,7 +50,10 @@ def statistics(small_checkpoint: MemoryCheckpoint) -> Statistics:
     return collect(small_checkpoint, sample_of(small_checkpoint.config), hessian=True)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(options, id=name, marks=() if name == "as-published" else pytest.mark.slow) for name, options in OPTIONS.items()],
+)
 def test_equals_numpy(small_config: OpenELMConfig, options: dict[str, Any]) -> None:
     checkpoint = random_checkpoint(replace(small_config, **options))
     sample = sample_of(checkpoint.config)
@@ -96,6 +99,7 @@ def test_weights_that_multiply_nothing_have_no_moments(small_config: OpenELMConf
     assert found.moments(untied.specs["lm_head.weight"]) is not None
 
 
+@pytest.mark.slow
 def test_layer_by_layer_equals_the_whole_model(tiny: Checkpoint) -> None:
     """The trained model: each linear's input as an observer of one pass over the whole graph sees it."""
     sample = sample_of(tiny.config, windows=3, window=32)

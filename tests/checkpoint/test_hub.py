@@ -75,6 +75,7 @@ def client(hub: HubServer, tmp_path: Path) -> Client:
     return Client(tmp_path / "hf", hub.url)
 
 
+@pytest.mark.slow
 def test_download_then_offline(hub: HubServer, client: Client) -> None:
     commit = hub.push("someone/OpenELM-mini", TINY_FOLDER)
     online = client.open("someone/OpenELM-mini", read=True)
@@ -110,6 +111,7 @@ def test_revision_is_pinned(hub: HubServer, client: Client, tmp_path: Path) -> N
     assert "someone/model has no revision 'v9'" in missing["error"] and missing["code"] == 2
 
 
+@pytest.mark.slow
 def test_interrupted_download_resumes(hub: HubServer, client: Client, tmp_path: Path, small_config: OpenELMConfig) -> None:
     import torch
 

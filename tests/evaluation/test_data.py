@@ -124,6 +124,7 @@ def test_race_rows_of_one_question_each_become_articles(tmp_path: Path) -> None:
     assert [document.hash for document in made] == [document.hash for document in stock]
 
 
+@pytest.mark.slow
 def test_unknown_tasks_suggest_the_nearest() -> None:
     with pytest.raises(ElmExportError, match="no task is called 'arc_esay'; did you mean arc_easy"):
         load_suites({"arc_esay": None}, LocalData(ROWS))

@@ -72,6 +72,7 @@ def test_prompts_longer_than_the_context_are_noted(tiny: Checkpoint, export_to: 
     assert any("longer than the context of 64 tokens" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_unknown_task_and_missing_artifact(tmp_path: Path) -> None:
     with pytest.raises(ElmExportError, match="no such file or folder"):
         evaluate(tmp_path / "absent")

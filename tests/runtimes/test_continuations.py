@@ -91,7 +91,7 @@ def one_by_one(runtime: Runtime, prefix: NDArray[np.int64], continuations: Seque
 
 
 @pytest.mark.parametrize("lengths", [pytest.param(LENGTHS[name], id=name, marks=SLOW.get(name, ())) for name in LENGTHS])
-@pytest.mark.parametrize("position", [0, 1, 64, 90])
+@pytest.mark.parametrize("position", [0, 64, *(pytest.param(position, marks=pytest.mark.slow) for position in (1, 90))])
 @pytest.mark.parametrize("name", [*EXACT, *NEAR])
 def test_equal_one_after_another(opened: Opened, ids: NDArray[np.int64], name: str, position: int, lengths: Sequence[int]) -> None:
     runtime = opened(name)
