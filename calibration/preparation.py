@@ -105,7 +105,7 @@ def prepare(checkpoint: Checkpoint, target: Target, recipe: Recipe, options: Wei
     prepared = _stored(checkpoint, plan, options.weights_from) if options.weights_from else _found(checkpoint, plan, options, progress)
     if allocation is None or probe is None:
         return prepared
-    costs = {"asked": options.bits_per_weight, "predicted_kl": _rounded(allocation.predicted_kl), **_measured(prepared, probe)}
+    costs = {"asked": options.bits_per_weight, "predicted_kl": rounded(allocation.predicted_kl), **_measured(prepared, probe)}
     return Prepared(prepared.weights, prepared.statistics, {**prepared.facts, "allocation": costs})
 
 
@@ -194,7 +194,7 @@ def _text_of(statistics: Statistics) -> dict[str, Any]:
 
 
 def _measured(prepared: Prepared, probe: Probe) -> dict[str, Any]:
-    return {"measured_kl": _rounded(probe.divergence(_Dequantized(prepared.weights))), "text": "bundled prose"}
+    return {"measured_kl": rounded(probe.divergence(_Dequantized(prepared.weights))), "text": "bundled prose"}
 
 
 class _Dequantized(Mapping[str, "Tensor"]):
@@ -216,5 +216,6 @@ class _Dequantized(Mapping[str, "Tensor"]):
         return len(self._weights.checkpoint.specs)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Four significant digits: what differs between machines or thread counts does not belong in a reproducible file."""
     return float(f"{value:.4g}")

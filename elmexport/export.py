@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from calibration.allocate import mixed_name
-from calibration.preparation import WeightOptions, prepare
+from calibration.preparation import WeightOptions, prepare, rounded
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
@@ -180,10 +180,10 @@ def read_recipe(target: Target, quant: str | None) -> Recipe:
 def _alpha(statistics: Statistics | None, reference: Reference | None) -> tuple[float, dict[str, Any]]:
     """The factor on the residual stream, and how it was found, for the manifest."""
     if statistics is not None and statistics.residual_peak is not None:
-        peak = _rounded(statistics.residual_peak)
+        peak = rounded(statistics.residual_peak)
         text, tokens = statistics.facts.text, statistics.facts.tokens
     elif reference is not None:
-        peak, text, tokens = _rounded(reference.residual_peak), reference.text, len(reference.ids)
+        peak, text, tokens = rounded(reference.residual_peak), reference.text, len(reference.ids)
     else:
         return DEFAULT_ALPHA, {"method": "default", "text": None, "tokens": 0}
     return choose_alpha(peak), {"method": "measured", "text": text, "tokens": tokens, "residual_peak": peak}
@@ -194,7 +194,7 @@ def _self_check(target: str, folder: Path, reference: Reference, recipe: Recipe,
         result = self_check(target, folder, reference, recipe.max_self_check_kl, progress)
     except MissingDependencyError as error:
         return {"done": False, "reason": str(error)}, [f"self-check not done: {error}"]
-    figures = {"kl_mean": _rounded(result.kl_mean), "kl_max": _rounded(result.kl_max), "top1_agreement": _rounded(result.top1_agreement)}
+    figures = {"kl_mean": rounded(result.kl_mean), "kl_max": rounded(result.kl_max), "top1_agreement": rounded(result.top1_agreement)}
     return {"done": True, "text": reference.text, "tokens": result.tokens, **figures}, []
 
 
@@ -228,8 +228,3 @@ def _describe(
         "tools": {"elmexport": __version__, "python": platform.python_version(), "torch": version("torch"), **target.tools()},
         "self_check": {"done": False, "reason": "not asked for"},
     }
-
-
-def _rounded(value: float) -> float:
-    """Four significant digits: what differs between machines or thread counts does not belong in a reproducible file."""
-    return float(f"{value:.4g}")

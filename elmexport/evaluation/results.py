@@ -283,9 +283,18 @@ def write_report(report: Report, path: Path) -> None:
     Raises:
         ElmExportError: the place cannot be written.
     """
+    write_whole(report.to_json() + "\n", path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a report in whatever form, whole or not at all; a file that is there is replaced.
+
+    Raises:
+        ElmExportError: the place cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(report.to_json() + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", newline="\n")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

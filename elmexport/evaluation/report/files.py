@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.report.html import html
 from elmexport.evaluation.report.markdown import markdown
-from elmexport.evaluation.results import SCHEMA, Report, read_report
+from elmexport.evaluation.results import SCHEMA, Report, read_report, write_whole
 
 
 def to_json(reports: Sequence[Report]) -> str:
@@ -64,11 +63,4 @@ def write_reports(reports: Sequence[Report], path: Path) -> None:
         ElmExportError: see `check_output`; or the place cannot be written.
     """
     check_output(path)
-    written = _FORMS[path.suffix.lower()](reports)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(written, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ElmExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+    write_whole(_FORMS[path.suffix.lower()](reports), path)
