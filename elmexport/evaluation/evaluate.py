@@ -78,14 +78,15 @@ def evaluate(
         windows = None
         if settings.text_tokens:
             windows = text_windows(chosen, vocab_size, context, path=settings.text, tokens=settings.text_tokens)
-        results, shortened = _answer(ours, context, chosen, exam, progress)
+        results = _answer(ours, context, chosen, exam, progress)
+        shortened = sum(_too_long(instance, chosen, context) for _, documents in exam for doc in documents for instance in doc.instances)
         if shortened:
             notes.append(f"{shortened} requests are longer than the context of {context} tokens and lost their beginning")
             note(notes[-1])
         others, distributions = None, None
         if reference is not None:
             with _Opened(reference, before=ours.close) as theirs:  # large models do not fit in memory together
-                others, _ = _answer(theirs, context, chosen, exam, progress)
+                others = _answer(theirs, context, chosen, exam, progress)
                 if windows is not None:
                     distributions = ReferencePass(reference.subject.identity, theirs.runtime, cache_folder() / "distributions")
                     distributions.windows(windows, vocab_size, progress)
@@ -147,10 +148,10 @@ def _prepare(settings: Settings, progress: Progress) -> tuple[Exam, list[str]]:
     return exam, [f"{suite.name}: {line}" for suite, _ in exam for line in suite.notes]
 
 
-def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, exam: Exam, progress: Progress) -> tuple[dict[str, TaskResult], int]:
-    """The results of one entrant, and how many of its requests were shortened to fit the context."""
+def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, exam: Exam, progress: Progress) -> dict[str, TaskResult]:
+    """The results of one entrant."""
     if not exam:
-        return {}, 0
+        return {}
     from elmexport.evaluation.lm import RuntimeLM
     from elmexport.evaluation.tasks.documents import task_result
     from elmexport.evaluation.tasks.local import quiet
@@ -172,8 +173,7 @@ def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, exam: Exam, pro
                 return store.get(instance.request_type, instance.args)
 
             results[suite.name] = task_result(suite, documents, answer, published(subject.model.name, suite.name, suite.fewshot))
-    shortened = sum(_too_long(instance, tokenizer, context) for _, documents in exam for doc in documents for instance in doc.instances)
-    return results, shortened
+    return results
 
 
 def _unanswered(documents: Sequence[Document], store: AnswerStore) -> dict[str, list[Any]]:
