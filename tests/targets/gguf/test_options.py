@@ -26,6 +26,7 @@ from tests.targets.gguf.test_gguf_target import gguf_path, metadata
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
+@pytest.mark.slow
 def test_split_files_are_llama_cpps_own(tiny: Checkpoint, export_to: ExportTo, llama_cpp_tools: LlamaCppTools, tmp_path: Path) -> None:
     whole = gguf_path(export_to(tiny, "gguf", "q4_k_m"))
     llama_cpp_tools.run("llama-gguf-split", "--split", "--split-max-size", "1M", whole, tmp_path / whole.stem)
