@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import batches
+from elmexport.runtimes.threads import asked_threads
 
 BATCH = 512  # tokens in one call of the engine
 SEQUENCES = 32  # that one call can hold beside the one of `logits`
@@ -73,7 +74,7 @@ class LlamaCppRuntime(Runtime):
         params.kv_unified, params.n_seq_max = True, SEQUENCES + 1
         params.n_ctx = self.context + BATCH  # a full sequence 0 leaves room for a batch of continuations
         params.n_batch = params.n_ubatch = BATCH
-        params.n_threads = params.n_threads_batch = _cores()
+        params.n_threads = params.n_threads_batch = asked_threads() or _cores()
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0  # disabled; versions that lack the field have it off by default
         params.offload_kqv = params.op_offload = False

@@ -6,6 +6,7 @@ Not covered: other execution providers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,16 @@ from numpy.typing import NDArray
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import batches, copies, padded
+from elmexport.runtimes.threads import asked_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
 CONTEXT_KEY = "elmexport.context"
 LOGITS_TO_KEEP, EVERY_COLUMN = "logits_to_keep", 0
+# Tokens of a prompt that are read at a time where their logits are not wanted. 512 tokens of 270M int4 took 4 % longer at once than in two
+# parts; the products round their input to 8 bits more than twice as slowly for twice as many rows.
+CHUNK = 256
 _CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -51,7 +56,14 @@ class OnnxRuntime(Runtime):
         self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
-        return self._open_sequence().run(ids[None], [position + len(ids)], keep=last)[0]
+        sequence = self._open_sequence()
+        size = ceil(len(ids) / ceil(len(ids) / CHUNK))  # equal parts: a short one at the end would read all weights for few tokens
+        done = 0
+        while len(ids) - done > max(size, last):
+            part = ids[None, done : min(done + size, len(ids) - last)]
+            done += part.shape[1]
+            sequence.run(part, [position + done], keep=1)  # the fewest logits that the model gives
+        return sequence.run(ids[None, done:], [position + len(ids)], keep=last)[0]
 
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         """The attention kernel takes several sequences with a past only token by token: worth it for many short continuations."""
@@ -155,6 +167,7 @@ def _open(path: Path) -> InferenceSession:
         raise MissingDependencyError("ONNX artifacts run in onnxruntime, which is not installed; pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: what goes wrong is raised
+    options.intra_op_num_threads = asked_threads() or 0  # 0: a thread for each physical core
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class of their own

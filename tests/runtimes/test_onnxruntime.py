@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.runtimes import open_artifact
+from elmexport.runtimes import onnxruntime, open_artifact
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.onnxruntime import open_runtime
 from tests.conftest import ExportTo
@@ -71,6 +71,29 @@ def test_last(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
         logits = runtime.logits(ids, last=last)
         assert logits.dtype == np.float32
         assert np.array_equal(logits, full[-last:])
+
+
+@pytest.mark.parametrize("last", [1, 3, 8, 20, 29])
+def test_long_prompts_are_read_in_parts(
+    runtime: Runtime, small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """Behind a prefix, whichever part the wanted logits begin in; the cache then continues."""
+    monkeypatch.setattr(onnxruntime, "CHUNK", 8)
+    ids = token_ids(40, small_checkpoint.config)
+    expected = log_probs(reference_logits(small_checkpoint.config, small_checkpoint.arrays, ids))
+    runtime.logits(ids[:10])
+    calls: list[int] = []
+    run = onnxruntime._Sequences.run
+
+    def counted(self: onnxruntime._Sequences, part: np.ndarray, *args: object, **options: object) -> np.ndarray:
+        calls.append(part.shape[1])
+        return run(self, part, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(onnxruntime._Sequences, "run", counted)
+    found = runtime.logits(ids[10:39], 10, last=last)
+    assert sum(calls) == 29 and calls[-1] >= last and max(calls) == max(8, last)
+    assert np.abs(log_probs(found) - expected[39 - last : 39]).max() < 2e-3
+    assert np.abs(log_probs(runtime.logits(ids[39:], 39)) - expected[39:]).max() < 2e-3
 
 
 def test_logits_stay_after_the_next_call(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:

@@ -1,0 +1,11 @@
+"""How fast an artifact runs on this machine, and what it takes: `benchmark`.
+
+Every measurement is a process of its own (`worker`), so that load time and peak memory are the artifact's alone. docs/benchmarking.md
+defines the figures.
+"""
+
+from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, PrefillResult, Summary
+from elmexport.bench.rounds import benchmark
+from elmexport.bench.workload import Workload
+
+__all__ = ["ArtifactResult", "Benchmark", "DecodeResult", "PrefillResult", "Summary", "Workload", "benchmark"]

@@ -1,0 +1,53 @@
+"""How many bytes an artifact has to read for one decoded token: its weights, as the file stores them, and the cache up to that token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elmexport.artifact import MANIFEST, Artifact
+from elmexport.inspection import StoredTensor, list_tensors
+from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.weights import Role
+
+_FP16, _FP32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """`weight_bytes` are read for every token, `cache_bytes` (keys and values of all layers) for every token that the cache holds."""
+
+    weight_bytes: int
+    cache_bytes: int
+
+    def per_token(self, depth: int, generate: int) -> float:
+        """Bytes for one token, the mean of `generate` tokens decoded one by one after `depth` tokens; each reads its own keys, too."""
+        return self.weight_bytes + self.cache_bytes * (depth + (generate + 1) / 2)
+
+
+def traffic(path: Path) -> Traffic | None:
+    """Of the artifact folder `path`; None for a bare model file, whose tensors and configuration are not described.
+
+    Raises:
+        ElmExportError: a damaged manifest, or files that the format's reader cannot make sense of.
+    """
+    if not (path / MANIFEST).is_file():
+        return None
+    artifact = Artifact.open(path)
+    return Traffic(_weights(list_tensors(artifact)), _cache(artifact.manifest))
+
+
+def _weights(tensors: tuple[StoredTensor, ...]) -> int:
+    """Bytes of what a token needs whole: all weights but an embedding that the head does not share, of which it needs a row."""
+    weights = [tensor for tensor in tensors if tensor.role is not None]
+    untied = any(tensor.role is Role.LM_HEAD for tensor in weights)
+    return sum(tensor.bytes for tensor in weights if not (untied and tensor.role is Role.EMBEDDING))
+
+
+def _cache(manifest: Mapping[str, Any]) -> int:
+    config = OpenELMConfig.from_dict(manifest["model"]["config"])
+    # llama.cpp's runtime keeps fp32 whatever the weights are; the others keep what they compute in.
+    fp32 = manifest["target"] == "gguf" or manifest["quant"]["activations"] == "fp32"
+    return 2 * sum(layer.kv_heads for layer in config.layers) * config.head_dim * (_FP32 if fp32 else _FP16)

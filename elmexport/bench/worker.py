@@ -1,0 +1,70 @@
+"""One artifact, opened and measured once in this process: python -m elmexport.bench.worker, its job as JSON on stdin.
+
+The last line of stdout is JSON: the figures, or `error` and `exit_code` of an `ElmExportError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Collection, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from elmexport.bench.measure import measure
+from elmexport.bench.memory import peak_bytes, resident_bytes
+from elmexport.bench.workload import Workload
+from elmexport.errors import ElmExportError
+from elmexport.runtimes import RUNTIMES, artifact_kind, open_as
+
+# Loaded before the clock starts: what remains of the time to open an artifact is the artifact's.
+_ENGINES: Mapping[str, str] = {"onnx": "onnxruntime", "gguf": "llama_cpp"}
+
+
+def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
+    """Open `path` and measure `workload` on it, the parts in `fit` cut to what fits the context.
+
+    Raises:
+        ElmExportError: nothing that a runtime opens, or a workload beyond the context.
+        MissingDependencyError: the engine is not installed.
+    """
+    kind = artifact_kind(path)
+    import_module(RUNTIMES[kind])
+    if kind in _ENGINES:
+        with contextlib.suppress(ModuleNotFoundError):  # the runtime says how to install it
+            import_module(_ENGINES[kind])
+    before = resident_bytes()
+    start = time.perf_counter()
+    runtime = open_as(kind, path)
+    load = time.perf_counter() - start
+    workload = workload.fitted(runtime.context, fit)
+    workload.check_context(path.name, runtime.context)
+    timed = measure(runtime, workload)
+    return {
+        "kind": kind,
+        "engine": runtime.name,
+        "context": runtime.context,
+        "generate": workload.generate,
+        "load_s": load,
+        "prefill_s": timed.prefill_s,
+        "decode_s": timed.decode_s,
+        "before_bytes": before,
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    workload = Workload(tuple(job["prompts"]), tuple(job["depths"]), job["generate"])
+    try:
+        answer = run(Path(job["path"]), workload, job["fit"])
+    except ElmExportError as error:
+        answer = {"error": str(error), "exit_code": error.exit_code}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`elmexport bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elmexport.cli.describe import print_json, size, table
+from elmexport.cli.progress import progress_bar
+from elmexport.errors import ElmExportError
+
+if TYPE_CHECKING:
+    from elmexport.bench import ArtifactResult, Benchmark, Summary
+
+
+def bench(
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="Artifact folders, bare .onnx, .mlpackage or .gguf files, or checkpoint folders.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="N,…", help="Lengths of the prompts to read, tokens. [default: 128,512, as far as they fit]")
+    ] = None,
+    generate: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens to decode one by one at each depth. [default: 64, as far as they fit]")
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(metavar="N,…", help="Tokens that the cache holds before decoding. [default: 0,1024, as far as they fit]"),
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; each opens every artifact once, in a process of its own.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads that every engine uses. [default: one for each core]")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+) -> None:
+    """Measure speed, load time and memory of artifacts, side by side.
+
+    Prints medians over the rounds: tokens per second of prefill and decode with the spread of the rounds, the ratio to the first artifact,
+    and for decode the part of this machine's read bandwidth that weights and cache take up. Core ML packages run in elmexport's executor
+    except on a Mac: that says nothing about a device.
+
+    \b
+    Example:
+      elmexport bench OpenELM-450M-onnx-int4 OpenELM-450M-gguf-int4 --depth 0,1024 --threads 4
+    """
+    from elmexport.bench import Workload, benchmark
+    from elmexport.bench.workload import DEPTHS, GENERATE, PARTS, PROMPTS
+
+    workload = Workload(
+        PROMPTS if prompt is None else _counts(prompt, "--prompt"),
+        DEPTHS if depth is None else _counts(depth, "--depth"),
+        GENERATE if generate is None else generate,
+    )
+    with progress_bar() as progress:
+        fit = [part for part, given in zip(PARTS, (prompt, depth, generate), strict=True) if given is None]
+        result = benchmark(artifacts, workload, repeat=repeat, threads=threads, fit=fit, progress=progress)
+    if json:
+        print_json(result.to_dict())
+        return
+    typer.echo(_describe(result))
+    for artifact in result.artifacts:
+        if artifact.note is not None:
+            typer.echo(f"note: {artifact.name}: {artifact.note}", err=True)
+
+
+def _counts(text: str, option: str) -> tuple[int, ...]:
+    """Numbers of tokens, separated by commas; none where `text` is "none"."""
+    if text == "none":
+        return ()
+    words = [word.strip() for word in text.split(",")]
+    for word in words:
+        if not (word.isascii() and word.isdecimal() and len(word) < 10):
+            raise ElmExportError(f"{option} is {text!r}; it takes whole numbers of tokens, separated by commas, or none")
+    return tuple(map(int, words))
+
+
+def _describe(result: Benchmark) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in result.machine["packages"].items() if version is not None)
+    lines = [
+        f"{result.machine['system']}, {result.machine['cpus']} cores, {result.threads} threads, {result.repeat} rounds",
+        packages,
+        f"read bandwidth {size(round(result.bandwidth.median))}/s (spread {result.bandwidth.spread:.0%})",
+        "",
+        table(
+            [
+                ("artifact", "engine", "files", "load s", "peak memory"),
+                *[
+                    (one.name, one.engine, size(one.file_bytes), f"{one.load_s.median:.2f}", size(round(one.peak_bytes.median)))
+                    for one in result.artifacts
+                ],
+            ],
+            right=frozenset({2, 3, 4}),
+        ),
+        "",
+        table([("what", "artifact", "tokens/s", "spread", "ratio", "bandwidth"), *_rates(result.artifacts)], right=frozenset({2, 3, 4, 5})),
+    ]
+    return "\n".join(lines)
+
+
+def _rates(artifacts: tuple[ArtifactResult, ...]) -> list[tuple[str, ...]]:
+    """A row for each rate, those of one kind together, artifacts in their order."""
+
+    def row(what: str, name: str, rate: Summary, ratio: float | None, part: float | None) -> tuple[str, ...]:
+        ratios = "-" if ratio is None else f"{ratio:.2f}"
+        return what, name, f"{rate.median:.1f}", f"{rate.spread:.0%}", ratios, "" if part is None else f"{part:.0%}"
+
+    prompts = sorted({one.tokens for artifact in artifacts for one in artifact.prefill})
+    depths = sorted({one.depth for artifact in artifacts for one in artifact.decode})
+    rows = []
+    for prompt in prompts:
+        for artifact in artifacts:
+            rows += [
+                row(f"prefill {prompt}", artifact.name, one.tokens_per_s, one.ratio, None)
+                for one in artifact.prefill
+                if one.tokens == prompt
+            ]
+    for depth in depths:
+        for artifact in artifacts:
+            rows += [
+                row(f"decode {one.tokens} at {depth}", artifact.name, one.tokens_per_s, one.ratio, one.bandwidth_fraction)
+                for one in artifact.decode
+                if one.depth == depth
+            ]
+    return rows
