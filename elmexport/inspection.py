@@ -48,8 +48,17 @@ def inspect_artifact(path: Path, *, tensors: bool = False) -> Inspection:
         raise ElmExportError(f"{path} {found}; give the folder that an export printed, the one that holds {MANIFEST}")
     artifact = Artifact.open(path)
     problems = tuple(artifact.verify())
-    listing = tuple(_reader(artifact.target)(path)) if tensors and not problems else None
+    listing = list_tensors(artifact) if tensors and not problems else None
     return Inspection(artifact, problems, listing)
+
+
+def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
+    """What the files of `artifact` hold, unverified.
+
+    Raises:
+        ElmExportError: files that the format's reader cannot make sense of.
+    """
+    return tuple(_reader(artifact.target)(artifact.path))
 
 
 def role_of(name: str) -> Role | None:

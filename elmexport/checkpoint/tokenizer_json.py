@@ -1,12 +1,22 @@
-"""`tokenizer.json` from a SentencePiece vocabulary, in the form that Llama's own file has: what onnxruntime-genai and transformers.js read."""
+"""`tokenizer.json` from a SentencePiece vocabulary, in the form that Llama's own file has, and `tokenizer_config.json` beside it: what
+onnxruntime-genai, transformers.js and swift-transformers read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from elmexport.checkpoint.tokenizer import PieceKind, Tokenizer
 
 _SPACE = "\u2581"
+
+
+def write_tokenizer_files(tokenizer: Tokenizer, context: int, folder: Path) -> None:
+    """Write `tokenizer_config.json` into `folder`, and `tokenizer.json` unless it is there. `context` is the most tokens that a text may have."""
+    if not (folder / "tokenizer.json").exists():
+        write_tokenizer_json(tokenizer, folder / "tokenizer.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps(_config(tokenizer, context), indent=2) + "\n", encoding="utf-8")
 
 
 def write_tokenizer_json(tokenizer: Tokenizer, path: Path) -> None:
@@ -36,3 +46,21 @@ def write_tokenizer_json(tokenizer: Tokenizer, path: Path) -> None:
         single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos_id)]
     )
     built.save(str(path))
+
+
+def _config(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
+    pieces = tokenizer.pieces()
+    eos = pieces[tokenizer.eos_id].text
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,  # the text as it is, a space put before it: what SentencePiece does
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": pieces[tokenizer.bos_id].text,
+        "eos_token": eos,
+        "unk_token": pieces[tokenizer.unk_id].text,
+        "pad_token": eos,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }

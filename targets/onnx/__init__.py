@@ -14,9 +14,10 @@ from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
 from elmexport.target import ExportJob, Target
 from elmexport.weights import Role
 
-# The file names by which transformers.js finds a quantization.
-STEMS: Mapping[str, str] = {"fp32": "model", "fp16": "model_fp16", "int8": "model_quantized", "int4": "model_q4"}
-BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
+# The file names by which transformers.js finds a quantization; to it, all that is 4-bit and computes in fp32 is "q4".
+_INT4 = ("int4", "int4-block64", "int4-block128", "int4-asym", "int4-all")
+STEMS: Mapping[str, str] = {"fp32": "model", "fp16": "model_fp16", "int8": "model_quantized", **dict.fromkeys(_INT4, "model_q4")}
+BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits; of versions before it refused others, some gave zeros
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates head dimensions in steps of this
 
 
@@ -30,15 +31,16 @@ class OnnxTarget(Target):
     ops: str = "fast"
 
     name: ClassVar[str] = "onnx"
-    quants: ClassVar[tuple[str, ...]] = ("int4", "int8", "fp16", "fp32")
+    quants: ClassVar[tuple[str, ...]] = (*_INT4, "int8", "fp16", "fp32")
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
         match scheme:
             case Float(dtype="fp32" | "fp16"):
                 return None
-            case Integer(granularity=PerBlock(size=size), symmetric=True) if size in BLOCKS:
-                return None
-        return f"stores fp32, fp16, and symmetric integers in blocks of {', '.join(map(str, BLOCKS))}"
+            case Integer(granularity=PerBlock(size=size), symmetric=symmetric) if size in BLOCKS:
+                # The gather wants zero points in other bytes than the product, and a tied table is read by both.
+                return None if symmetric or role is not Role.EMBEDDING else "stores asymmetric integers in every matrix but the embedding"
+        return f"stores fp32, fp16, and integers in blocks of {', '.join(map(str, BLOCKS))}"
 
     def check(self, config: OpenELMConfig, context: int) -> None:
         if config.head_dim % HEAD_MULTIPLE:

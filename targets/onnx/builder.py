@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 OPSET = 21  # the lowest that every op used here needs, so that older engines take the file
 IR_VERSION = 10
 MICROSOFT = "com.microsoft"
-_ALIGNMENT = 4096  # so that an engine can map each tensor into memory
+_PAGE = 4096  # large tensors start on one, as memory mapping likes it
+_LINE = 64  # bytes of a cache line, on which small ones start
+_LARGE = 16 * _PAGE
 
 
 class ExternalData:
@@ -35,7 +37,7 @@ class ExternalData:
 
     def append(self, name: str, array: NDArray[Any], dtype: ir.DataType, shape: Sequence[int]) -> ir.ExternalTensor:
         """Write `array` (contiguous) at the next aligned offset, to be read as `dtype` and `shape`."""
-        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        self._file.write(bytes(-self._file.tell() % (_PAGE if array.nbytes >= _LARGE else _LINE)))
         offset = self._file.tell()
         self._file.write(array.data)
         return ir.ExternalTensor(self.path.name, offset, array.nbytes, dtype, shape=ir.Shape(shape), name=name)

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elmexport.checkpoint.tokenizer import Tokenizer
-from elmexport.checkpoint.tokenizer_json import write_tokenizer_json
+from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.target import ExportJob
 
 
@@ -21,9 +20,7 @@ def write_companions(job: ExportJob, model: Path, folder: Path) -> None:
     _write(folder / "generation_config.json", {**ids, "do_sample": False})
     _write(folder / "genai_config.json", _genai(job, model.relative_to(folder).as_posix()))
     if job.tokenizer is not None:
-        if not (folder / "tokenizer.json").exists():
-            write_tokenizer_json(job.tokenizer, folder / "tokenizer.json")
-        _write(folder / "tokenizer_config.json", _tokenizer(job.tokenizer, job.graph.context))
+        write_tokenizer_files(job.tokenizer, job.graph.context, folder)
 
 
 def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
@@ -56,24 +53,6 @@ def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
             },
         },
         "search": {"do_sample": False, "max_length": job.graph.context, "past_present_share_buffer": True},
-    }
-
-
-def _tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, Any]:
-    pieces = tokenizer.pieces()
-    eos = pieces[tokenizer.eos_id].text
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,  # the text as it is, a space put before it: what SentencePiece does
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": pieces[tokenizer.bos_id].text,
-        "eos_token": eos,
-        "unk_token": pieces[tokenizer.unk_id].text,
-        "pad_token": eos,
-        "padding_side": "left",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx
 
 # What the lowering adds to the names of a matrix's initializers.
-_CODES, _SCALES, _TRANSPOSED = ".codes", ".scales", ".transposed"
+_CODES, _SCALES, _ZEROS, _TRANSPOSED = ".codes", ".scales", ".zeros", ".transposed"
 
 
 def list_tensors(folder: Path) -> Iterator[StoredTensor]:
@@ -36,19 +36,41 @@ def list_tensors(folder: Path) -> Iterator[StoredTensor]:
 
 def _of_graph(graph: onnx.GraphProto) -> Iterator[StoredTensor]:
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    attributes = {name: {a.name: a.i for a in node.attribute} for node in graph.node for name in node.input if name.endswith(_CODES)}
+    blocks = {node.input[1]: {a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"}
+    blocks |= {node.input[0]: {a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "GatherBlockQuantized"}
     for name, tensor in initializers.items():
         if name.endswith(_CODES):
             weight = name.removesuffix(_CODES)
-            bits, block = attributes[name]["bits"], attributes[name]["block_size"]
-            size = _bytes(tensor) + _bytes(initializers[weight + _SCALES])
-            shape = (tensor.dims[0], tensor.dims[1] * block)  # stored [out, blocks, bytes of a block]
-            yield StoredTensor(weight, role_of(weight), f"int{bits} in blocks of {block}", shape, size)
+            parts = [initializers[weight + suffix] for suffix in (_CODES, _SCALES, _ZEROS) if weight + suffix in initializers]
+            if name in blocks:
+                scheme, shape, turned = *_contrib(tensor, blocks[name]), False
+            else:
+                scheme, shape, turned = _standard(tensor, initializers[weight + _SCALES])
+            scheme += (" with zero points" if len(parts) == 3 else "") + (", transposed" if turned else "")
+            yield StoredTensor(weight, role_of(weight), scheme, shape, sum(map(_bytes, parts)))
         elif name.endswith(_TRANSPOSED):
             weight = name.removesuffix(_TRANSPOSED)
             yield StoredTensor(weight, role_of(weight), f"{_dtype(tensor)} transposed", tuple(reversed(tensor.dims)), _bytes(tensor))
-        elif name.removesuffix(_SCALES) + _CODES not in initializers:
+        elif _matrix_of(name) + _CODES not in initializers:
             yield StoredTensor(name, role_of(name), _dtype(tensor), tuple(tensor.dims), _bytes(tensor))
+
+
+def _contrib(codes: onnx.TensorProto, attributes: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
+    """Scheme and logical shape of codes of onnxruntime's own operators, `[out, blocks, bytes of a block]`."""
+    block = attributes["block_size"]
+    return f"int{attributes['bits']} in blocks of {block}", (codes.dims[0], codes.dims[1] * block)
+
+
+def _standard(codes: onnx.TensorProto, scales: onnx.TensorProto) -> tuple[str, tuple[int, ...], bool]:
+    """Scheme and logical shape of codes for DequantizeLinear, `[out, in]`, or, transposed, `[in, out]` with blocks along the first axis."""
+    axis = 1 if codes.dims[0] == scales.dims[0] else 0
+    scheme = f"{_dtype(codes)} in blocks of {codes.dims[axis] // scales.dims[axis]}"
+    return scheme, tuple(codes.dims) if axis else tuple(reversed(codes.dims)), not axis
+
+
+def _matrix_of(name: str) -> str:
+    """The matrix to whose quantized form an initializer called `name` would belong."""
+    return name.removesuffix(_SCALES).removesuffix(_ZEROS)
 
 
 def _dtype(tensor: onnx.TensorProto) -> str:
@@ -58,6 +80,10 @@ def _dtype(tensor: onnx.TensorProto) -> str:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
+    import onnx
     from onnx.helper import tensor_dtype_to_np_dtype
 
-    return prod(tensor.dims) * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    count = prod(tensor.dims)
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return (count + 1) // 2
+    return count * tensor_dtype_to_np_dtype(tensor.data_type).itemsize

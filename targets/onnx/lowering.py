@@ -28,7 +28,7 @@ from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.target import ExportJob
 from elmexport.weights import Role, WeightSpec
 from targets.onnx.builder import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
-from targets.onnx.packing import pack_codes
+from targets.onnx.packing import pack_codes, pack_zeros
 from targets.onnx.rows import BATCH, SEQUENCE, TOTAL, Rows
 
 PAST = "past_sequence_length"
@@ -40,12 +40,14 @@ _DTYPES = {"fp32": (ir.DataType.FLOAT, np.float32), "fp16": (ir.DataType.FLOAT16
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantized matrix in the file: codes uint8 `[out, blocks, bytes of a block]` and scales `[out, blocks]`."""
+    """A quantized matrix in the file: codes uint8 `[out, blocks, bytes of a block]`, scales `[out, blocks]`, and where the codes are
+    asymmetric zero points uint8 `[out, bytes of a row]`."""
 
     codes: ir.Value
     scales: ir.Value
     bits: int
     size: int  # values of a block
+    zeros: ir.Value | None = None
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -90,7 +92,7 @@ class Lowering:
         )
 
     def _outputs(self) -> None:
-        logits = self.values[self.graph.logits]
+        logits = self.values[self.graph.result]
         if self.dtype != ir.DataType.FLOAT:
             logits = self.builder.op("Cast", "logits.cast", logits, to=ir.DataType.FLOAT)
         self.builder.output(logits, "logits", ir.DataType.FLOAT, (BATCH, 1, self.config.vocab_size))
@@ -121,7 +123,8 @@ class Lowering:
     def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
         codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
         scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
-        return Blocks(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1])
+        zeros = None if weight.zeros is None else self.builder.weight(f"{spec.name}.zeros", pack_zeros(weight.zeros))
+        return Blocks(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1], zeros)
 
     def _vector(self, spec: WeightSpec) -> ir.Value:
         weight = self.job.weights.get(spec)
@@ -149,6 +152,9 @@ class Lowering:
         build, (vocabulary, dim) = self.builder, node.weights["table"].shape
         axis = build.constant("scales_shape", np.array([vocabulary, dim // table.size, 1], np.int64))
         scales = build.op("Reshape", f"{node.name}.scales", table.scales, axis)
+        # onnxruntime's kernel makes zeros of ids beyond the table, in silence; Gather refuses them.
+        vocabulary_ids = build.weight("vocabulary_ids", np.arange(vocabulary, dtype=np.int32))
+        ids = build.op("Gather", f"{node.name}.ids", vocabulary_ids, ids, axis=0)
         attributes = {"gather_axis": 0, "quantize_axis": 2, **table.attributes}
         blocks = build.op("GatherBlockQuantized", f"{node.name}.blocks", table.codes, ids, scales, domain=MICROSOFT, **attributes)
         return build.op("Reshape", node.name, blocks, build.constant("embedding_shape", np.array([0, 0, dim], np.int64)))
@@ -169,7 +175,8 @@ class Lowering:
 
     def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: Blocks, *, tied: bool) -> ir.Value:
         attributes = {"N": spec.shape[0], "K": spec.shape[1], "accuracy_level": _ACCURACY_LEVEL, **matrix.attributes}
-        return self.builder.op("MatMulNBits", node.name, x, matrix.codes, matrix.scales, domain=MICROSOFT, **attributes)
+        inputs = (x, matrix.codes, matrix.scales, *(() if matrix.zeros is None else (matrix.zeros,)))
+        return self.builder.op("MatMulNBits", node.name, *inputs, domain=MICROSOFT, **attributes)
 
     def rms_norm(self, node: Node) -> None:
         if node.outputs[0] not in self.values:  # else `add` has emitted it

@@ -14,22 +14,34 @@ from elmexport.quantization.schemes import PerBlock
 
 
 def pack_codes(quantized: QuantizedTensor) -> NDArray[np.uint8]:
-    """Unsigned codes `[out, blocks, bytes of a block]`, zero point 8 (4 bits) or 128 (8 bits), which both ops assume by default.
+    """Unsigned codes `[out, blocks, bytes of a block]`; symmetric ones have zero point 8 (4 bits) or 128 (8 bits), which both ops assume.
 
     Of two 4-bit codes in a byte, the earlier one takes the low half.
     """
     assert isinstance(quantized.scheme.granularity, PerBlock), f"MatMulNBits takes blocks, not codes {quantized.scheme.granularity}"
     codes = quantized.codes.view(torch.uint8)  # two's complement: adding the zero point modulo 256 makes the codes unsigned
     rows, blocks = quantized.scales.shape
-    packed = codes ^ 128 if quantized.scheme.width == 8 else (codes[:, 0::2] + 8) | ((codes[:, 1::2] + 8) << 4)
+    if quantized.scheme.width == 8:
+        packed = codes ^ 128
+    else:
+        zero = 8 if quantized.zeros is None else 0  # asymmetric codes are unsigned as they are
+        packed = (codes[:, 0::2] + zero) | ((codes[:, 1::2] + zero) << 4)
     result: NDArray[np.uint8] = packed.reshape(rows, blocks, -1).numpy()
     return result
 
 
-def pack_signed(codes: Tensor, width: int) -> NDArray[Any]:
-    """Codes as ONNX's INT4 or INT8 tensors hold them: signed, in row order, of two 4-bit codes in a byte the earlier one in the low half."""
-    flat = codes.contiguous().view(-1)
+def pack_zeros(zeros: Tensor) -> NDArray[np.uint8]:
+    """4-bit zero points int8 `[out, blocks]` as MatMulNBits reads them: `[out, bytes of a row]`, the earlier one in the low half."""
+    even = torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2)).view(torch.uint8)
+    result: NDArray[np.uint8] = (even[:, 0::2] | (even[:, 1::2] << 4)).numpy()
+    return result
+
+
+def pack_flat(values: Tensor, width: int) -> NDArray[Any]:
+    """Codes or zero points as ONNX's INT4, UINT4 and INT8 tensors hold them: in row order, of two 4-bit ones in a byte the earlier one in
+    the low half."""
+    flat = values.contiguous().view(-1)
     if width == 8:
         return flat.numpy()
-    low, high = flat[0::2].view(torch.uint8) & 15, flat[1::2].view(torch.uint8) & 15
-    return (low | (high << 4)).numpy()
+    even = torch.nn.functional.pad(flat, (0, len(flat) % 2)).view(torch.uint8)
+    return ((even[0::2] & 15) | ((even[1::2] & 15) << 4)).numpy()

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from elmexport.graph.ir import Node
 from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.weights import WeightSpec
 from targets.onnx.lowering import Blocks, Lowering
-from targets.onnx.packing import pack_signed
+from targets.onnx.packing import pack_flat
 from targets.onnx.rows import BATCH
 
 OPSET, IR_VERSION = 24, 11
-_DTYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
+_DTYPES = {4: ir.DataType.INT4, 8: ir.DataType.INT8}  # of symmetric codes
 
 
 class StandardLowering(Lowering):
     """Lowers one graph, node by node; each weight is read, packed and written when its node comes."""
 
     opset, ir_version = OPSET, IR_VERSION
+    _dequantized: ir.Value | None = None
 
     def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
         return (BATCH, self.config.layers[layer].kv_heads, self.graph.context, self.config.head_dim)
@@ -32,26 +34,45 @@ class StandardLowering(Lowering):
     # Weights
 
     def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
-        codes, scales = (weight.codes.t(), weight.scales.t()) if transpose else (weight.codes, weight.scales)
-        bits = weight.scheme.width
-        packed = self.builder.weight(f"{spec.name}.codes", pack_signed(codes, bits), _DTYPES[bits], tuple(codes.shape))
+        bits, zeros = weight.scheme.width, weight.zeros
+        dtype = _DTYPES[bits] if zeros is None else ir.DataType.UINT4
+
+        def turned(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.t() if transpose else tensor
+
+        def packed(kind: str, values: torch.Tensor) -> ir.Value:
+            return self.builder.weight(f"{spec.name}.{kind}", pack_flat(values, bits), dtype, tuple(values.shape))
+
+        codes = packed("codes", turned(weight.codes))
+        scales = self.builder.weight(f"{spec.name}.scales", self._floats(turned(weight.scales)))
         size = spec.shape[1] // weight.scales.shape[1]
-        return Blocks(packed, self.builder.weight(f"{spec.name}.scales", self._floats(scales)), bits, size)
+        return Blocks(codes, scales, bits, size, None if zeros is None else packed("zeros", turned(zeros)))
 
     # Ops
 
     def _gather_blocks(self, node: Node, ids: ir.Value, table: Blocks) -> ir.Value:
         build = self.builder
+        if table.bits == 4:  # Gather takes no 4-bit codes; a tied head needs the whole table anyway
+            return build.op("Gather", node.name, self._table(table), ids, axis=0)
         codes = build.op("Gather", f"{node.name}.codes", table.codes, ids, axis=0)
         scales = build.op("Gather", f"{node.name}.scales", table.scales, ids, axis=0)
         return build.op("DequantizeLinear", node.name, codes, scales, axis=2, block_size=table.size)
 
     def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: Blocks, *, tied: bool) -> ir.Value:
-        build, name = self.builder, f"{node.name}.dequantized"
-        weight = build.op("DequantizeLinear", name, matrix.codes, matrix.scales, axis=1 if tied else 0, block_size=matrix.size)
+        build = self.builder
         if tied:
-            weight = build.op("Transpose", f"{node.name}.transposed", weight, perm=[1, 0])
+            weight = build.op("Transpose", f"{node.name}.transposed", self._table(matrix), perm=[1, 0])
+        else:
+            inputs = (matrix.codes, matrix.scales, *(() if matrix.zeros is None else (matrix.zeros,)))
+            weight = build.op("DequantizeLinear", f"{node.name}.dequantized", *inputs, axis=0, block_size=matrix.size)
         return build.op("MatMul", node.name, x, weight)
+
+    def _table(self, table: Blocks) -> ir.Value:
+        """The embedding `[vocabulary, dim]`, dequantized once for all that read it."""
+        if self._dequantized is None:
+            build = self.builder
+            self._dequantized = build.op("DequantizeLinear", "table.dequantized", table.codes, table.scales, axis=1, block_size=table.size)
+        return self._dequantized
 
     def _normalize(self, name: str, x: ir.Value, weight: WeightSpec, eps: float) -> ir.Value:
         return self.builder.op("RMSNormalization", name, x, self._vector(weight), axis=-1, epsilon=eps, stash_type=1)

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +22,13 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from tests.clients.kept import kept
 
+ROOT = Path(__file__).parents[2]
 TRANSFORMERS_JS = "4.3.1"
 OPTIMUM = ("optimum-onnx[onnxruntime]==0.1.0", "optimum==2.1.0", "transformers==4.57.6", f"torch=={version('torch').split('+')[0]}")
 PROMPTS = ["The old captain looked at the sea", "Once upon a time", "“No,” said she; and the door"]
 NEW = 24
-DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", "int4": "q4"}  # transformers.js's names
+INT4 = ("int4", "int4-block64", "int4-block128", "int4-asym", "int4-all")
+DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", **dict.fromkeys(INT4, "q4")}  # transformers.js's names
 QUANTS = tuple(DTYPES)
 
 Artifact = Callable[[str], Path]
@@ -42,7 +45,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
     def get(name: str) -> Path:
         if name not in made:
-            model, quant = name.split("-")
+            model, quant = name.split("-", 1)
             tokenizer = None if model == "tiny" else str(open_checkpoint("tiny").tokenizer_path)
             checkpoint = open_checkpoint(model, random_weights=None if model == "tiny" else 5, tokenizer=tokenizer)
             out = tmp_path_factory.mktemp("onnx") / name
@@ -172,7 +175,7 @@ def transformers_js() -> Path:
 def test_transformers_js(artifact: Artifact, transformers_js: Path, name: str) -> None:
     folder = artifact(name)
     expected = greedy(folder)
-    command = ["node", "run.mjs", folder.parent, folder.name, DTYPES[name.split("-")[1]], NEW, *PROMPTS]
+    command = ["node", "run.mjs", folder.parent, folder.name, DTYPES[name.split("-", 1)[1]], NEW, *PROMPTS]
     check(run(command, transformers_js), expected, folder)
 
 
@@ -207,19 +210,38 @@ print(json.dumps({"alone": [generate([prompt]) for prompt in prompts], "batch": 
 @pytest.fixture(scope="module")
 def optimum_python() -> Path:
     def install(folder: Path) -> None:
+        ours = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *OPTIMUM], check=True)
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *OPTIMUM, *ours], check=True)
 
     # A virtual environment may be moved as long as its programs are not run by name: `python` finds its packages from where it lies.
-    return kept("optimum-onnx-0.1.0", install) / "bin" / "python"
+    return kept("optimum-onnx-0.1.0-elmexport", install) / "bin" / "python"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4"])
 def test_optimum(artifact: Artifact, optimum_python: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import elmexport
-
     folder = artifact(name)
-    monkeypatch.setenv("PYTHONPATH", str(Path(elmexport.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     check(run([optimum_python, "-c", PYTHON, folder, NEW, *PROMPTS], tmp_path), greedy(folder), folder)
+
+
+OPTIMUM_CLI = "import sys; from optimum.commands.optimum_cli import main; sys.argv[0] = 'optimum-cli'; main()"
+
+
+@pytest.mark.slow
+def test_optimum_cli(artifact: Artifact, optimum_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command of the plug-in writes what ours writes."""
+    plugin = ROOT / "elmexport" / "integrations" / "optimum_cli"
+    install = [optimum_python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "plugin", plugin]
+    subprocess.run(install, check=True)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'plugin'}:{ROOT}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [optimum_python, "-c", OPTIMUM_CLI, "export", "openelm", "--model", "tiny", "--quant", "int8", "out"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    ours = artifact("tiny-int8")  # codes of 8 bits do not depend on a calibration
+    for name in ("onnx/model_quantized.onnx", "onnx/model_quantized.onnx_data", "genai_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (ours / name).read_bytes(), name
+    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (again.returncode, again.stderr.splitlines()[-1].split(";")[0]) == (2, "error: out exists already")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,22 +9,32 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from elmexport.quantization.quantize import QuantizedTensor
-from elmexport.quantization.schemes import Integer, PerBlock, PerChannel
-from targets.onnx.packing import pack_codes
+from elmexport.quantization.schemes import Integer, PerBlock, PerChannel, scheme_name
+from targets.onnx import BLOCKS
+from targets.onnx.packing import pack_codes, pack_flat, pack_zeros
 
-ROWS, COLUMNS, BLOCK = 48, 96, 32
+ROWS, COLUMNS = 48, 768
+SCHEMES = [
+    *(Integer(width, PerBlock(block)) for width in (4, 8) for block in BLOCKS),
+    *(
+        Integer(4, PerBlock(block), symmetric=False) for block in BLOCKS
+    ),  # in blocks of 256 a row has 3 zero points: half a byte is left over
+]
 
 
-@pytest.fixture(params=[4, 8])
+@pytest.fixture(params=SCHEMES, ids=scheme_name)
 def quantized(request: pytest.FixtureRequest) -> QuantizedTensor:
-    """Every code, and scales of both signs."""
-    scheme = Integer(request.param, PerBlock(BLOCK))
+    """Every code, scales of both signs, and every zero point."""
+    scheme: Integer = request.param
     generator = torch.Generator().manual_seed(0)
     low, high = scheme.range
+    blocks = COLUMNS // scheme.block(COLUMNS)
     codes = torch.arange(low, high + 1, dtype=torch.int8).repeat(ROWS * COLUMNS // 15)[: ROWS * COLUMNS].reshape(ROWS, COLUMNS)
-    return QuantizedTensor(scheme, codes, torch.randn(ROWS, COLUMNS // BLOCK, generator=generator).to(torch.float16))
+    zeros = None if scheme.symmetric else torch.randint(0, 16, (ROWS, blocks), generator=generator, dtype=torch.int8)
+    return QuantizedTensor(scheme, codes, torch.randn(ROWS, blocks, generator=generator).to(torch.float16), zeros)
 
 
 def run(node: onnx.NodeProto, data: NDArray[np.generic], initializers: dict[str, NDArray[np.generic]]) -> NDArray[np.float32]:
@@ -45,16 +53,33 @@ def run(node: onnx.NodeProto, data: NDArray[np.generic], initializers: dict[str,
     return result
 
 
+def attributes(quantized: QuantizedTensor) -> dict[str, int]:
+    return {"bits": quantized.scheme.width, "block_size": quantized.scheme.block(COLUMNS)}
+
+
+def product(quantized: QuantizedTensor, x: NDArray[np.float32], **more: int) -> NDArray[np.float32]:
+    inputs = {"codes": pack_codes(quantized), "scales": quantized.scales.to(torch.float32).numpy()}
+    if quantized.zeros is not None:
+        inputs["zeros"] = pack_zeros(quantized.zeros)
+    sizes = {"K": COLUMNS, "N": ROWS, **attributes(quantized), **more}
+    return run(helper.make_node("MatMulNBits", ["x", *inputs], ["y"], domain="com.microsoft", **sizes), x, inputs)
+
+
 def test_matmul_reads_our_codes(quantized: QuantizedTensor) -> None:
-    bits: Literal[4, 8] = quantized.scheme.width
-    node = helper.make_node(
-        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", K=COLUMNS, N=ROWS, bits=bits, block_size=BLOCK
-    )
-    scales = quantized.scales.to(torch.float32).numpy()
-    columns = run(node, np.eye(COLUMNS, dtype=np.float32), {"codes": pack_codes(quantized), "scales": scales})
+    columns = product(quantized, np.eye(COLUMNS, dtype=np.float32))
     assert np.array_equal(columns.T, quantized.dequantize().numpy())
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_products_in_8_bits(quantized: QuantizedTensor, tokens: int) -> None:
+    """The kernels that artifacts use: for one token and for many they are not the same."""
+    x = np.random.default_rng(0).standard_normal((tokens, COLUMNS), dtype=np.float32)
+    expected = x.astype(np.float64) @ quantized.dequantize().numpy().astype(np.float64).T
+    error = product(quantized, x, accuracy_level=4) - expected
+    assert np.sqrt((error**2).mean() / (expected**2).mean()) < 0.02
+
+
+@pytest.mark.parametrize("quantized", [scheme for scheme in SCHEMES if scheme.symmetric], indirect=True, ids=scheme_name)
 def test_gather_reads_our_codes(quantized: QuantizedTensor) -> None:
     node = helper.make_node(
         "GatherBlockQuantized",
@@ -63,12 +88,37 @@ def test_gather_reads_our_codes(quantized: QuantizedTensor) -> None:
         domain="com.microsoft",
         gather_axis=0,
         quantize_axis=2,
-        block_size=BLOCK,
-        bits=quantized.scheme.width,
+        **attributes(quantized),
     )
     scales = quantized.scales.to(torch.float32).numpy()[:, :, None]
     rows = run(node, np.arange(ROWS), {"codes": pack_codes(quantized), "scales": scales})
     assert np.array_equal(rows.reshape(ROWS, COLUMNS), quantized.dequantize().numpy())
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnx's reference evaluator"])
+def test_dequantize_linear_reads_our_codes(quantized: QuantizedTensor, engine: str) -> None:
+    """As ONNX's own 4- and 8-bit types, blocks along the first axis."""
+    width, block = quantized.scheme.width, quantized.scheme.block(COLUMNS)
+    kind = TensorProto.INT8 if width == 8 else TensorProto.INT4 if quantized.zeros is None else TensorProto.UINT4
+
+    def stored(name: str, values: torch.Tensor) -> onnx.TensorProto:
+        turned = values.t()
+        return helper.make_tensor(name, kind, list(turned.shape), pack_flat(turned, width).tobytes(), raw=True)
+
+    scales = quantized.scales.t().to(torch.float32).contiguous().numpy()
+    tensors = [stored("codes", quantized.codes), numpy_helper.from_array(scales, "scales")]
+    if quantized.zeros is not None:
+        tensors.append(stored("zeros", quantized.zeros))
+    node = helper.make_node("DequantizeLinear", [tensor.name for tensor in tensors], ["y"], axis=0, block_size=block)
+    graph = helper.make_graph([node], "one", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    session = onnxruntime.InferenceSession(model.SerializeToString()) if engine == "onnxruntime" else ReferenceEvaluator(model)
+    assert np.array_equal(session.run(None, {})[0].T, quantized.dequantize().numpy())
+
+
+def test_odd_numbers_of_4_bit_values() -> None:
+    assert pack_zeros(torch.tensor([[1, 2, 3], [4, 5, 15]], dtype=torch.int8)).tolist() == [[0x21, 0x03], [0x54, 0x0F]]
+    assert pack_flat(torch.tensor([[1, 2, 3], [4, -5, -1], [7, -8, 6]], dtype=torch.int8), 4).tolist() == [0x21, 0x43, 0xFB, 0x87, 0x06]
 
 
 def test_only_blocks_are_packed() -> None:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from calibration.preparation import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.runtimes import open_artifact
 from targets.onnx import OnnxTarget
@@ -22,7 +23,8 @@ from tests.memory_checkpoint import MemoryCheckpoint
 from tests.reference import kl, log_probs, reference_logits
 
 QUANTS = OnnxTarget.quants
-LIMITS = {"fp16": 1e-3, "int8": 0.01, "int4": 0.5}
+QUANTIZED = tuple(quant for quant in QUANTS if quant.startswith("int"))
+LIMITS = {"fp16": 1e-3, "int8": 0.01, **dict.fromkeys(QUANTIZED[:-1], 0.5), "int4-all": 1.0}
 Exported = Callable[[str], Path]
 
 
@@ -53,12 +55,12 @@ def test_only_operators_of_onnx(exported: Exported, quant: str) -> None:
     assert all(node.domain == "" for node in model.graph.node)
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8"])
+@pytest.mark.parametrize("quant", ["int4", "int4-asym", "int8"])
 def test_codes_are_stored_in_their_width(exported: Exported, quant: str) -> None:
     weights = {tensor.name: tensor for tensor in load(exported(quant)).graph.initializer}
     codes = [tensor for name, tensor in weights.items() if name.endswith("qkv_proj.weight.codes")]
     assert codes
-    assert {tensor.data_type for tensor in codes} == {{"int4": onnx.TensorProto.INT4, "int8": onnx.TensorProto.INT8}[quant]}
+    assert {tensor.data_type for tensor in codes} == {getattr(onnx.TensorProto, {"int4-asym": "UINT4"}.get(quant, quant.upper()))}
 
 
 def dequantized(model: onnx.ModelProto) -> Weights:
@@ -68,17 +70,21 @@ def dequantized(model: onnx.ModelProto) -> Weights:
     for name in [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]:
         codes, scales = tensors[f"{name}.codes"].astype(np.float32), tensors[f"{name}.scales"]
         axis = 1 if codes.shape[0] == scales.shape[0] else 0
-        values = codes * np.repeat(scales, codes.shape[axis] // scales.shape[axis], axis)
+        block = codes.shape[axis] // scales.shape[axis]
+        if f"{name}.zeros" in tensors:
+            codes -= np.repeat(tensors[f"{name}.zeros"].astype(np.float32), block, axis)
+        values = codes * np.repeat(scales, block, axis)
         weights[name] = values if axis == 1 else values.T
     return weights
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8"])
-def test_weights_are_those_of_the_fast_form(
-    exported: Exported, small_artifact: Any, small_checkpoint: MemoryCheckpoint, quant: str
-) -> None:
-    fast = quantized_weights("onnx", small_artifact("onnx", quant), small_checkpoint.config)
-    found = dequantized(load(exported(quant), data=True))
+@pytest.mark.parametrize("quant", ["int4", "int4-asym", "int4-all", "int8"])
+def test_weights_are_those_of_the_fast_form(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
+    def export(ops: str) -> Path:
+        return export_to(small_checkpoint, "onnx", quant, weights=WeightOptions(calibrate="none"), settings={"ops": ops})
+
+    fast = quantized_weights("onnx", export("fast"), small_checkpoint.config)
+    found = dequantized(load(export("standard"), data=True))
     assert found.keys() == fast.keys()
     for name, array in fast.items():
         assert np.array_equal(found[name], array), name
@@ -96,7 +102,7 @@ def test_logits_in_onnxruntime(exported: Exported, small_checkpoint: MemoryCheck
         assert kl(expected, found).mean() < LIMITS[quant]
 
 
-@pytest.mark.parametrize("quant", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["fp32", *QUANTIZED])
 def test_tiny_in_the_reference_evaluator(tiny: Checkpoint, export_to: ExportTo, quant: str) -> None:
     folder = export_to(tiny, "onnx", quant, context=64, settings={"ops": "standard"})
     model = load(folder, data=True)
