@@ -10,12 +10,15 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elmexport.artifact import file_sha256
 from elmexport.checkpoint.tokenizer import Tokenizer
@@ -23,7 +26,7 @@ from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.recipes import Recipe, load_recipe
+from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Scheme
 from elmexport.weights import Role
 
@@ -63,6 +66,24 @@ class ExportJob:
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         if self.tokenizer is not None:
             shutil.copyfile(self.tokenizer.path, folder / self.tokenizer.file_name)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What should be known of files just written: entries for the manifest beside its own, and notes for the user."""
+
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the self-check read: token ids `[tokens]`, and the logits `[tokens, vocab]` of the model (float32) and of the artifact."""
+
+    ids: NDArray[np.int64]
+    model: NDArray[np.float32]
+    artifact: NDArray[np.float32]
+    context: int  # tokens that the artifact's cache holds
 
 
 class Target(ABC):
@@ -109,9 +130,19 @@ class Target(ABC):
             ElmExportError: what the format cannot hold, and what to do instead.
         """
 
+    def check_plan(self, graph: Graph, plan: Plan) -> None:  # noqa: B027  (optional: most formats hold any sizes)
+        """Refuse, before any work, tensors whose stored sizes the target's files cannot hold.
+
+        Raises:
+            ElmExportError: what is too large, and what to do instead.
+        """
+
     @abstractmethod
-    def write(self, job: ExportJob, folder: Path) -> None:
+    def write(self, job: ExportJob, folder: Path) -> Written | None:
         """Write the artifact's files into `folder` (which exists and is empty), weights streamed one tensor at a time."""
+
+    def finish(self, folder: Path, checked: Checked) -> None:  # noqa: B027  (optional: most formats need no more)
+        """Add to the artifact what comes of the self-check, after it has passed."""
 
     def settings(self) -> dict[str, Any]:
         """The target's settings for the manifest: plain values, and of a file its name and hash."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calibration.collect import read_by
 from calibration.residual import ResidualPeak
-from calibration.text import sample_ids
+from calibration.statistics import Moments
+from calibration.text import Sample, sample_ids
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.evaluation.metrics import Divergence, divergence
 from elmexport.graph.interpret import Caches, interpret
-from elmexport.graph.ir import Graph
+from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
 from elmexport.weights import WeightSpec
@@ -27,35 +30,63 @@ DECODED = 8  # of these, fed one at a time to cover the decode path
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model itself says: float32 logits `[tokens, vocab]` for `ids`, and the peak of its residual stream."""
+    """What the model itself says: float32 logits `[tokens, vocab]` for `ids`, the peak of its residual stream, and how large the inputs of its matrices are."""
 
     ids: NDArray[np.int64]
     text: str  # what the ids are, in words
     logits: NDArray[np.float32]
     residual_peak: float
+    mean_squares: Mapping[str, torch.Tensor]  # by weight, float32 `[in]`: E[x²] of what it multiplies
+
+    @property
+    def text_sha256(self) -> str:
+        """Of the ids, as that of a calibration text."""
+        return Sample(self.ids[None], self.text).sha256
+
+    def moments(self, spec: WeightSpec) -> Moments | None:
+        """Those of what `spec` multiplies; None for a tensor that multiplies nothing."""
+        square = self.mean_squares.get(spec.name)
+        return None if square is None else Moments(len(self.ids), square, None, None)
+
+
+class _Observer:
+    """Watches the residual stream and the inputs of linear layers."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.peak = ResidualPeak()
+        self.mean_squares: dict[str, torch.Tensor] = {}  # by activation
+        self._read = set(read_by(graph).values())
+
+    def __call__(self, node: Node, out: torch.Tensor) -> None:
+        self.peak(node, out)
+        if node.outputs[0] in self._read:
+            self.mean_squares[node.outputs[0]] = out.flatten(0, -2).square().mean(0, dtype=torch.float64).to(torch.float32)
 
 
 @torch.inference_mode()
 def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | None, progress: Progress) -> Reference:
     """Run the checkpoint in float32 on the bundled text, its weights streamed through `graph` one tensor at a time."""
     ids, text = sample_ids(tokenizer, checkpoint.config.vocab_size, min(TOKENS, graph.context))
-    peak = ResidualPeak()
+    observer = _Observer(graph)
     progress.stage("reference pass", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
 
     def weight(spec: WeightSpec) -> torch.Tensor:
         progress.advance(spec.size)
         return checkpoint.tensor(spec.name).to(torch.float32)
 
-    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph, context=len(ids)), observe=peak)
+    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph, context=len(ids)), observe=observer)
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"
         )
-    return Reference(ids, text, logits[0].numpy(), peak.value)
+    mean_squares = {name: observer.mean_squares[activation] for name, activation in read_by(graph).items()}
+    return Reference(ids, text, logits[0].numpy(), observer.peak.value, mean_squares)
 
 
-def self_check(target: str, folder: Path, reference: Reference, limit: float, progress: Progress) -> Divergence:
+def self_check(target: str, folder: Path, reference: Reference, limit: float, progress: Progress) -> tuple[Divergence, NDArray[np.float32]]:
     """Run the artifact in the engine of its target on the reference's ids, most at once and the last few one by one, and compare.
+
+    Returns the divergence, and the artifact's logits `[tokens, vocab]`.
 
     Raises:
         VerificationError: the mean KL divergence exceeds `limit` (nats per token): the artifact is broken.
@@ -64,7 +95,7 @@ def self_check(target: str, folder: Path, reference: Reference, limit: float, pr
     ids = reference.ids
     prefill = max(1, len(ids) - DECODED)
     progress.stage("self-check", len(ids))
-    runtime = open_as(target, folder)
+    runtime = open_as(target, folder, check=True)
     try:
         parts = [runtime.logits(ids[:prefill])]
         progress.advance(prefill)
@@ -73,10 +104,11 @@ def self_check(target: str, folder: Path, reference: Reference, limit: float, pr
             progress.advance(1)
     finally:
         runtime.close()
-    result = divergence(reference.logits, np.concatenate(parts))
+    logits = np.concatenate(parts)
+    result = divergence(reference.logits, logits)
     if not result.kl_mean <= limit:
         raise VerificationError(
             f"self-check failed: KL(model || artifact) is {result.kl_mean:.3g} nats per token over {result.tokens} tokens, {limit:g} is the most this "
             f"quantization may cost; top-1 agreement {result.top1_agreement:.1%}. The artifact was discarded. Choose a wider --quant; if a float format fails too, report it as a bug"
         )
-    return result
+    return result, logits

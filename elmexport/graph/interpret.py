@@ -56,7 +56,7 @@ def interpret(
         weight,
         lambda layer: (caches.keys[layer], caches.values[layer]),
         position,
-        result=graph.logits,
+        result=graph.result,
         last=last,
         observe=observe,
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.weights import Role, WeightSpec
 
 BATCH, TOKENS = "batch", "tokens"
+IDS = "ids"  # the value that enters a whole model
 Dim = int | str  # a number, or one of the two symbols above
 
 
@@ -43,19 +45,37 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A forward pass over a static KV cache of `context` tokens.
+    """A forward pass over a static KV cache of `context` tokens: a whole model, or consecutive layers of one (`elmexport.graph.partition`).
 
-    Inputs: `ids` `[batch, tokens]` int64, `position` scalar int64, `k_cache.N` and `v_cache.N` `[batch, K_N, context, d]`.
-    Outputs: `logits` `[batch, tokens, vocab]` and the caches as the nodes named in `present_keys`, `present_values` return them.
+    Inputs: `source`, `position` scalar int64, `k_cache.N` and `v_cache.N` `[batch, K_N, context, d]` of each layer. Outputs: `result`, and the
+    caches as the nodes named in `present_keys`, `present_values` return them. `source` and `result` are values: the token ids `ids` `[batch,
+    tokens]` int64 and the logits `[batch, tokens, vocab]`; where another part of the model comes before or after, the residual stream
+    `[batch, tokens, D]`.
     """
 
     config: OpenELMConfig
     context: int
     nodes: tuple[Node, ...]
     values: dict[str, Value] = field(repr=False)
-    logits: str
+    result: str
     present_keys: tuple[str, ...]
     present_values: tuple[str, ...]
+    source: str = IDS
+
+    @property
+    def is_first(self) -> bool:
+        """Whether token ids enter: the embedding is here."""
+        return self.source == IDS
+
+    @property
+    def is_last(self) -> bool:
+        """Whether logits leave: the head is here."""
+        return any(node.role is Role.LM_HEAD for node in self.nodes)
+
+    @cached_property
+    def kv_heads(self) -> dict[int, int]:
+        """KV heads of each layer that is here, by its number."""
+        return {node.layer: node.attrs["kv_heads"] for node in self.nodes if node.op == "attention" and node.layer is not None}
 
     def weight_specs(self) -> Iterator[WeightSpec]:
         """Every distinct weight, in the order of first use."""

@@ -31,8 +31,11 @@ def open_artifact(path: str | Path) -> Runtime:
     return open_as(artifact_kind(path), path)
 
 
-def open_as(kind: str, path: Path) -> Runtime:
+def open_as(kind: str, path: Path, *, check: bool = False) -> Runtime:
     """Open `path` in the engine for `kind`, a key of `RUNTIMES`, without asking what it is.
+
+    `check`: for a comparison with the model, which needs logits, even of an artifact that keeps them to itself. An engine that can look
+    inside has an `open_for_check`.
 
     Raises:
         ElmExportError: no engine for that kind, or damaged files.
@@ -40,7 +43,8 @@ def open_as(kind: str, path: Path) -> Runtime:
     """
     if kind not in RUNTIMES:
         raise ElmExportError(f"no runtime opens artifacts of target {kind!r}; known: {', '.join(RUNTIMES)}")
-    runtime = import_module(RUNTIMES[kind]).open_runtime(path)
+    module = import_module(RUNTIMES[kind])
+    runtime = getattr(module, "open_for_check" if check and hasattr(module, "open_for_check") else "open_runtime")(path)
     assert isinstance(runtime, Runtime)
     return runtime
 

@@ -22,6 +22,7 @@ class Runtime(ABC):
     name: str  # the engine, "onnxruntime"
     vocab_size: int
     context: int  # tokens that the cache can hold
+    only_greedy: str | None = None  # why there are no logits, only the most likely token; None where there are
 
     def __init__(self) -> None:
         self.length = 0  # tokens now in the cache
@@ -34,8 +35,9 @@ class Runtime(ABC):
 
         Raises:
             ElmExportError: no ids, an id outside the vocabulary, a gap after what was fed, more tokens than the cache holds, or `last`
-                outside 1 to the number of ids.
+                outside 1 to the number of ids; or `only_greedy`.
         """
+        self._check_logits()
         tokens = self._checked(ids, position)
         if last is not None and not 1 <= last <= len(tokens):
             raise ElmExportError(f"logits of the last {last} tokens are asked for, of {len(tokens)} fed; give last from 1 to {len(tokens)}")
@@ -43,6 +45,18 @@ class Runtime(ABC):
         result = self._forward(tokens, position, len(tokens) if last is None else last)
         self.length = position + len(tokens)
         return result
+
+    def greedy(self, ids: TokenIds, position: int = 0) -> int:
+        """Feed `ids` at `position`, as `logits` does, and return the most likely token after them; the first of several.
+
+        Raises:
+            ElmExportError: as `logits`; artifacts that give no logits give this.
+        """
+        tokens = self._checked(ids, position)
+        self.length = position
+        token = self._greedy(tokens, position)
+        self.length = position + len(tokens)
+        return token
 
     def continuations(self, continuations: Sequence[TokenIds], position: int) -> list[NDArray[np.float32]]:
         """Float32 logits `[tokens, vocab]` of each continuation, read as if it alone followed the first `position` tokens of the cache.
@@ -53,12 +67,17 @@ class Runtime(ABC):
         Raises:
             ElmExportError: a continuation that `logits` would refuse at `position`; none is then computed.
         """
+        self._check_logits()
         self._check_position(position)
         checked = [self._checked(ids, position) for ids in continuations]
         self.length = position
         results = self._continuations(checked, position) if checked else []
         self.length = position
         return results
+
+    def _check_logits(self) -> None:
+        if self.only_greedy is not None:
+            raise ElmExportError(self.only_greedy)
 
     def _checked(self, ids: TokenIds, position: int) -> NDArray[np.int64]:
         tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -83,6 +102,10 @@ class Runtime(ABC):
     @abstractmethod
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         """`logits`, arguments already checked and `last` between 1 and the number of ids."""
+
+    def _greedy(self, ids: NDArray[np.int64], position: int) -> int:
+        """`greedy`, arguments already checked."""
+        return int(self._forward(ids, position, 1)[-1].argmax())
 
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         """`continuations`, arguments already checked, at least one; engines that can batch override it."""

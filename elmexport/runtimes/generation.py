@@ -33,18 +33,25 @@ def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling:
     """Continue `ids` (BOS included by the caller) by up to `max_tokens` tokens. `eos_id` ends the text and is not given.
 
     Raises:
-        ElmExportError: `max_tokens` below 1, or see `Runtime.logits`: no ids, unknown ids, more ids than the context holds.
+        ElmExportError: `max_tokens` below 1, a temperature where the artifact gives no logits to draw by, or see `Runtime.logits`: no ids, unknown ids, more ids than the context holds.
     """
     if max_tokens < 1:
         raise ElmExportError(f"max-tokens is {max_tokens}; it must be 1 or above")
+    if runtime.only_greedy is not None and sampling.temperature:
+        raise ElmExportError(f"temperature is {sampling.temperature:g}, but {runtime.only_greedy}, or use --temperature 0")
     return Generation(_generate(runtime, ids, max_tokens, sampling, eos_id))
 
 
 def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: Sampling, eos_id: int | None) -> Iterator[int | Stop]:
     choose = Sampler(sampling)
-    logits = runtime.logits(ids, last=1)
+
+    def next_token(ids: Sequence[int], position: int) -> int:
+        if runtime.only_greedy is not None:
+            return runtime.greedy(ids, position)
+        return choose(runtime.logits(ids, position, last=1)[-1])
+
+    token = next_token(ids, 0)
     for count in range(1, max_tokens + 1):
-        token = choose(logits[-1])
         if token == eos_id:
             yield "end of text"
             return
@@ -53,5 +60,5 @@ def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: S
             if runtime.length == runtime.context:
                 yield "context full"
                 return
-            logits = runtime.logits([token], runtime.length, last=1)
+            token = next_token([token], runtime.length)
     yield "max tokens"

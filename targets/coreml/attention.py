@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over the cache states, one KV head at a time.
+"""Causal grouped-query attention, one KV head at a time.
 
 `qkv` comes as `[1, (H + 2K) d, 1, T]`. Inside, heads are `[1, heads, T, d]`, the layout of the cache. Query heads that read one KV head lie
 behind one another, so its G queries of T tokens are one matrix of G T rows: two matrix products per KV head, keys read once, no fused
@@ -7,8 +7,6 @@ attention. The scale `d ** -0.5` is in the queries' RoPE tables. What does not d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from coremltools.converters.mil.mil import Builder as mb
@@ -16,26 +14,19 @@ from numpy.typing import NDArray
 
 from elmexport.graph.ir import Graph, Node
 from elmexport.graph.ops import rope_angles
-from elmexport.runtimes.coreml import KEY_CACHE, POSITION, VALUE_CACHE
+from targets.coreml.cache import Cache, head_of
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Var, WeightFile
-
-_HIDDEN = -4e4  # added to the scores of tokens to come: -inf breaks the Neural Engine's softmax
 
 
 class Attention:
     """Lowers the `attention` nodes of one function, in the order of the layers."""
 
-    def __init__(self, graph: Graph, tokens: int, file: WeightFile, inputs: Mapping[str, Var]) -> None:
-        self.graph, self.tokens, self.file = graph, tokens, file
-        self.states = (inputs[KEY_CACHE], inputs[VALUE_CACHE])
-        self.caches = [mb.read_state(input=state) for state in self.states]
-        self.first_head = 0  # of the layer to come, on the caches' axis
-        self.position = inputs[POSITION]
-        self.end = mb.add(x=self.position, y=np.int32(tokens))
-        positions = mb.add(x=self.position, y=np.arange(tokens, dtype=np.int32)) if tokens > 1 else self.position
-        self.query_rope, self.key_rope = self._rope("query", graph.config.head_dim**-0.5, positions), self._rope("key", 1.0, positions)
-        self.mask = self._mask(positions)
+    def __init__(self, graph: Graph, tokens: int, file: WeightFile, cache: Cache) -> None:
+        self.graph, self.tokens, self.file, self.cache = graph, tokens, file, cache
+        self.query_rope = self._rope("query", graph.config.head_dim**-0.5)
+        self.key_rope = self._rope("key", 1.0)
+        self.mask = self._mask()
 
     def __call__(self, qkv: Var, node: Node) -> Var:
         """`[1, H d, 1, T]` from `qkv` `[1, (H + 2K) d, 1, T]`."""
@@ -43,12 +34,11 @@ class Attention:
         query, key, value = mb.split(x=self._split_heads(qkv, heads + 2 * kv_heads), split_sizes=[heads, kv_heads, kv_heads], axis=1)
         query = _rotate(self._normalize(query, node, "q_norm"), *self.query_rope)
         key = _rotate(self._normalize(key, node, "k_norm"), *self.key_rope)
-        keys, values = (self._append(which, new, kv_heads) for which, new in enumerate((key, value)))
+        keys, values = self.cache.append(key, value)
         group = heads // kv_heads
         rows = mb.reshape(x=query, shape=[1, kv_heads, group * self.tokens, self.graph.config.head_dim])
-        outputs = [self._attend(_head(rows, head), keys[head], values[head]) for head in range(kv_heads)]
+        outputs = [self._attend(head_of(rows, head), keys[head], values[head]) for head in range(kv_heads)]
         out = outputs[0] if kv_heads == 1 else mb.concat(values=outputs, axis=1)
-        self.first_head += kv_heads
         return self._join_heads(out, heads)
 
     def _split_heads(self, x: Var, heads: int) -> Var:
@@ -69,25 +59,13 @@ class Attention:
         spec = node.weights.get(which)
         return x if spec is None else rms_norm(x, self.file.vector(spec, (1, 1, 1, spec.size)), node.attrs["eps"], axis=3)
 
-    def _append(self, which: int, new: Var, kv_heads: int) -> list[Var]:
-        """Write `new` `[1, K, T, d]` into a cache at `position`; returns the layer's heads, `[1, 1, context, d]` each."""
-        first, last = self.first_head, self.first_head + kv_heads
-        updated = mb.slice_update(
-            x=self.caches[which],
-            update=new,
-            begin=mb.concat(values=[np.array([0, first], np.int32), self.position, np.array([0], np.int32)], axis=0),
-            end=mb.concat(values=[np.array([1, last], np.int32), self.end, np.array([self.graph.config.head_dim], np.int32)], axis=0),
-        )
-        cache = self.caches[which] = mb.coreml_update_state(state=self.states[which], value=updated)
-        return [_head(cache, head) for head in range(first, last)]
-
     def _attend(self, query: Var, keys: Var, values: Var) -> Var:
-        """`[1, 1, rows, d]` of queries `[1, 1, rows, d]`, keys and values `[1, 1, context, d]`."""
+        """`[1, 1, rows, d]` of queries `[1, 1, rows, d]`, keys and values `[1, 1, length, d]`."""
         scores = mb.add(x=mb.matmul(x=query, y=keys, transpose_y=True), y=self.mask)
         return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=values)
 
-    def _rope(self, name: str, scale: float, positions: Var) -> tuple[Var, Var]:
-        """Rows of the cosine and sine tables at `positions`, `[1, 1, T, d]`, times `scale`; see `_rotate` for the sines' signs."""
+    def _rope(self, name: str, scale: float) -> tuple[Var, Var]:
+        """Rows of the cosine and sine tables at the tokens' places, `[1, 1, T, d]`, times `scale`; see `_rotate` for the sines' signs."""
         config = self.graph.config
 
         def table(which: int) -> NDArray[np.float16]:
@@ -98,14 +76,11 @@ class Attention:
 
         cosines = self.file.table(f"rope_{name}_cos", lambda: table(0))
         sines = self.file.table(f"rope_{name}_sin", lambda: table(1))
-        return mb.gather(x=cosines, indices=positions, axis=2), mb.gather(x=sines, indices=positions, axis=2)
+        return mb.gather(x=cosines, indices=self.cache.positions, axis=2), mb.gather(x=sines, indices=self.cache.positions, axis=2)
 
-    def _mask(self, positions: Var) -> Var:
-        """`[1, 1, G T, context]` (`[1, 1, 1, context]` for one token): 0 up to each token's own place, `_HIDDEN` behind it."""
-        columns = self.file.table("columns", lambda: np.arange(self.graph.context, dtype=np.int32)[None, None, None])
-        later = mb.greater(x=columns, y=mb.reshape(x=positions, shape=[1, 1, self.tokens, 1]))
-        mask = mb.mul(x=mb.cast(x=later, dtype="fp16"), y=np.float16(_HIDDEN))
-        group = self.graph.config.num_gqa_groups
+    def _mask(self) -> Var:
+        """The cache's mask once for each of the G queries of a token, `[1, 1, G T, length]`; for one token, its row serves all."""
+        mask, group = self.cache.mask(), self.graph.config.num_gqa_groups
         return mask if self.tokens == 1 or group == 1 else mb.concat(values=[mask] * group, axis=2)
 
 
@@ -113,9 +88,3 @@ def _rotate(x: Var, cosines: Var, sines: Var) -> Var:
     """Rotary embedding (rotate-half). The first half of `sines` is negated, so that the halves of `x` need only change places."""
     first, second = mb.split(x=x, num_splits=2, axis=3)
     return mb.add(x=mb.mul(x=x, y=cosines), y=mb.mul(x=mb.concat(values=[second, first], axis=3), y=sines))
-
-
-def _head(x: Var, head: int) -> Var:
-    """Head `head` of `[1, heads, rows, d]`, as `[1, 1, rows, d]`."""
-    _, heads, rows, size = x.shape
-    return x if heads == 1 else mb.slice_by_index(x=x, begin=[0, head, 0, 0], end=[1, head + 1, rows, size])

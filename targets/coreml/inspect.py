@@ -10,25 +10,26 @@ from pathlib import Path
 from elmexport.inspection import StoredTensor, role_of
 from elmexport.runtimes.mil.program import Blob, Operation, load_program
 
-# What is added to a tensor's name where its rows are cut into parts, and where it is a constant.
-_SUFFIX = re.compile(r"(_part\d+)?(_const)?$")
+# What is added to a tensor's name where its rows are cut into parts, where it is seen as a table, and where it is a constant.
+_SUFFIX = re.compile(r"(_part\d+)?(_rows)?(_const)?$")
 
 
 def list_tensors(folder: Path) -> Iterator[StoredTensor]:
-    """Every tensor in the weight file of the folder's `.mlpackage`, in the order of use.
+    """Every tensor in the weight files of the folder's `.mlpackage`s, in the order of use.
 
     A tensor that several functions share is listed once; a compressed one is one entry, scales included; one that was cut into parts is an
-    entry for each part.
+    entry for each part. What several packages hold, as a table that is the embedding of the first and the head of the last, is listed for
+    each.
 
     Raises:
         ElmExportError: not a package, or a damaged one.
     """
     for package in sorted(folder.glob("*.mlpackage")):
-        seen: set[tuple[Blob, ...]] = set()
+        seen: set[tuple[int, ...]] = set()
         for function in load_program(package).functions.values():
             for operation in function.operations:
                 blobs = {key: argument for key, (argument, *_) in operation.arguments.items() if isinstance(argument, Blob)}
-                stored = tuple(blobs.values())
+                stored = tuple(blob.offset for blob in blobs.values())
                 if stored and stored not in seen:
                     seen.add(stored)
                     yield _tensor(operation, blobs)

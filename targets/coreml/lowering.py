@@ -1,7 +1,7 @@
 """From the op vocabulary to MIL in the form that the Neural Engine runs best: one function for a fixed number of tokens.
 
 Activations are `[1, channels, 1, tokens]` fp16, projections 1x1 convolutions, every shape static, no rank above 5 and no dimension above
-16384 but that of the logits. Attention and the norms are in `attention` and `norm`. Not here: a form for GPUs, models cut into chunks.
+16384. Attention, the cache, the norms and what follows the head are in modules of their own. Not here: a form for GPUs.
 """
 
 from __future__ import annotations
@@ -16,78 +16,90 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, types
 
 from elmexport.graph.ir import Graph, Node
-from elmexport.runtimes.coreml import INPUT_IDS, KEY_CACHE, LOGITS, POSITION, VALUE_CACHE
+from elmexport.runtimes.coreml_contract import HIDDEN, HIDDEN_OUT, INPUT_IDS, KEY_CACHE, LAST_TOKEN, POSITION, VALUE_CACHE
 from elmexport.weights import Role
 from targets.coreml.attention import Attention
-from targets.coreml.interface import cache_shape
+from targets.coreml.cache import InputCache, StateCache
+from targets.coreml.head import logits, most_likely
+from targets.coreml.interface import Form, cache_shape
 from targets.coreml.norm import rms_norm
-from targets.coreml.packing import Matrix, Part, Var, WeightFile, identifier
+from targets.coreml.packing import Matrix, Var, WeightFile, identifier
 
 Vars = tuple[Var, ...]
 
 
-def lower(graph: Graph, tokens: int, file: WeightFile) -> Function:
-    """The function that runs `graph` on `tokens` tokens; see `targets.coreml.interface` for its inputs, states and output."""
-    cache = cache_shape(graph)
-    inputs = {
-        INPUT_IDS: mb.TensorSpec((1, tokens), dtype=types.int32),
-        POSITION: mb.TensorSpec((1,), dtype=types.int32),
-        KEY_CACHE: mb.StateTensorSpec(cache, dtype=types.fp16),
-        VALUE_CACHE: mb.StateTensorSpec(cache, dtype=types.fp16),
-    }
-    with _fresh_names(), Function(inputs, opset_version=ct.target.iOS18) as function:
-        lowering = Lowering(graph, tokens, file, function.inputs)
+def lower(graph: Graph, tokens: int, file: WeightFile, form: Form) -> Function:
+    """The function that runs `graph` on `tokens` tokens; see `targets.coreml.interface` for its inputs, states and outputs."""
+    cache = mb.TensorSpec if form.cache_io else mb.StateTensorSpec
+    if graph.is_first:
+        inputs = {INPUT_IDS: mb.TensorSpec((1, tokens), dtype=types.int32)}
+    else:
+        inputs = {HIDDEN: mb.TensorSpec((1, 1, tokens, graph.config.model_dim), dtype=types.fp16)}
+    inputs[POSITION] = mb.TensorSpec((1,), dtype=types.int32)
+    if tokens > 1 and graph.is_last:
+        inputs[LAST_TOKEN] = mb.TensorSpec((1,), dtype=types.int32)
+    inputs |= {name: cache(cache_shape(graph), dtype=types.fp16) for name in (KEY_CACHE, VALUE_CACHE)}
+    with fresh_names(), Function(inputs, opset_version=ct.target.iOS18) as function:
+        lowering = Lowering(graph, tokens, file, form, function.inputs)
+        if not graph.is_first:
+            lowering.values[graph.source] = (mb.transpose(x=function.inputs[HIDDEN], perm=[0, 3, 1, 2]),)
         for node in graph.nodes:
             lowering.values[node.outputs[0]] = LOWERINGS[node.op](lowering, node)
-        function.set_outputs(list(lowering.values[graph.logits]))
+        result = lowering.values[graph.result]
+        if not graph.is_last:
+            # Channels last between packages: what a package takes and gives is to fill whole units of 64 bytes.
+            result = (mb.transpose(x=result[0], perm=[0, 2, 3, 1], name=HIDDEN_OUT),)
+        function.set_outputs([*result, *lowering.cache.outputs()])
     return function
 
 
 class Lowering:
-    """What the lowerings of one function share. `values` holds activations: one variable each, but two for gate and up."""
+    """What the lowerings of one function share. `values` holds activations: one variable each, but two for gate and up, and as many for the
+    result as the head has parts."""
 
-    def __init__(self, graph: Graph, tokens: int, file: WeightFile, inputs: Mapping[str, Var]) -> None:
-        self.graph, self.tokens, self.file = graph, tokens, file
-        self.ids = inputs[INPUT_IDS]
-        self.attention = Attention(graph, tokens, file, inputs)
+    def __init__(self, graph: Graph, tokens: int, file: WeightFile, form: Form, inputs: Mapping[str, Var]) -> None:
+        self.graph, self.tokens, self.file, self.form, self.inputs = graph, tokens, file, form, inputs
+        self.cache = (InputCache if form.cache_io else StateCache)(graph, tokens, file, inputs)
+        self.attention = Attention(graph, tokens, file, self.cache)
+        self.picked = self._picked() if tokens > 1 and graph.is_last else None
         self.values: dict[str, Vars] = {}
-        self._parts: dict[str, Var] = {}
 
     def input(self, node: Node, argument: str = "x") -> Var:
         (value,) = self.values[node.inputs[argument]]
         return value
 
-    def part(self, part: Part) -> Var:
-        """The constant for `part`, the same one when asked again: a tied head and the embedding share it."""
-        if part.name not in self._parts:
-            self._parts[part.name] = self.file.part(part)
-        return self._parts[part.name]
+    def _picked(self) -> Var:
+        """One-hot column `[1, 1, tokens, 1]` of the last token's place."""
+        places = self.file.table("places", lambda: np.arange(self.tokens, dtype=np.int32)[None, None, :, None])
+        return mb.cast(x=mb.equal(x=places, y=self.inputs[LAST_TOKEN]), dtype="fp16")
 
 
 def _embed(lowering: Lowering, node: Node) -> Vars:
     """Rows of a table that may lie in several parts, because no dimension may exceed the Neural Engine's largest."""
     spec = node.weights["table"]
-    tied = any(spec in other.weights.values() for other in lowering.graph.nodes if other is not node)
+    tied = lowering.graph.config.share_input_output_layers
     matrix = lowering.file.matrix(spec, 1, 1.0 if tied else node.weight_scale)
-    ids = mb.squeeze(x=lowering.ids, axes=[0])
-    rows = _gather(lowering, matrix, ids)  # [tokens, D, 1, 1]
-    x = mb.transpose(x=rows, perm=[2, 1, 3, 0])
+    ids = mb.squeeze(x=lowering.inputs[INPUT_IDS], axes=[0])
+    rows = _gather(lowering, matrix, ids)
+    x = mb.reshape(x=mb.transpose(x=rows, perm=[1, 0]), shape=[1, spec.shape[1], 1, lowering.tokens])
     factor = matrix.factor * node.weight_scale if tied else matrix.factor
     return (_times(x, factor),)
 
 
 def _gather(lowering: Lowering, matrix: Matrix, ids: Var) -> Var:
+    """`[tokens, D]`. Not `[tokens, D, 1, 1]`, as the table's parts lie in convolutions: last axes of length one are padded to 64 bytes."""
     first, *others = matrix.parts
+    table = lowering.file.rows(first)
     if not others:
-        return mb.gather(x=lowering.part(first), indices=ids, axis=0)
+        return mb.gather(x=table, indices=ids, axis=0)
     start = first.values.shape[0]
-    rows = mb.gather(x=lowering.part(first), indices=mb.minimum(x=ids, y=np.int32(start - 1)), axis=0)
+    rows = mb.gather(x=table, indices=mb.minimum(x=ids, y=np.int32(start - 1)), axis=0)
     for part in others:
         size = part.values.shape[0]
         index = mb.sub(x=ids, y=np.int32(start))
         inside = mb.minimum(x=mb.maximum(x=index, y=np.int32(0)), y=np.int32(size - 1))
-        found = mb.gather(x=lowering.part(part), indices=inside, axis=0)
-        here = mb.reshape(x=mb.greater_equal(x=index, y=np.int32(0)), shape=[lowering.tokens, 1, 1, 1])
+        found = mb.gather(x=lowering.file.rows(part), indices=inside, axis=0)
+        here = mb.reshape(x=mb.greater_equal(x=index, y=np.int32(0)), shape=[lowering.tokens, 1])
         rows = mb.select(cond=here, a=found, b=rows)
         start += size
     return rows
@@ -97,20 +109,25 @@ def _linear(lowering: Lowering, node: Node) -> Vars:
     # Gate and up are two convolutions: nothing has to cut their output, and the 3B model's would be too wide as one.
     gated = node.role is Role.FFN_GATE_UP and lowering.graph.config.ffn_with_glu
     matrix = lowering.file.matrix(node.weights["weight"], 2 if gated else 1, node.weight_scale)
+    x = lowering.input(node)
+    if node.role is Role.LM_HEAD and lowering.picked is not None:
+        x = _pick(x, lowering.picked)
     # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
-    x = _times(lowering.input(node), matrix.factor)
+    x = _times(x, matrix.factor)
     name = identifier(node.name)
-    outputs = tuple(mb.conv(x=x, weight=lowering.part(part), name=f"{name}_{i}") for i, part in enumerate(matrix.parts))
-    return (_logits(outputs),) if node.role is Role.LM_HEAD else outputs
+    outputs = tuple(mb.conv(x=x, weight=lowering.file.part(part), name=f"{name}_{i}") for i, part in enumerate(matrix.parts))
+    if node.role is not Role.LM_HEAD:
+        return outputs
+    return most_likely(outputs) if lowering.form.argmax else logits(outputs)
 
 
-def _logits(parts: Vars) -> Var:
-    """`[1, tokens, vocab]` from the head's parts `[1, n, 1, tokens]`."""
-    turned = [mb.transpose(x=mb.squeeze(x=part, axes=[2]), perm=[0, 2, 1]) for part in parts[:-1]]
-    last = mb.squeeze(x=parts[-1], axes=[2])
-    if not turned:
-        return mb.transpose(x=last, perm=[0, 2, 1], name=LOGITS)
-    return mb.concat(values=[*turned, mb.transpose(x=last, perm=[0, 2, 1])], axis=2, name=LOGITS)
+def _pick(x: Var, picked: Var) -> Var:
+    """The column of `x` `[1, D, 1, tokens]` that `picked` marks, `[1, D, 1, 1]`: exact, one product is with 1 and all others with 0.
+
+    A matrix product, because the Neural Engine has no gather.
+    """
+    columns = mb.matmul(x=mb.transpose(x=x, perm=[0, 2, 1, 3]), y=picked)
+    return mb.transpose(x=columns, perm=[0, 2, 1, 3])
 
 
 def _rms_norm(lowering: Lowering, node: Node) -> Vars:
@@ -152,7 +169,7 @@ def _times(x: Var, factor: float) -> Var:
 
 
 @contextmanager
-def _fresh_names() -> Iterator[None]:
+def fresh_names() -> Iterator[None]:
     """Number unnamed ops and constants from 0, so that a package's bytes do not depend on what was built before it."""
     before = mb.name_count
     mb.name_count = defaultdict(int)

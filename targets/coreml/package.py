@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
 from coremltools.converters.mil.mil import Program
 
 from elmexport.graph.ir import Graph
-from elmexport.runtimes.coreml import DECODE
-from targets.coreml.interface import DESCRIPTIONS, functions
+from elmexport.quantization.planned import PlannedWeights
+from elmexport.runtimes.coreml_contract import DECODE
+from targets.coreml.interface import Form, description
 from targets.coreml.lowering import lower
 from targets.coreml.packing import Exporter, WeightFile
 
@@ -27,19 +28,39 @@ MODEL_FOLDER = Path("Data", "com.apple.CoreML")
 _AUTHOR = "com.apple.CoreML"
 
 
-def write_specification(graph: Graph, file: WeightFile, metadata: Mapping[str, str], path: Path) -> None:
-    """Lower `graph` to the package's functions, weights into `file`, and write the model specification to `path`."""
+def write_package(
+    path: Path, graph: Graph, form: Form, weights: PlannedWeights, metadata: Mapping[str, str], advance: Callable[[int], None]
+) -> dict[str, list[str]]:
+    """The package `path` with the functions of `graph` in the Neural Engine's form. Returns the names of its inputs, outputs and states."""
+    data = path / MODEL_FOLDER
+    file = WeightFile(data, weights, advance)
+    features = write_specification(graph, file, form, metadata, data / "model.mlmodel")
+    file.close()
+    write_package_manifest(path)
+    return features
+
+
+def write_specification(graph: Graph, file: WeightFile, form: Form, metadata: Mapping[str, str], path: Path) -> dict[str, list[str]]:
+    """Lower `graph` to the package's functions in the Neural Engine's form, weights into `file`, and write the model specification to `path`.
+
+    Returns the names of the inputs, outputs and states that any function has.
+    """
     program = Program()
     program.export_as_multifunction = True
     program.default_function_name = DECODE
-    for name, tokens in functions(graph).items():
-        program.add_function(name, lower(graph, tokens, file))
+    for name, tokens in form.functions.items():
+        program.add_function(name, lower(graph, tokens, file, form))
     translated = Exporter(program, file, SPECIFICATION_VERSION).export()
     model = CoreMLProtoExporter(program, translated, "", "", None, "mlprogram", "milinternal", SPECIFICATION_VERSION).export(
         SPECIFICATION_VERSION
     )
     _describe(model, metadata)
     path.write_bytes(model.SerializeToString(deterministic=True))
+    described = model.description.functions
+    return {
+        kind: list(dict.fromkeys(feature.name for function in described for feature in getattr(function, kind.removesuffix("s"))))
+        for kind in ("inputs", "outputs", "states")
+    }
 
 
 def write_package_manifest(package: Path) -> None:
@@ -61,7 +82,7 @@ def _describe(model: Any, metadata: Mapping[str, str]) -> None:
     assert isinstance(model, ct.proto.Model_pb2.Model)
     for function in model.description.functions:
         for feature in (*function.input, *function.state, *function.output):
-            feature.shortDescription = DESCRIPTIONS[feature.name]
+            feature.shortDescription = description(feature.name)
     model.description.metadata.userDefined.update(metadata)
 
 

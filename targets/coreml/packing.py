@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,15 @@ class Matrix:
 
 
 class WeightFile:
-    """Writes `weight.bin`; gives constants of the program under construction that refer to it."""
+    """Writes `weight.bin`; gives constants of the program under construction that refer to it.
 
-    def __init__(self, folder: Path, weights: PlannedWeights, advance: Callable[[int], None]) -> None:
+    Matrices are `[rows, in]` and ones up to `rank` axes, 4 for convolutions. One with more than `max_rows` rows is cut.
+    """
+
+    def __init__(
+        self, folder: Path, weights: PlannedWeights, advance: Callable[[int], None], *, rank: int = 4, max_rows: int | None = MAX_DIM
+    ) -> None:
+        self._ones, self._max_rows = (1,) * (rank - 2), max_rows
         self.path = folder / WEIGHT_FILE
         self.path.parent.mkdir(parents=True)
         self.writer = BlobStorageWriter(str(self.path))
@@ -82,7 +88,7 @@ class WeightFile:
         self._matrices: dict[tuple[str, float], Matrix] = {}
 
     def matrix(self, spec: WeightSpec, pieces: int, scale: float = 1.0) -> Matrix:
-        """The weight `spec` times `scale` in `pieces` equal parts, each cut further where it exceeds `MAX_DIM` rows.
+        """The weight `spec` times `scale` in `pieces` equal parts, each cut further where it exceeds `max_rows` rows.
 
         A tensor asked for again (by the other function, or by a tied head) is the same bytes again.
         """
@@ -107,6 +113,20 @@ class WeightFile:
             self._write(name, make())
         return self._constant(self.blobs[name])
 
+    def rows(self, part: Part) -> Var:
+        """`part` as a table `[rows, in]`: the same bytes of the file in constants of fewer axes."""
+
+        def view(blob: Blob | None) -> Blob | None:
+            if blob is None:
+                return None
+            ones = len(self._ones)
+            shape = (*blob.shape[:2], *blob.shape[2 + ones :])
+            return self.blobs.setdefault(f"{blob.name}_rows", replace(blob, name=f"{blob.name}_rows", shape=shape))
+
+        values = view(part.values)
+        assert values is not None
+        return self.part(Part(f"{part.name}_rows", values, view(part.scales), view(part.tables)))
+
     def part(self, part: Part) -> Var:
         """The rows of `part` `[rows, in, 1, 1]` as fp16, decompressed by Core ML where they are quantized."""
         values = self._constant(part.values)
@@ -123,7 +143,7 @@ class WeightFile:
     def _write_matrix(self, spec: WeightSpec, pieces: int, scale: float) -> Matrix:
         weight, factor = self._read(spec, scale)
         name = identifier(spec.name)
-        bounds = _cut(spec.shape[0], pieces, _group(weight))
+        bounds = _cut(spec.shape[0], pieces, _group(weight), self._max_rows or spec.shape[0])
         parts = []
         for i, (start, stop) in enumerate(bounds):
             label = name if len(bounds) == 1 else f"{name}_part{i}"
@@ -133,14 +153,18 @@ class WeightFile:
 
     def _write_part(self, label: str, weight: Weight, rows: slice) -> Part:
         if isinstance(weight, QuantizedTensor):
-            scales = self._write(f"{label}_scales", weight.scales[rows].numpy()[:, :, None, None])
-            codes = weight.codes[rows].numpy()[:, :, None, None]
+            scales = self._write(f"{label}_scales", self._matrix(weight.scales[rows]))
+            codes = self._matrix(weight.codes[rows])
             return Part(label, self._write(f"{label}_codes", codes, f"int{weight.scheme.width}"), scales=scales)
         if isinstance(weight, PalettizedTensor):
-            tables = self._write(f"{label}_tables", _tables(weight, rows)[:, None, None, None, :, None])
-            indices = weight.codes[rows].numpy()[:, :, None, None]
+            entries = _tables(weight, rows)
+            tables = self._write(f"{label}_tables", entries.reshape(len(entries), 1, *self._ones, -1, 1))
+            indices = self._matrix(weight.codes[rows])
             return Part(label, self._write(f"{label}_indices", indices, f"uint{weight.scheme.width}"), tables=tables)
-        return Part(label, self._write(label, weight[rows].numpy()[:, :, None, None]))
+        return Part(label, self._write(label, self._matrix(weight[rows])))
+
+    def _matrix(self, values: Tensor) -> NDArray[Any]:
+        return values.numpy().reshape(*values.shape, *self._ones)
 
     def _read(self, spec: WeightSpec, scale: float) -> tuple[Weight, float]:
         """The weight times `scale`, and 1; or, where fp16 scales or tables would lose bits to it, the weight as it is, and `scale`."""
@@ -197,15 +221,15 @@ def _group(weight: Weight) -> int:
     return 1
 
 
-def _cut(rows: int, pieces: int, group: int = 1) -> list[tuple[int, int]]:
-    """Bounds of `pieces` equal parts of `rows`, each in as few and as equal parts of at most `MAX_DIM` rows as possible.
+def _cut(rows: int, pieces: int, group: int = 1, most: int = MAX_DIM) -> list[tuple[int, int]]:
+    """Bounds of `pieces` equal parts of `rows`, each in as few and as equal parts of at most `most` rows as possible.
 
-    A part of a piece ends behind a whole number of groups of `group` rows, counted from the piece's start, unless a group exceeds `MAX_DIM`.
+    A part of a piece ends behind a whole number of groups of `group` rows, counted from the piece's start, unless a group exceeds `most`.
     """
     size = rows // pieces
-    step = group if group <= MAX_DIM else 1
+    step = group if group <= most else 1
     steps = -(-size // step)
-    count = -(-steps // (MAX_DIM // step))
+    count = -(-steps // (most // step))
     edges = [piece * size + i * steps // count * step for piece in range(pieces) for i in range(count)]
     return list(zip(edges, [*edges[1:], rows], strict=True))
 

@@ -11,7 +11,7 @@ from elmexport import __version__
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from tests.cli.conftest import Run
 
-COMMANDS = ("onnx", "coreml", "gguf", "calibrate", "eval", "report", "models", "generate", "inspect", "logits")
+COMMANDS = ("onnx", "coreml", "gguf", "calibrate", "eval", "report", "bench", "models", "generate", "inspect", "logits")
 EXPORT = (
     "--model",
     "--quant",
@@ -21,6 +21,7 @@ EXPORT = (
     "--calibrate",
     "--tokens",
     "--bits-per-weight",
+    "--max-drop",
     "--weights-from",
     "--save-weights",
     "--random-weights",
@@ -40,6 +41,7 @@ OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf"), EXPORT) | {
         *("--max-drop", "--max-kl", "--max-ppl-ratio", "--baseline", "--report", "--junit", "--json"),
     ),
     "report": ("--out", "--tasks", "--preset", "--fewshot", "--limit", "--against", "--data", "--text", "--text-tokens", "--json"),
+    "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--json"),
     "logits": ("--ids-file", "--out"),
 }
 HEAVY = (

@@ -57,11 +57,10 @@ def _onnx(folder: Path, config: OpenELMConfig) -> Weights:
         facts = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         rows, columns, bits, block = facts["N"], facts["K"], facts["bits"], facts["block_size"]
         assert (rows, columns) == spec.shape
-        zero = 2 ** (bits - 1)
+        zeros = np.full((rows, columns // block), 2 ** (bits - 1), np.uint8)
         if len(node.input) > 3 and node.input[3]:
-            points = _unpack(array(node.input[3]).reshape(rows, -1), bits)[:, : columns // block]
-            assert np.all(points == zero), "the plain schemes are symmetric"
-        codes = _unpack(array(node.input[1]).reshape(rows, -1), bits).astype(np.int16) - zero
+            zeros = _unpack(array(node.input[3]).reshape(rows, -1), bits)[:, : columns // block]
+        codes = _unpack(array(node.input[1]).reshape(rows, -1), bits).astype(np.int16) - np.repeat(zeros, block, 1)
         weights[spec.name] = _dequantize(codes, array(node.input[2]).reshape(rows, columns // block))
     gathers = [node for node in graph.node if node.op_type == "GatherBlockQuantized"]
     assert len(gathers) == 1
@@ -127,7 +126,11 @@ def _coreml(folder: Path, config: OpenELMConfig) -> Weights:
     spec = coremltools.utils.load_spec(str(package))
     (data,) = package.glob("Data/*/weights/weight.bin")
     function = spec.mlProgram.functions[spec.description.defaultFunctionName or "main"]
-    parts = dict(_constexprs(function.block_specializations[function.opset], data))
+    parts: Weights = {}
+    for name, value in _constexprs(function.block_specializations[function.opset], data):
+        name = name.removesuffix("_rows")  # the embedding's table; of a tied head's convolution, the same again
+        assert name not in parts or np.array_equal(parts[name], value)
+        parts[name] = value
     weights: Weights = {}
     for tensor in config.weights():
         stem = tensor.name.replace(".", "_")

@@ -48,7 +48,7 @@ def test_published_sizes(size: str) -> None:
     layers = config.num_transformer_layers
     assert len(graph.nodes) == 10 * layers + 3  # a layer: 2 norms, 4 projections, attention, swiglu, 2 sums; around them embed, norm, head
     assert sum(spec.size for spec in graph.weight_specs()) == PUBLISHED[size][1]
-    assert graph.values[graph.logits].shape == (BATCH, TOKENS, 32000)
+    assert graph.values[graph.result].shape == (BATCH, TOKENS, 32000)
     for i, dims in enumerate(config.layers):
         assert graph.values[graph.present_keys[i]].shape == (BATCH, dims.kv_heads, 2048, config.head_dim)
 
@@ -95,7 +95,7 @@ def test_nodes_stand_after_what_they_read(small_graph: Graph) -> None:
     for node in small_graph.nodes:
         assert set(node.inputs.values()) <= known, node.name
         known |= set(node.outputs)
-    assert {small_graph.logits, *small_graph.present_keys, *small_graph.present_values} <= known
+    assert {small_graph.result, *small_graph.present_keys, *small_graph.present_values} <= known
 
 
 def test_symbolic_shapes(small_graph: Graph) -> None:
@@ -119,7 +119,7 @@ def test_a_head_dimension_equal_to_the_token_count_is_no_trap(small_config: Open
     """Sizes that coincide with the example inputs of the trace must not become symbols, nor symbols numbers."""
     config = replace(small_config, head_dim=2, num_transformer_layers=2, qkv_multipliers=1.0, ffn_multipliers=(1.0, 2.0), vocab_size=3)
     graph = trace(config, 3)
-    assert graph.values[graph.logits].shape == (BATCH, TOKENS, 3)
+    assert graph.values[graph.result].shape == (BATCH, TOKENS, 3)
     assert graph.values["k_cache.0"].shape == (BATCH, config.layers[0].kv_heads, 3, 2)
 
 

@@ -1,9 +1,17 @@
-"""Our Core ML packages through the MIL executor: the numbers of the reference, at every place of the cache, and its refusals."""
+"""Our Core ML packages through the MIL executor: the numbers of the reference, at every place of the cache, in every form, and its refusals.
+
+Core ML itself is played by the executor at the functions' declared sizes, so that what the runtime feeds it is tested too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,24 +20,50 @@ from coremltools.converters.mil.mil import types
 from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, VerificationError
+from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
+from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtime
+from elmexport.runtimes.generation import generate
+from elmexport.runtimes.mil.executor import MilModel
+from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
+from targets.coreml import head
 from tests.conftest import ExportTo
-from tests.memory_checkpoint import MemoryCheckpoint
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import kl, reference_logits
 from tests.runtimes.mil.packages import function, write_package
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="on macOS Core ML itself runs the package, not the executor tested here")
 
 CHUNK = 64
+FORMS: dict[str, dict[str, Any]] = {
+    "state": {},
+    "io": {"kv": "io"},
+    "prefill 32": {"prefill": 32},
+    "io, prefill 96": {"kv": "io", "prefill": 96},
+}
+ArtifactOf = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Path:
-    return export_to(small_checkpoint, "coreml", "fp16")
+def artifact_of(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> ArtifactOf:
+    """`artifact_of(**settings)`, each made once."""
+    made: dict[str, Path] = {}
+
+    def call(**settings: Any) -> Path:
+        key = str(settings)
+        if key not in made:
+            made[key] = export_to(small_checkpoint, "coreml", "fp16", settings=settings)
+        return made[key]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def artifact(artifact_of: ArtifactOf) -> Path:
+    return artifact_of()
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +157,118 @@ def test_position_past_the_end(runtime: Runtime, ids: NDArray[np.int64]) -> None
 def test_the_bare_package(artifact: Path, ids: NDArray[np.int64], runtime: Runtime) -> None:
     (package,) = artifact.glob("*.mlpackage")
     np.testing.assert_array_equal(open_artifact(package).logits(ids[:5]), runtime.logits(ids[:5]))
+
+
+class CoreMLModel:
+    """Stands for coremltools' `MLModel` on a Mac: one function, at its declared sizes."""
+
+    def __init__(self, path: str, function_name: str) -> None:
+        self.model, self.function = MilModel(Path(path)), function_name
+
+    def make_state(self) -> dict[str, Any]:
+        return self.model.make_states(self.function)
+
+    def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
+        caches = {"key_cache", "value_cache"} & set(inputs)
+        assert {inputs[name].dtype for name in caches} <= {np.dtype(np.float16)}
+        assert {value.dtype for name, value in inputs.items() if name not in caches} == {np.dtype(np.int32)}
+        return self.model.predict(inputs, state, self.function)
+
+
+@pytest.fixture(params=["executor", "executor at full sizes", "core ml"])
+def open_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Runtime]:
+    """Opens an artifact in one of the ways in which packages are run."""
+
+    def call(path: Path) -> Runtime:
+        if request.param == "core ml":
+            monkeypatch.setattr("elmexport.runtimes.coreml.sys", SimpleNamespace(platform="darwin"))
+            monkeypatch.setattr("coremltools.models.MLModel", CoreMLModel)
+        runtime = open_artifact(path)
+        assert isinstance(runtime, CoreMLRuntime)
+        if request.param == "executor":
+            assert runtime._engine.narrowed
+        elif request.param == "executor at full sizes":
+            runtime._engine.narrowed = False  # type: ignore[misc]
+        assert runtime.name == ("core ml" if request.param == "core ml" else "mil executor")
+        return runtime
+
+    return call
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_at_every_boundary(
+    form: str, open_form: Callable[[Path], Runtime], artifact_of: ArtifactOf, ids: NDArray[np.int64], expected: NDArray[np.float64]
+) -> None:
+    """Prompts that end at, before and behind a chunk's end, each followed by a few tokens; the last rows of a longer one; the last place."""
+    runtime = open_form(artifact_of(**FORMS[form]))
+    assert isinstance(runtime, CoreMLRuntime)
+    chunk = runtime.chunk
+    for length in sorted({1, 2, chunk - 1, chunk, chunk + 1, 2 * chunk, len(ids) - 1, len(ids)} & set(range(len(ids) + 1))):
+        found = runtime.logits(ids[:length], last=1)
+        assert kl(expected[length - 1 : length], found).max() < 1e-3, length
+        for position in range(length, min(length + 2, len(ids))):
+            assert kl(expected[position : position + 1], runtime.logits(ids[position : position + 1], position)).max() < 1e-3, position
+    assert kl(expected[95:100], runtime.logits(ids[:100], last=5)).max() < 1e-3
+    rows = runtime.continuations([ids[40:50], ids[40:41]], 40)
+    assert kl(expected[40:50], rows[0]).max() < 1e-3 and kl(expected[40:41], rows[1]).max() < 1e-3
+    assert kl(expected[40:43], runtime.logits(ids[40:43], 40)).max() < 1e-3  # they left no trace
+
+
+@pytest.mark.slow
+def test_every_form_gives_the_same_tokens(
+    open_form: Callable[[Path], Runtime], artifact_of: ArtifactOf, ids: NDArray[np.int64], small_checkpoint: MemoryCheckpoint
+) -> None:
+    prompt = ids[:70].tolist()
+    model = TorchRuntime(small_checkpoint)
+    reference = list(generate(model, prompt, max_tokens=20, sampling=Sampling(), eos_id=None))
+    for settings in (*FORMS.values(), {"argmax": True}, {"argmax": True, "kv": "io"}):
+        runtime = open_form(artifact_of(**settings))
+        assert list(generate(runtime, prompt, max_tokens=20, sampling=Sampling(), eos_id=None)) == reference, settings
+        assert runtime.greedy(prompt) == reference[0]
+
+
+def test_a_wide_vocabulary(small_config: OpenELMConfig, export_to: ExportTo, open_form: Callable[[Path], Runtime]) -> None:
+    """Logits in parts, and the most likely token of all parts."""
+    checkpoint = random_checkpoint(
+        dataclasses.replace(small_config, vocab_size=40000, num_transformer_layers=1, qkv_multipliers=1.0, ffn_multipliers=1.0)
+    )
+    ids = np.array([0, 13333, 13334, 26667, 39999, 5])
+    expected = reference_logits(checkpoint.config, checkpoint.arrays, ids)
+    runtime = open_form(export_to(checkpoint, "coreml", "fp16"))
+    assert runtime.vocab_size == 40000
+    assert kl(expected, runtime.logits(ids)).max() < 1e-3
+    greedy = open_form(export_to(checkpoint, "coreml", "fp16", settings={"argmax": True}))
+    assert greedy.vocab_size == 40000
+    for length in range(1, len(ids) + 1):
+        assert greedy.greedy(ids[:length]) == expected[length - 1].argmax()
+
+
+def test_a_package_without_logits(artifact_of: ArtifactOf, ids: NDArray[np.int64]) -> None:
+    runtime = open_artifact(artifact_of(argmax=True))
+    for call in (lambda: runtime.logits(ids[:3]), lambda: runtime.continuations([ids[:3]], 0)):
+        with pytest.raises(ElmExportError, match="gives the most likely token and no logits; export it without --argmax"):
+            call()
+    with pytest.raises(ElmExportError, match=r"temperature is 0\.5, but this package .*, or use --temperature 0"):
+        generate(runtime, [1], max_tokens=1, sampling=Sampling(temperature=0.5), eos_id=None)
+
+
+def test_the_self_check_looks_behind_the_token(
+    artifact_of: ArtifactOf, ids: NDArray[np.int64], expected: NDArray[np.float64], export_to: ExportTo, small_checkpoint: MemoryCheckpoint
+) -> None:
+    assert kl(expected[:70], open_for_check(artifact_of(argmax=True)).logits(ids[:70])).max() < 1e-3
+    artifact = export_to(small_checkpoint, "coreml", "fp16", settings={"argmax": True}, verify=True)
+    check = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["self_check"]
+    assert check["done"] and check["tokens"] == 128 and 0 < check["kl_mean"] < 1e-3
+
+
+def test_a_wrong_token_is_found(
+    export_to: ExportTo, small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = mb.reduce_argmax
+    monkeypatch.setattr(head.mb, "reduce_argmax", lambda name=None, **inputs: mb.add(x=real(**inputs), y=np.int32(1), name=name))
+    with pytest.raises(VerificationError, match="the package's token is not the one with the largest logit"):
+        export_to(small_checkpoint, "coreml", "fp16", settings={"argmax": True}, verify=True, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_package_of_another_kind(tmp_path: Path) -> None:

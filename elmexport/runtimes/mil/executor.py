@@ -117,7 +117,8 @@ class MilModel:
         return {name: value.clone() for name, value in results.items() if value is not None}
 
     def narrow(self, axes: Places, function: str | None = None) -> None:
-        """Let `function` run on less: inputs and states may then be shorter along `axes` (see `elmexport.runtimes.mil.narrowing`).
+        """Let `function` run on less: inputs and states may then be shorter along `axes`, and of any length along those of declared length 1
+        (see `elmexport.runtimes.mil.narrowing`).
 
         Raises:
             CannotNarrowError: the function needs an axis in full.
@@ -196,7 +197,7 @@ def _sizes(plan: Plan, inputs: Mapping[str, Tensor], states: States) -> Sizes:
     """Of the axes that may be narrowed.
 
     Raises:
-        ElmExportError: two places of one axis differ in size, or one is larger than the function declares.
+        ElmExportError: two places of one axis differ in size, or one is larger than the function declares, if that is more than 1.
     """
     sizes: dict[str, int] = {}
     for name, places in plan.narrowed.items():
@@ -204,9 +205,9 @@ def _sizes(plan: Plan, inputs: Mapping[str, Tensor], states: States) -> Sizes:
             tensor = (states if place in plan.function.states else inputs)[place]
             declared = (dict(plan.function.states) | dict(plan.function.inputs))[place].shape[axis]
             size = sizes.setdefault(name, tensor.shape[axis])
-            if size != tensor.shape[axis] or not 1 <= size <= (declared or 0):
+            if size != tensor.shape[axis] or size < 1 or (declared != 1 and size > (declared or 0)):
                 raise ElmExportError(
-                    f"axis {axis} of {place!r} has {tensor.shape[axis]} entries; it takes as many as the other {name}, from 1 to {declared}"
+                    f"axis {axis} of {place!r} has {tensor.shape[axis]} entries; it takes as many as the other {name}, {'1 or more' if declared == 1 else f'from 1 to {declared}'}"
                 )
     return sizes
 

@@ -3,7 +3,8 @@
 An axis of an input or state is followed through every operation, forwards and backwards: what is added to it, indexed with it or summed
 over it has the same axis. Where that axis reaches a constant, a run takes the constant's first part; where it stands in a `reshape`, the
 smaller size. All other operations follow their inputs. An axis that meets an operation that has no rule here, or one that depends on its
-size (it is split, joined, or used as channels), cannot be narrowed, and `narrow` says so.
+size (it is split or used as channels), cannot be narrowed, and `narrow` says so. Where axes are joined, the result is their sum, and may
+meet only other such sums. An axis of length one may also be made longer, by the same rules: what uses one entry then uses several.
 
 That the smaller run gives the same results is a property of the model (it is causal, or treats rows alone), not of this module.
 """
@@ -28,11 +29,13 @@ class CannotNarrowError(Exception):
 
 @dataclass(eq=False)
 class _Factor:
-    """A size that some axes have in common; after `union`, `parent` stands for it. `fixed` says why it cannot change."""
+    """A size that some axes have in common; after `union`, `parent` stands for it. `fixed` says why it cannot change. `parts` are the axes
+    whose sum it is."""
 
     size: int
     parent: _Factor | None = None
     fixed: str | None = None
+    parts: tuple[Axis, ...] = ()
 
     def root(self) -> _Factor:
         node = self
@@ -73,15 +76,18 @@ def narrow(plan: Plan, axes: Places) -> Plan:
     Raises:
         CannotNarrowError: an axis is needed in full, or places of one name are not bound to be equal, or those of two names are.
     """
-    return _Follower(plan).narrowed(axes)
+    return _Follower(plan, axes).narrowed(axes)
 
 
 class _Follower:
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, axes: Places) -> None:
         self.plan = plan
         function = plan.function
         self.slots = {slot: self._fresh(function.inputs[name].shape) for name, slot in plan.inputs.items()}
         self.states = {name: self._fresh(kind.shape) for name, kind in function.states.items()}
+        for value, axis in (place for places in axes.values() for place in places):
+            found = self._place(value)
+            found[axis] = found[axis] or (_Factor(1),)  # one that may become longer
         self.constants: dict[int, dict[Argument, list[Axis]]] = {}
         self.shapes: dict[int, list[Axis]] = {}
 
@@ -91,8 +97,7 @@ class _Follower:
         names: dict[_Factor, str] = {}
         for name, places in axes.items():
             for value, axis in places:
-                found = self.states[value] if value in self.states else self.slots[self.plan.inputs[value]]
-                for factor in found[axis]:
+                for factor in self._place(value)[axis]:
                     root = factor.root()
                     if root.fixed is not None:
                         raise CannotNarrowError(f"axis {axis} of {value} is needed in full: {root.fixed}")
@@ -102,6 +107,10 @@ class _Follower:
                 raise CannotNarrowError(f"the places of {name} are sizes of their own")
         steps = [replace(step, adjust=self._adjustment(index, names)) for index, step in enumerate(self.plan.steps)]
         return replace(self.plan, steps=steps, narrowed=axes)
+
+    def _place(self, value: str) -> list[Axis]:
+        """The axes of an input or state."""
+        return self.states[value] if value in self.states else self.slots[self.plan.inputs[value]]
 
     def _adjustment(self, index: int, names: Mapping[_Factor, str]) -> _Adjustment | None:
         constants = []
@@ -125,7 +134,10 @@ class _Follower:
 
     def _fix(self, axis: Axis, reason: str) -> None:
         for factor in axis:
-            factor.root().fixed = reason
+            root = factor.root()
+            root.fixed = reason
+            for part in root.parts:
+                self._fix(part, reason)
 
     def _unify(self, a: Axis, b: Axis, reason: str) -> None:
         if [factor.size for factor in a] != [factor.size for factor in b]:
@@ -133,8 +145,13 @@ class _Follower:
             return
         for one, other in zip(a, b, strict=True):
             one, other = one.root(), other.root()
-            if one is not other:
-                one.parent, other.fixed = other, other.fixed or one.fixed
+            if one is other:
+                continue
+            if len(one.parts) != len(other.parts):
+                self._fix((one, other), reason)
+            for part, match in zip(one.parts, other.parts, strict=False):
+                self._unify(part, match, reason)
+            one.parent, other.fixed = other, other.fixed or one.fixed
 
     def _follow(self, index: int, step: Step) -> None:
         if step.state is not None:
@@ -184,7 +201,7 @@ class _Follower:
 
     def reduction(self, index: int, step: Step) -> list[list[Axis]]:
         axes = self._argument(index, step, "x")
-        over = step.fixed.get("axes")
+        over = [step.fixed.get("axis", -1)] if step.operation.type == "reduce_argmax" else step.fixed.get("axes")
         gone = {axis % len(axes) for axis in (range(len(axes)) if over is None else over)}
         for axis in gone:  # a mean over fewer values is another mean
             self._fix(axes[axis], f"it is reduced by {step.operation.name}")
@@ -192,7 +209,12 @@ class _Follower:
         return [[() if i in gone else axis for i, axis in enumerate(axes) if kept or i not in gone]]
 
     def reshape(self, index: int, step: Step) -> list[list[Axis]]:
-        left = [factor for axis in self._argument(index, step, "x") for factor in axis]
+        left = []
+        for factor in (factor for axis in self._argument(index, step, "x") for factor in axis):
+            if factor.size == 1 or factor.root().parts:
+                self._fix((factor,), f"it goes through {step.operation.name}")
+            if factor.size > 1:
+                left.append(factor)
         result: list[Axis] = []
         for size in _output_shape(step):
             axis: Axis = ()
@@ -218,6 +240,8 @@ class _Follower:
     def squeeze(self, index: int, step: Step) -> list[list[Axis]]:
         axes = self._argument(index, step, "x")
         gone = {axis % len(axes) for axis in step.fixed["axes"]}
+        for axis in gone:
+            self._fix(axes[axis], f"{step.operation.name} removes it")
         return [[axis for i, axis in enumerate(axes) if i not in gone]]
 
     def concat(self, index: int, step: Step) -> list[list[Axis]]:
@@ -228,10 +252,8 @@ class _Follower:
         if all(isinstance(entry, int) and entry == entries[0] for entry in entries):
             result[along] = (_Factor(len(entries), fixed="it counts repetitions"), *operands[0][along])
             return [result]
-        reason = f"it is joined with others by {step.operation.name}"
-        for axes in operands:
-            self._fix(axes[along], reason)
-        result[along] = self._fresh([_output_shape(step)[along]], reason)[0]
+        parts = tuple(axes[along] for axes in operands)
+        result[along] = (_Factor(_output_shape(step)[along], parts=parts),)
         return [result]
 
     def split(self, index: int, step: Step) -> list[list[Axis]]:
@@ -249,7 +271,7 @@ class _Follower:
             raise CannotNarrowError(f"{step.operation.name} takes single elements or steps")
         result = []
         for axis, size in zip(axes, shape, strict=True):
-            if _size(axis) == size:
+            if _size(axis) == size > 1:
                 result.append(axis)
             else:
                 reason = f"{step.operation.name} takes a part of it"
@@ -309,7 +331,7 @@ _Rule = Callable[[_Follower, int, Step], list[list[Axis]]]
 
 _RULES: Mapping[str, _Rule] = {
     **dict.fromkeys(set(ops_elementwise.OPS) - {"prelu", "softplus_parametric", "range_1d"}, _Follower.elementwise),
-    **dict.fromkeys(("reduce_max", "reduce_mean", "reduce_min", "reduce_sum"), _Follower.reduction),
+    **dict.fromkeys(("reduce_argmax", "reduce_max", "reduce_mean", "reduce_min", "reduce_sum"), _Follower.reduction),
     "concat": _Follower.concat,
     "conv": _Follower.conv,
     "gather": _Follower.gather,

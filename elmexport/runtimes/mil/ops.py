@@ -8,9 +8,15 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from elmexport.runtimes.mil import ops_elementwise, ops_linear, ops_movement, ops_reduction
+from elmexport.runtimes.mil import ops_elementwise, ops_image, ops_linear, ops_movement, ops_reduction
 
-OPS: Mapping[str, Callable[..., Any]] = {**ops_elementwise.OPS, **ops_linear.OPS, **ops_movement.OPS, **ops_reduction.OPS}
+OPS: Mapping[str, Callable[..., Any]] = {
+    **ops_elementwise.OPS,
+    **ops_image.OPS,
+    **ops_linear.OPS,
+    **ops_movement.OPS,
+    **ops_reduction.OPS,
+}
 
 # Exact, so not rounded again; and their results may share memory with their inputs. All others give fresh tensors.
 MOVES = frozenset(ops_movement.OPS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -80,18 +80,23 @@ class MilFunction:
 
     def output_types(self) -> dict[str, TensorType]:
         """The type of each output."""
-        types = {name: kind for operation in self.operations for name, kind in operation.outputs} | dict(self.inputs)
+        types = self.types()
         return {name: types[name] for name in self.outputs}
+
+    def types(self) -> dict[str, TensorType]:
+        """The type of every value, by its name."""
+        return {name: kind for operation in self.operations for name, kind in operation.outputs} | dict(self.inputs) | dict(self.states)
 
 
 @dataclass(frozen=True)
 class Program:
-    """The functions of a package by name, and its weight files."""
+    """The functions of a package by name, its weight files, and what its maker says of it (the specification's user-defined metadata)."""
 
     path: Path
     functions: Mapping[str, MilFunction]
     default_function: str
     files: Mapping[Path, BlobFile]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def function(self, name: str | None = None) -> MilFunction:
         """The function called `name`, or the default one.
@@ -114,6 +119,8 @@ def load_program(path: Path) -> Program:
     specification_path = _specification_path(path)
     specification = _parse(specification_path)
     kind = specification.WhichOneof("Type")
+    if kind is None:
+        raise _damaged(path, f"{specification_path.name} holds no model")
     if kind != "mlProgram":
         raise ElmExportError(
             f"{path} holds a model of type {kind}, only mlProgram can be run here; convert it with coremltools and convert_to='mlprogram'"
@@ -124,7 +131,8 @@ def load_program(path: Path) -> Program:
     except (KeyError, IndexError, ValueError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     default = specification.description.defaultFunctionName or "main"
-    return Program(path, functions, default if default in functions else next(iter(functions)), reader.files)
+    default = default if default in functions else next(iter(functions))
+    return Program(path, functions, default, reader.files, dict(specification.description.metadata.userDefined))
 
 
 def _specification_path(path: Path) -> Path:

@@ -293,11 +293,9 @@ DATA = Path("Data", "com.apple.CoreML")
 
 
 def test_an_unknown_operation_is_named(tmp_path: Path) -> None:
-    model = one(
-        tmp_path, {"x": fp16(1, 3, 4, 4)}, lambda x: mb.pixel_shuffle(x=mb.tile(x=x, reps=[1, 4, 1, 1]), upscale_factor=2, name="up")
-    )
+    model = one(tmp_path, {"x": fp16(1, 3, 4, 4)}, lambda x: mb.local_response_norm(x=mb.relu(x=x), size=2, name="lrn"))
     with pytest.raises(
-        ElmExportError, match=r"operation pixel_shuffle \('up' in function 'main'\) is not known to this executor; known: abs, "
+        ElmExportError, match=r"operation local_response_norm \('lrn' in function 'main'\) is not known to this executor; known: abs, "
     ):
         model.predict({"x": np.zeros((1, 3, 4, 4), np.float16)})
 
@@ -359,6 +357,16 @@ def test_missing_files(missing: Path, message: str, package: Path) -> None:
 @pytest.mark.parametrize("name", ["Manifest.json", "Data/com.apple.CoreML/model.mlmodel"])
 def test_damaged_files(name: str, package: Path) -> None:
     (package / name).write_bytes(b"\xff{not this")
+    with pytest.raises(ElmExportError, match="is damaged"):
+        MilModel(package)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.2, 0.5, 0.9, 0.999])
+def test_a_truncated_specification(part: float, package: Path) -> None:
+    """Nothing of it is taken for a model, not even where whole fields are left."""
+    path = package / DATA / "model.mlmodel"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
     with pytest.raises(ElmExportError, match="is damaged"):
         MilModel(package)
 

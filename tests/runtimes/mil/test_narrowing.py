@@ -17,7 +17,7 @@ from elmexport.errors import ElmExportError
 from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
 from elmexport.runtimes.mil.executor import MilModel
 from elmexport.runtimes.mil.narrowing import CannotNarrowError
-from targets.coreml import attention
+from targets.coreml import cache
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.reference import kl
@@ -95,14 +95,15 @@ def test_states_are_shortened_too(tmp_path: Path) -> None:
     [
         (lambda x: mb.reduce_mean(x=x, axes=[3]), "reduced by"),
         (lambda x: mb.split(x=x, num_splits=2, axis=3), "split by"),
-        (lambda x: mb.concat(values=[x, mb.relu(x=x)], axis=3), "joined with others"),
+        (lambda x: mb.add(x=mb.concat(values=[x, mb.relu(x=x)], axis=3), y=np.ones(2 * FULL, np.float32)), "by the shapes of"),
+        (lambda x: mb.reshape(x=mb.concat(values=[x, mb.relu(x=x)], axis=3), shape=[CHANNELS, 2 * FULL]), "it goes through reshape"),
         (lambda x: mb.slice_by_index(x=x, begin=[0, 0, 0, 2], end=[1, CHANNELS, 1, FULL]), "takes a part of it"),
         (lambda x: mb.conv(x=x, weight=np.ones((2, CHANNELS, 1, 3), np.float32), pad_type="same"), "convolution over it"),
         (lambda x: mb.conv(x=mb.transpose(x=x, perm=[0, 3, 2, 1]), weight=np.ones((2, FULL, 1, 1), np.float32)), "convolution over it"),
         (lambda x: mb.reshape(x=x, shape=[1, CHANNELS, 2, FULL // 2]), "taken apart"),
         (lambda x: mb.cumsum(x=x, axis=3), "by cumsum"),
     ],
-    ids=["mean", "split", "concat", "part", "convolution", "channels", "reshape", "no-rule"],
+    ids=["mean", "split", "sum of axes", "reshaped sum", "part", "convolution", "channels", "reshape", "no-rule"],
 )
 def test_refused_where_the_axis_is_needed_in_full(tmp_path: Path, build: Callable[..., Any], reason: str) -> None:
     model = made(tmp_path, "model", {"x": fp32(1, CHANNELS, 1, FULL)}, build)
@@ -125,6 +126,59 @@ def test_two_sizes_cannot_be_one(tmp_path: Path) -> None:
     model = made(tmp_path, "model", {"x": fp32(FULL), "y": fp32(FULL)}, lambda x, y: [mb.relu(x=x), mb.relu(x=y)])
     with pytest.raises(CannotNarrowError, match="the places of both are sizes of their own"):
         model.narrow({"both": [("x", 0), ("y", 0)]})
+
+
+def test_axes_that_are_joined(tmp_path: Path) -> None:
+    """Attention over earlier values and new ones: the mask is joined as the keys are."""
+
+    def specs(earlier: int, new: int) -> dict[str, Any]:
+        return {"x": fp32(new, CHANNELS), "before": fp32(earlier, CHANNELS)}
+
+    def body(earlier: int, new: int) -> Callable[..., Any]:
+        places = np.arange(FULL, dtype=np.float32)
+
+        def build(x: Any, before: Any) -> Any:
+            both = mb.concat(values=[before, x], axis=0)
+            rows = mb.reduce_sum(x=x, axes=[1], keep_dims=True)
+            columns = mb.reshape(x=mb.reduce_sum(x=x, axes=[1]), shape=[1, new])
+            mask = mb.concat(values=[mb.mul(x=rows, y=places[None, :earlier]), mb.mul(x=rows, y=columns)], axis=1)
+            return mb.matmul(x=mb.softmax(x=mb.add(x=mb.matmul(x=x, y=both, transpose_y=True), y=mask)), y=both)
+
+        return build
+
+    full = made(tmp_path, "full", specs(FULL, FULL + 1), body(FULL, FULL + 1))
+    less = made(tmp_path, "less", specs(2, LESS), body(2, LESS))
+    full.narrow({"earlier": [("before", 0)], "new": [("x", 0)]})
+    x, before = torch.randn(LESS, CHANNELS), torch.randn(2, CHANNELS)
+    found, expected = (output_of(model.run({"x": x, "before": before})) for model in (full, less))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_one_entry_becomes_several(tmp_path: Path) -> None:
+    """What picks one column picks as many as it is asked for; the same as one after the other."""
+
+    def build(x: Any, which: Any) -> Any:
+        places = np.arange(FULL, dtype=np.int32)[:, None]
+        picked = mb.cast(x=mb.equal(x=places, y=which), dtype="fp32")
+        column = mb.transpose(
+            x=mb.reshape(x=mb.matmul(x=x, y=picked), shape=[1, CHANNELS, 1, 1]) if reshapes else mb.matmul(x=x, y=picked), perm=order
+        )
+        return [mb.reduce_argmax(x=column, axis=-1, name="first"), mb.reduce_max(x=column, axes=[-1], name="largest")]
+
+    specs = {"x": fp32(CHANNELS, FULL), "which": mb.TensorSpec((1,), dtype=types.int32)}
+    reshapes, order = False, [1, 0]
+    model = made(tmp_path, "model", specs, build)
+    x, which = torch.randn(CHANNELS, FULL), torch.tensor([4, 0, 4, 1], dtype=torch.int32)
+    singly = [model.run({"x": x, "which": one[None]}) for one in which]
+    with pytest.raises(ElmExportError, match=r"'which' of function 'main' has shape \[4\]; it takes \[1\]"):
+        model.run({"x": x, "which": which})
+    model.narrow({"rows": [("which", 0)]})
+    found = model.run({"x": x, "which": which})
+    for name in ("first", "largest"):
+        assert torch.equal(found[name], torch.cat([one[name] for one in singly]))
+    reshapes, order = True, [0, 2, 3, 1]
+    with pytest.raises(CannotNarrowError, match="axis 0 of which is needed in full: it goes through"):
+        made(tmp_path, "reshaped", specs, build).narrow({"rows": [("which", 0)]})
 
 
 def test_only_the_outputs_asked_for(tmp_path: Path) -> None:
@@ -196,7 +250,7 @@ def test_a_model_that_is_not_causal_is_run_in_full(
     small_checkpoint: MemoryCheckpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     """With a mask like these, what lies behind the last token counts: the padded chunk's results are the package's."""
-    monkeypatch.setattr(attention, name, value)
+    monkeypatch.setattr(cache, name, value)
     path = export_to(small_checkpoint, "coreml", "fp16")
     runtime = open_runtime(path)
     assert isinstance(runtime, CoreMLRuntime)
@@ -204,8 +258,8 @@ def test_a_model_that_is_not_causal_is_run_in_full(
     (package,) = path.glob("*.mlpackage")
     model, ids = MilModel(package), np.arange(3, 13)
     padded = torch.from_numpy(np.pad(ids, (0, runtime.chunk - len(ids)))[None])
-    inputs = {"input_ids": padded, "position": torch.zeros(1, dtype=torch.int32)}
-    expected = model.run(inputs, model.make_states(), "prefill")["logits"][0, : len(ids)].numpy()
-    assert kl(expected, runtime.logits(ids)).max() < 1e-6
+    inputs = {"input_ids": padded, "position": torch.zeros(1, dtype=torch.int32), "last_token": torch.tensor([len(ids) - 1])}
+    expected = model.run(inputs, model.make_states(), "prefill")["logits"][0].numpy()
+    assert kl(expected, runtime.logits(ids, last=1)).max() < 1e-6
     for row in runtime.continuations([ids[:4], ids[4:]], 0):
         assert np.isfinite(row).all()

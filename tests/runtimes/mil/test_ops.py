@@ -382,6 +382,33 @@ def test_per_channel_activations(seed: int, channels: int, tmp_path: Path) -> No
 
 
 @few
+@given(seed=st.integers(0, 1000), height=st.integers(2, 5), width=st.integers(2, 5), up=st.integers(1, 3))
+def test_upsampling(seed: int, height: int, width: int, up: int, tmp_path: Path) -> None:
+    data = floats(np.random.default_rng(seed), (2, 3, height, width))
+    source, factors = torch.from_numpy(data), {"scale_factor_height": up, "scale_factor_width": up + 1}
+    nearest = torch.nn.functional.interpolate(source, scale_factor=(up, up + 1), mode="nearest")
+    against(tmp_path, "upsample_nearest_neighbor", {"x": data}, factors, nearest)
+    wide = {name: np.float32(factor + 0.5) for name, factor in factors.items()}
+    for corners in (False, True):
+        scale = (up + 0.5, up + 1.5)
+        expected = torch.nn.functional.interpolate(
+            source, scale_factor=scale, mode="bilinear", align_corners=corners, recompute_scale_factor=True
+        )
+        against(tmp_path, "upsample_bilinear", {"x": data}, wide | {"align_corners": corners}, expected)
+
+
+@few
+@given(seed=st.integers(0, 1000), factor=st.integers(1, 3))
+def test_pixels_to_channels_and_back(seed: int, factor: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    deep, wide = floats(rng, (2, 2 * factor**2, 3, 4)), floats(rng, (2, 3, 2 * factor, 3 * factor))
+    shuffled = torch.nn.functional.pixel_shuffle(torch.from_numpy(deep), factor)
+    against(tmp_path, "pixel_shuffle", {"x": deep}, {"upscale_factor": factor}, shuffled)
+    unshuffled = torch.nn.functional.pixel_unshuffle(torch.from_numpy(wide), factor)
+    against(tmp_path, "pixel_unshuffle", {"x": wide}, {"downscale_factor": np.uint32(factor)}, unshuffled)
+
+
+@few
 @given(seed=st.integers(0, 1000), axis=st.integers(-3, 2))
 def test_one_hot(seed: int, axis: int, tmp_path: Path) -> None:
     indices = np.random.default_rng(seed).integers(0, 5, (2, 3)).astype(np.int32)
@@ -431,4 +458,5 @@ def test_details_that_value_inference_gets_wrong_or_leaves_out(seed: int, shape:
 def test_every_operation_is_tested() -> None:
     elsewhere = {"silu", "conv", "conv_transpose", "max_pool", "avg_pool", "batch_norm", "instance_norm", "prelu", "softplus_parametric"}
     elsewhere |= {"one_hot", "gather_nd", "scatter_along_axis", "fill_like"}
+    elsewhere |= {"upsample_nearest_neighbor", "upsample_bilinear", "pixel_shuffle", "pixel_unshuffle"}
     assert set(OPS) == {name.partition(":")[0] for name in CASES} | elsewhere

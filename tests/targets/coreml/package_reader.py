@@ -16,8 +16,8 @@ MIL = ct.proto.MIL_pb2
 
 
 class Package:
-    def __init__(self, artifact: Path) -> None:
-        (self.path,) = artifact.glob("*.mlpackage")
+    def __init__(self, artifact: Path, name: str = "*.mlpackage") -> None:
+        (self.path,) = artifact.glob(name)
         self.model = ct.models.MLModel(str(self.path), skip_model_load=True)
         self.spec = self.model.get_spec()
         self.weight_file = Path(self.model.weights_dir) / "weight.bin"
@@ -58,18 +58,20 @@ class Package:
         """The matrix or norm called `name` (as in the checkpoint), its parts put together, dequantized."""
         label = name.replace(".", "_")
         names = [op.outputs[0].name for op in self.operations(function) if op.outputs]
-        parts = [part for part in (label, *(f"{label}_part{i}" for i in range(8))) if part in names]
+        labels = (label, *(f"{label}_part{i}" for i in range(8)))
+        parts = [part for part in labels if part in names] or [f"{part}_rows" for part in labels if f"{part}_rows" in names]
         return np.concatenate([self._part(self.operation(function, part)) for part in parts])
 
     def _part(self, op: Any) -> NDArray[np.float32]:
         if op.type == "const":
             values = self.array(op.attributes["val"]).astype(np.float32)
-            return values[:, :, 0, 0] if values.shape[0] > 1 else values.reshape(-1)
+            return values.reshape(values.shape[:2]) if values.shape[0] > 1 else values.reshape(-1)
         if op.type == "constexpr_lut_to_dense":
             indices, tables = (self.array(op.inputs[key].arguments[0].value) for key in ("indices", "lut"))
-            return constexpr_lut_to_dense.decompress(indices, tables, None).astype(np.float32)[:, :, 0, 0]
+            return constexpr_lut_to_dense.decompress(indices, tables, None).astype(np.float32).reshape(indices.shape[:2])
         assert op.type == "constexpr_blockwise_shift_scale"
-        codes, scales = (self.array(op.inputs[key].arguments[0].value).astype(np.float32)[:, :, 0, 0] for key in ("data", "scale"))
+        arrays = (self.array(op.inputs[key].arguments[0].value).astype(np.float32) for key in ("data", "scale"))
+        codes, scales = (array.reshape(array.shape[:2]) for array in arrays)
         return codes * np.repeat(scales, codes.shape[1] // scales.shape[1], axis=1)
 
 

@@ -22,6 +22,7 @@ from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import load_recipe, resolve
 from elmexport.quantization.schemes import Float, Integer, PerChannel
+from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
 from targets.coreml import CoreMLTarget
 from tests.conftest import ExportTo
@@ -30,12 +31,14 @@ from tests.targets.coreml.package_reader import Package, shape
 
 QUANTS = ("fp16", "int8", "int4", "lut4", "lut6", "lut8")
 FUNCTIONS = {"prefill": 64, "decode": 1}
-# What the Neural Engine form may be made of. The second group handles positions and token ids, before the first layer.
+# What the Neural Engine form may be made of. The second group handles positions and token ids, before the first layer; the third, of
+# packages that give the most likely token, comes behind the head.
 LAYER_OPERATIONS = (
     "const constexpr_blockwise_shift_scale constexpr_lut_to_dense conv matmul softmax silu mul add real_div abs maximum reduce_max reduce_mean rsqrt concat split "
     "slice_by_index slice_update read_state write_state reshape transpose squeeze gather"
 )
-INDEX_OPERATIONS = "cast greater greater_equal minimum select sub"
+INDEX_OPERATIONS = "cast equal greater greater_equal minimum select sub"
+TOKEN_OPERATIONS = "reduce_argmax"
 OPERATIONS = {*LAYER_OPERATIONS.split(), *INDEX_OPERATIONS.split()}
 
 PackageOf = Callable[..., Package]
@@ -81,11 +84,12 @@ def test_functions_states_and_shapes(package: PackageOf, small_config: OpenELMCo
         inputs = {feature.name: feature.type.multiArrayType for feature in function.input}
         states = {feature.name: feature.type.stateType.arrayType for feature in function.state}
         (logits,) = function.output
-        assert {name: list(kind.shape) for name, kind in inputs.items()} == {"input_ids": [1, tokens], "position": [1]}
+        last = {"last_token": [1]} if tokens > 1 else {}
+        assert {name: list(kind.shape) for name, kind in inputs.items()} == {"input_ids": [1, tokens], "position": [1], **last}
         assert {name: list(kind.shape) for name, kind in states.items()} == {
             name: [1, heads, 128, small_config.head_dim] for name in ("key_cache", "value_cache")
         }
-        assert (logits.name, list(logits.type.multiArrayType.shape)) == ("logits", [1, tokens, small_config.vocab_size])
+        assert (logits.name, list(logits.type.multiArrayType.shape)) == ("logits", [1, 1, small_config.vocab_size])
         kinds = type(logits.type.multiArrayType)
         assert {kind.dataType for kind in inputs.values()} == {kinds.INT32}
         assert {kind.dataType for kind in states.values()} == {kinds.FLOAT16} == {logits.type.multiArrayType.dataType}
@@ -98,16 +102,19 @@ def test_a_short_context_shortens_prefill(package: PackageOf) -> None:
     assert list(functions["prefill"].input[0].type.multiArrayType.shape) == [1, 32]
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(("quant", "settings"), [*((quant, {}) for quant in QUANTS), ("fp16", {"kv": "io"}), ("fp16", {"argmax": True})])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_obeys_the_rules_of_the_neural_engine(package: PackageOf, wide_checkpoint: MemoryCheckpoint, quant: str, function: str) -> None:
-    for found in (package(quant), package(quant, wide_checkpoint)):
+def test_obeys_the_rules_of_the_neural_engine(
+    package: PackageOf, wide_checkpoint: MemoryCheckpoint, quant: str, settings: dict[str, object], function: str
+) -> None:
+    allowed = OPERATIONS | ({TOKEN_OPERATIONS} if settings.get("argmax") else set())
+    for found in (package(quant, settings=settings), package(quant, wide_checkpoint, settings=settings)):
         for op in found.operations(function):
-            assert op.type in OPERATIONS, op.type
+            assert op.type in allowed, op.type
             for output in op.outputs:
                 size = shape(output.type)
                 assert len(size) <= 5, (op.type, output.name, size)
-                assert output.name == "logits" or max(size, default=1) <= 16384, (op.type, output.name, size)
+                assert max(size, default=1) <= 16384, (op.type, output.name, size)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -169,10 +176,15 @@ def test_the_functions_share_one_copy_of_every_weight(
 def test_a_tied_table_lies_in_the_file_once(package: PackageOf, wide_checkpoint: MemoryCheckpoint) -> None:
     found = package("int8", wide_checkpoint)
     parts = [op.outputs[0].name for op in found.operations("decode") if op.outputs and "token_embeddings" in op.outputs[0].name]
-    assert parts == [f"transformer_token_embeddings_weight_part{i}" for i in range(3)]
+    names = [f"transformer_token_embeddings_weight_part{i}" for i in range(3)]
+    assert sorted(parts) == sorted([*names, *(f"{name}_rows" for name in names)])
     users = {(op.type, arg.arguments[0].name) for op in found.operations("decode") for arg in op.inputs.values() if len(arg.arguments) == 1}
-    for part in parts:
-        assert {("gather", part), ("conv", part)} <= users
+    for name in names:
+        assert {("gather", f"{name}_rows"), ("conv", name)} <= users
+        table, weight = (found.operation("decode", part).inputs for part in (f"{name}_rows", name))
+        for key in ("data", "scale"):
+            first, second = (part[key].arguments[0].value.blobFileValue.offset for part in (table, weight))
+            assert first == second
 
 
 def test_metadata(package: PackageOf, small_config: OpenELMConfig) -> None:
@@ -182,6 +194,7 @@ def test_metadata(package: PackageOf, small_config: OpenELMConfig) -> None:
     assert metadata["elmexport.quant"] == "int4"
     assert float(metadata["elmexport.alpha"]) == 1 / 32
     assert json.loads(metadata["elmexport.functions"]) == FUNCTIONS
+    assert (metadata["elmexport.kv"], metadata["elmexport.outputs"]) == ("state", "logits")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +246,41 @@ def test_same_bytes_in_another_process(tiny: Checkpoint, export_to: ExportTo, tm
     assert digests(tmp_path / "out") == digests(export_to(tiny, "coreml", "int4"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"kv": "io", "prefill": 32}, {"argmax": True}], ids=str)
+def test_other_forms_have_the_same_bytes_and_survive_coremltools(
+    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    first, second = (export_to(small_checkpoint, "coreml", "int4", settings=settings) for _ in range(2))
+    assert digests(first) == digests(second)
+    found = Package(first)
+    assert set(load(found.spec, 9, found.model.weights_dir).functions) == set(FUNCTIONS)
+    found.model.save(str(tmp_path / "saved.mlpackage"))
+    saved, original = open_artifact(tmp_path / "saved.mlpackage"), open_artifact(found.path)
+    assert [saved.greedy(range(1, count)) for count in (2, 40, 100)] == [original.greedy(range(1, count)) for count in (2, 40, 100)]
+
+
+def test_features_of_the_other_forms(package: PackageOf, small_config: OpenELMConfig) -> None:
+    heads = sum(layer.kv_heads for layer in small_config.layers)
+    for settings in ({"kv": "io", "prefill": 96}, {"argmax": True}):
+        description = package("fp16", settings=settings).spec.description
+        for function in description.functions:
+            tokens = {"prefill": settings.get("prefill", 64), "decode": 1}[function.name]
+            outputs = {feature.name: list(feature.type.multiArrayType.shape) for feature in function.output}
+            inputs = {feature.name: list(feature.type.multiArrayType.shape) for feature in function.input}
+            assert inputs["input_ids"] == [1, tokens]
+            assert all(feature.shortDescription for feature in (*function.input, *function.state, *function.output))
+            if "kv" in settings:
+                new, cache = [1, heads, tokens, small_config.head_dim], [1, heads, 128, small_config.head_dim]
+                assert outputs == {"logits": [1, 1, small_config.vocab_size], "new_keys": new, "new_values": new}
+                assert not function.state and inputs["key_cache"] == inputs["value_cache"] == cache
+            else:
+                assert outputs == {"token": [1, 1], "value": [1, 1]}
+                assert {feature.name for feature in function.state} == {"key_cache", "value_cache"}
+
+
 def digests(artifact: Path) -> dict[str, str]:
     paths = sorted(path for path in artifact.rglob("*") if path.is_file())
     return {path.relative_to(artifact).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
@@ -269,9 +317,10 @@ def test_models_that_the_form_cannot_hold(small_config: OpenELMConfig, changes: 
         CoreMLTarget().check(config, 128)
 
 
-def test_fp32_is_refused() -> None:
-    with pytest.raises(ElmExportError, match="fp32 is not available for coreml; choose"):
-        CoreMLTarget().recipe("fp32")
+@pytest.mark.parametrize("device", ["neural-engine", "gpu"])
+def test_fp32_is_refused(device: str) -> None:
+    with pytest.raises(ElmExportError, match=r"fp32 is not available for coreml: the Neural Engine computes in fp16.*; choose int4"):
+        CoreMLTarget(device=device).recipe("fp32")
 
 
 def test_int8_recipe_is_per_channel() -> None:
