@@ -33,10 +33,12 @@ from calibration.gptq import gptq
 from calibration.sensitivity import Probe, sensitivities
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Statistics
+from calibration.table import is_searched, quantize_table
 from calibration.text import Sample, bundled_text, calibration_text, sample_windows
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.evaluation.self_check import reference_pass
 from elmexport.export import export_checkpoint
 from elmexport.graph.layerwise import Stage, stages
 from elmexport.graph.trace import trace
@@ -50,7 +52,7 @@ from elmexport.weights import Role, WeightSpec
 WINDOW = 256
 SCHEMES = ("int4-block32", "int4-block128", "lut4-group8")
 LLAMA_CPP = ("Q4_0", "Q4_0+imatrix", "IQ4_XS+imatrix", "Q4_K_S", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q8_0")
-MIXED = (5.1, 5.36, 6.0)
+MIXED = (4.5, 4.9, 5.1, 5.36, 6.0)
 GGUF_NAMES = {
     "attn.qkv_proj": ("attn_qkv",),
     "attn.out_proj": ("attn_output",),
@@ -120,6 +122,9 @@ class Judge:
 
 def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iterator[Entry]:
     int4 = find_target("gguf").recipe("int4")
+    assert checkpoint.tokenizer_path is not None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+    reference = reference_pass(checkpoint, trace(checkpoint.config), tokenizer, SilentProgress())
 
     def plan_of(scheme: str) -> Plan:
         rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(scheme)))
@@ -135,13 +140,17 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
                 found[spec.name] = weight  # norms, which a fold changes
             else:
                 assert isinstance(scheme, Integer | Lut)
-                table = spec.role is Role.EMBEDDING
-                found[spec.name] = quantize(weight, scheme).dequantize() if table else find(weight, spec, scheme)
+                found[spec.name] = find(weight, spec, scheme)
         return found
 
     def moments(model: Checkpoint, spec: WeightSpec) -> Any:
         found = statistics.moments(spec)
         return model.moments(spec, found) if isinstance(model, FoldedCheckpoint) and found is not None else found
+
+    def by_hessian(weight: Tensor, spec: WeightSpec, scheme: Integer | Lut, hessian: Tensor) -> Tensor:
+        if spec.role is not Role.EMBEDDING:
+            return gptq(weight, scheme, hessian).dequantize()
+        return (quantize_table(weight, scheme, hessian) if is_searched(scheme) else quantize(weight, scheme)).dequantize()
 
     def in_order(model: Checkpoint, plan: Plan) -> dict[str, Tensor]:
         norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role is Role.NORM}
@@ -154,8 +163,9 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
             "mse": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k).dequantize()),
             "mse, statistics": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", statistics.moments(s)).dequantize()),
             "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s)).dequantize()),
-            "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: gptq(w, k, moments(checkpoint, s).hessian).dequantize()),
-            "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: gptq(w, k, moments(folded, s).hessian).dequantize()),
+            "mse, 128 tokens": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", reference.moments(s)).dequantize()),
+            "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: by_hessian(w, s, k, moments(checkpoint, s).hessian)),
+            "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: by_hessian(w, s, k, moments(folded, s).hessian)),
             "gptq": lambda: in_order(checkpoint, plan),
             "awq+gptq": lambda: in_order(folded, plan),
         }
@@ -166,12 +176,11 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
             if method != "rtn" or not scheme.startswith("lut"):
                 yield Entry(f"{scheme} {method}", "elmexport", scheme, method, plan.bits_per_weight, make())
     target = find_target("onnx")
-    assert checkpoint.tokenizer_path is not None
-    short = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "prose", tokens=1024, window=WINDOW)
+    short = sample_windows(tokenizer, [bundled_text()], "prose", tokens=1024, window=WINDOW)
     offered = candidates(target, checkpoint.specs.values())
     measured = sensitivities(checkpoint, offered, short, Probe(checkpoint, short), SilentProgress())
     for bits in MIXED:
-        for method in ("mse", "gptq"):
+        for method in ("mse, 128 tokens", "gptq"):
             items = [by_gptq(item) for item in measured] if method == "gptq" else measured
             plan = resolve(allocate(items, checkpoint.config.weights(), int4, bits).recipe, checkpoint.config.weights())
             name = f"--bits-per-weight {bits:g} {method}"
@@ -235,7 +244,7 @@ def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
         ("llama.cpp", lambda r: r["kind"] == "llama.cpp" and r["method"] == "", "o-", "#888888"),
         ("llama.cpp, imatrix", lambda r: r["kind"] == "llama.cpp" and r["method"] != "", "s--", "#444444"),
         ("elmexport rtn", lambda r: r["method"] == "rtn", "x", "#c23b22"),
-        ("elmexport mse", lambda r: r["kind"] == "elmexport" and r["method"] == "mse", "+", "#d98e04"),
+        ("elmexport mse", lambda r: r["kind"] == "elmexport" and r["method"] == "mse, 128 tokens", "+", "#d98e04"),
         ("elmexport gptq", lambda r: r["method"] == "gptq" and r["scheme"] != "mixed", "D", "#1f6fb4"),
         ("elmexport gptq, --bits-per-weight", lambda r: r["method"] == "gptq" and r["scheme"] == "mixed", "^-", "#2a9d4e"),
     )

@@ -6,14 +6,16 @@ exactly, but for rounding: the embedding may be a fifth of the model, too large 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from math import ceil
 
 import numpy as np
 
-from calibration.sensitivity import Probe, Sensitivity, sensitivities
+from calibration.costs import known_sensitivities
+from calibration.sensitivity import Probe, Sensitivity
+from calibration.table import is_searched
 from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -25,12 +27,14 @@ from elmexport.quantization.schemes import FLOAT_BITS, Integer, Lut, find_scheme
 from elmexport.target import Target
 from elmexport.weights import Role, WeightSpec
 
-# From narrow to wide; a target takes those that it can express.
-CANDIDATES = ("int4-block128", "int4-block64", "int4-block32", "int8-block32")
+# A target takes those that it can express: tables, the only ones between 4 and 8 bits, are Core ML's.
+CANDIDATES = ("int4-block128", "int4-block64", "int4-block32", "lut6-group64", "lut6-group16", "int8-block32")
 
 
-# What is left of a linear layer's divergence when GPTQ finds the codes: about that of `tiny`, docs/quantization-results.md.
-GPTQ_GAIN = 0.3
+# What is left of the divergence when GPTQ finds the codes, of a layer's matrix and of a tied embedding in less than 8 bits: about as in
+# `tiny`, docs/quantization-results.md.
+GPTQ_GAIN = 0.33
+TABLE_GAIN = 0.7
 _GRAINS = 20000
 TOKENS, WINDOW = 1024, 256  # of the text that costs are measured on
 
@@ -44,15 +48,43 @@ class Allocation:
     predicted_kl: float  # nats per token
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What each matrix of a model costs in each scheme that it may have, and the probe by which to measure what came of a choice."""
+
+    measured: Sequence[Sensitivity]
+    probe: Probe
+    specs: Sequence[WeightSpec]
+    base: Recipe  # of which an allocation takes everything but the rules
+
+    def allocate(self, bits_per_weight: float) -> Allocation:
+        """See `allocate`."""
+        return allocate(self.measured, self.specs, self.base, bits_per_weight)
+
+    def sizes(self) -> tuple[float, float]:
+        """Bits per weight with the narrowest and with the widest scheme everywhere."""
+        offered = {item.spec.name: tuple(item.kl) for item in self.measured}
+        return _extreme_bits(self.specs, offered, self.base, min), _extreme_bits(self.specs, offered, self.base, max)
+
+
 def choose_bits(
     checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gptq: bool, progress: Progress
 ) -> tuple[Allocation, Probe]:
-    """The allocation for `checkpoint`, and the probe by which to measure what came of it. The text is the bundled prose.
-
-    Costs are measured with scales of least squared error. `gptq` says that the codes will be GPTQ's.
+    """The allocation for `checkpoint`, and the probe by which to measure what came of it.
 
     Raises:
         ElmExportError: see `allocate`.
+    """
+    specs = list(checkpoint.specs.values())
+    check_budget(specs, candidates(target, specs), base, bits_per_weight)  # before the minutes that measuring takes
+    costs = measure_costs(checkpoint, target, base, gptq=gptq, progress=progress)
+    return costs.allocate(bits_per_weight), costs.probe
+
+
+def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq: bool, progress: Progress) -> Costs:
+    """What `allocate` needs, for the schemes that `target` can hold. The text is the bundled prose.
+
+    Costs are measured with scales of least weighted error. `gptq` says that the codes will be GPTQ's.
     """
     window = min(WINDOW, checkpoint.config.max_context_length)
     if checkpoint.tokenizer_path is None:
@@ -60,16 +92,19 @@ def choose_bits(
     else:
         sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
-    offered = candidates(target, specs)
-    check_budget(specs, offered, base, bits_per_weight)  # before the minutes that measuring takes
     probe = Probe(checkpoint, sample)
-    measured = sensitivities(checkpoint, offered, sample, probe, progress)
-    return allocate([by_gptq(item) for item in measured] if gptq else measured, specs, base, bits_per_weight), probe
+    measured = known_sensitivities(checkpoint, candidates(target, specs), sample, probe, progress)
+    return Costs([by_gptq(item) for item in measured] if gptq else measured, probe, specs, base)
 
 
 def mixed_name(bits_per_weight: float) -> str:
     """Of the recipe that `allocate` makes."""
     return f"mixed-{bits_per_weight:g}"
+
+
+def drop_name(max_drop: float) -> str:
+    """Of the recipe that `--max-drop` finds."""
+    return f"drop-{max_drop:g}"
 
 
 def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[Integer | Lut, ...]]:
@@ -89,9 +124,7 @@ def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Int
     Raises:
         ElmExportError: `bits_per_weight` is too small.
     """
-    scale_bits = FLOAT_BITS[base.scales.dtype]
-    narrowest = {spec.name: min(offered[spec.name], key=lambda s: s.bits(spec.shape, scale_bits)) for spec in specs if spec.name in offered}
-    least = sum(_bits(spec, narrowest, base, scale_bits) for spec in specs) / sum(spec.size for spec in specs)
+    least = _extreme_bits(specs, offered, base, min)
     if bits_per_weight < least:
         raise ElmExportError(
             f"--bits-per-weight {bits_per_weight:g} is less than the narrowest that this format offers for this model; ask for {least + 0.005:.2f} or more"
@@ -120,9 +153,9 @@ def allocate(measured: Sequence[Sensitivity], specs: Iterable[WeightSpec], base:
 
 
 def by_gptq(item: Sensitivity) -> Sensitivity:
-    """`item` under GPTQ, which does not touch the embedding."""
+    """`item` under GPTQ."""
     if item.spec.role is Role.EMBEDDING:
-        return item
+        return replace(item, kl={scheme: kl * (TABLE_GAIN if is_searched(scheme) else 1.0) for scheme, kl in item.kl.items()})
     return replace(item, kl={scheme: kl * GPTQ_GAIN for scheme, kl in item.kl.items()})
 
 
@@ -154,6 +187,18 @@ def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> 
         chosen[item.spec.name] = schemes[row]
         left -= ceil(bits[row] / grain)
     return {item.spec.name: chosen[item.spec.name] for item in measured}
+
+
+def _extreme_bits(
+    specs: Sequence[WeightSpec],
+    offered: Mapping[str, Sequence[Integer | Lut]],
+    base: Recipe,
+    which: Callable[..., Integer | Lut],
+) -> float:
+    """Bits per weight with the scheme of `which` (`min` or `max`) size everywhere."""
+    scale_bits = FLOAT_BITS[base.scales.dtype]
+    chosen = {spec.name: which(offered[spec.name], key=lambda s: s.bits(spec.shape, scale_bits)) for spec in specs if spec.name in offered}
+    return sum(_bits(spec, chosen, base, scale_bits) for spec in specs) / sum(spec.size for spec in specs)
 
 
 def _bits(spec: WeightSpec, chosen: Mapping[str, Integer | Lut], base: Recipe, scale_bits: int) -> int:

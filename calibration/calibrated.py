@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Moments, Statistics
+from calibration.table import is_searched, quantize_table
 from calibration.text import Sample
 from calibration.weight_set import FORMAT, Quantized, WeightFacts, WeightSet, quantized_schemes, weight_writer
 from calibration.work import complete_file
@@ -74,12 +76,12 @@ def gptq_weights(
     if path.is_file():
         return WeightSet.load(path)
     model = checkpoint if fold is None else fold()
-    if isinstance(source, Sample):
-        tensors = quantize_in_order(model, plan, source, progress)
-    else:
-        tensors = _from_statistics(model, plan, moments_of(model, source), progress)
     try:
         with weight_writer(path, facts, checkpoint.specs) as writer:
+            if isinstance(source, Sample):
+                tensors = quantize_in_order(model, plan, source, progress, writer.damped)
+            else:
+                tensors = _from_statistics(model, plan, moments_of(model, source), progress, writer.damped)
             for name in facts.folded:
                 writer.add_norm(name, model.tensor(name).to(torch.float32))
             for spec, quantized in tensors:
@@ -124,20 +126,22 @@ def _is_foldable(spec: WeightSpec) -> bool:
 
 @torch.inference_mode()
 def _from_statistics(
-    checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress
+    checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress, damped: Callable[[WeightSpec, float], None]
 ) -> Iterator[tuple[WeightSpec, Quantized]]:
     specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], Integer | Lut)]
     progress.stage("quantizing", sum(spec.size for spec in specs))
     for spec in specs:
         scheme = plan.schemes[spec.name]
         assert isinstance(scheme, Integer | Lut)
-        moments = None if spec.role is Role.EMBEDDING else moments_of(spec)
+        moments = moments_of(spec)
         weight = checkpoint.tensor(spec.name)
         try:
             if moments is None or moments.hessian is None:
                 yield spec, quantize(weight, scheme)
+            elif spec.role is Role.EMBEDDING:
+                yield spec, quantize_table(weight, scheme, moments.hessian) if is_searched(scheme) else quantize(weight, scheme)
             else:
-                yield spec, gptq(weight, scheme, moments.hessian)
+                yield spec, gptq(weight, scheme, moments.hessian, damped=partial(damped, spec))
         except ElmExportError as error:
             raise ElmExportError(f"{spec.name}: {error}") from None
         progress.advance(spec.size)

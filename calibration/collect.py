@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calibration.residual import ResidualPeak
+from calibration.second_moments import add_products, mirror
 from calibration.statistics import HESSIAN, MEAN_ABS, MEAN_SQUARE, TOKEN_COUNTS, Facts, Statistics
 from calibration.text import Sample
 from calibration.work import MemoryWork, Part, Work
@@ -27,7 +28,6 @@ from elmexport.graph.trace import trace
 from elmexport.progress import Progress, SilentProgress
 
 BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
-BLOCK = 512  # columns of a Hessian computed at once; only blocks on and below the diagonal are
 
 
 @torch.no_grad()
@@ -105,20 +105,13 @@ class _Sums:
         self.square += x.square().sum(0)
         self.magnitude += x.abs().sum(0)
         if self.products is not None:
-            for start in range(0, self.width, BLOCK):
-                columns = slice(start, min(start + BLOCK, self.width))
-                self.products[start:, columns].addmm_(x[:, start:].T, x[:, columns])
+            add_products(self.products, x)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         mean_square = (self.square / self.rows).to(torch.float32)
         found = {f"{name}.{MEAN_SQUARE}": mean_square, f"{name}.{MEAN_ABS}": (self.magnitude / self.rows).to(torch.float32)}
         if self.products is not None:
-            hessian = self.products.div_(self.rows)
-            for start in range(0, self.width, BLOCK):  # mirrored block by block: the largest one is too large to copy
-                stop = min(start + BLOCK, self.width)
-                block = hessian[start:stop, start:stop]
-                block.copy_(torch.tril(block) + torch.tril(block, -1).T)
-                hessian[start:stop, stop:] = hessian[stop:, start:stop].T
+            hessian = mirror(self.products.div_(self.rows))
             hessian.diagonal().copy_(mean_square)  # the same figure, but summed in float64
             found[f"{name}.{HESSIAN}"] = hessian
         return found

@@ -11,6 +11,7 @@ Matrices in here are transposed, `[in, out]`: what is a column of the weight lie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import overload
 
@@ -31,24 +32,33 @@ class _MeanSquare:
     mean_square: Tensor
 
 
+Damped = Callable[[float], None]  # called with a damping that had to be raised
+
+
 @overload
-def gptq(weight: Tensor, scheme: Integer, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1) -> QuantizedTensor: ...
-@overload
-def gptq(weight: Tensor, scheme: Lut, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1) -> PalettizedTensor: ...
 def gptq(
-    weight: Tensor, scheme: Integer | Lut, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1
+    weight: Tensor, scheme: Integer, hessian: Tensor, *, damping: float = ..., rounds: int = ..., damped: Damped | None = ...
+) -> QuantizedTensor: ...
+@overload
+def gptq(
+    weight: Tensor, scheme: Lut, hessian: Tensor, *, damping: float = ..., rounds: int = ..., damped: Damped | None = ...
+) -> PalettizedTensor: ...
+def gptq(
+    weight: Tensor, scheme: Integer | Lut, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
 ) -> QuantizedTensor | PalettizedTensor:
     """Quantize `weight` `[out, in]` (any float dtype) to `scheme`, with an output error under `hessian` `[in, in]` as small as we can find.
 
     `hessian` is E[x xᵀ] of the linear's input. `damping`, a part of its mean diagonal, is added to the diagonal: it keeps the factor well
     conditioned, and rounding sensible where the calibration text says nothing (a channel that was always zero is rounded to nearest). It
-    is raised tenfold, up to three times, where the matrix is not positive definite. `rounds` is how often scales and codes are refitted.
+    is raised tenfold, up to three times, where the matrix is not positive definite, and `damped` told. `rounds` is how often scales and codes are refitted.
 
     Raises:
         ElmExportError: the weight does not fit the scheme (see `quantize`), or the Hessian is not finite, of another size, or indefinite.
     """
     h = _checked(hessian, weight.shape[1])
-    h, order, factor = _damped(h, damping)
+    h, order, factor, needed = _damped(h, damping)
+    if needed != damping and damped is not None:
+        damped(needed)
     start = quantize(weight, scheme, "mse", _MeanSquare(h.diagonal()))
     grid: Grid = IntegerGrid(start) if isinstance(start, QuantizedTensor) else TableGrid(start)
     w = weight.to(torch.float32).t().contiguous()
@@ -122,8 +132,9 @@ def _checked(hessian: Tensor, columns: int) -> Tensor:
     return h
 
 
-def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The damped Hessian divided by its mean diagonal, the order of its diagonal (largest first), and R, upper triangular, of R Rᵀ = H in that order."""
+def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, float]:
+    """The damped Hessian divided by its mean diagonal, the order of its diagonal (largest first), R, upper triangular, of R Rᵀ = H in that order, and
+    the damping that it took."""
     mean = hessian.diagonal().mean()
     h = torch.eye(len(hessian)) if mean == 0 else hessian / mean
     order = h.diagonal().argsort(descending=True, stable=True)
@@ -131,7 +142,7 @@ def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
         attempt = h + damping * torch.eye(len(h))
         lower, failed = torch.linalg.cholesky_ex(attempt[order][:, order].flip(0, 1))
         if not failed:
-            return attempt, order, lower.flip(0, 1)
+            return attempt, order, lower.flip(0, 1), damping
         damping *= 10
     raise ElmExportError(
         f"the Hessian is not positive definite, even with {damping / 10:g} of its mean diagonal added; calibrate again, on more text, or choose method 'mse'"

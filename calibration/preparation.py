@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -13,15 +13,14 @@ from elmexport.progress import Progress
 from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.planned import OnTheFly, PlannedWeights
 from elmexport.quantization.recipes import Plan, Recipe, resolve
+from elmexport.quantization.schemes import Integer, Lut
 from elmexport.target import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from calibration.sensitivity import Probe
     from calibration.statistics import Statistics
     from calibration.text import Sample
     from calibration.weight_set import WeightSet
+    from elmexport.evaluation.self_check import Reference
 
 Method = Literal["mse", "rtn", "gptq", "awq", "awq+gptq"]
 Calibrate = Literal["auto", "none"] | Path
@@ -32,9 +31,11 @@ class WeightOptions:
     """What a user may ask for.
 
     `method` finds the codes: "rtn" rounds to nearest, "mse" searches scales of least squared error, "gptq" cancels errors over a text, "awq"
-    rescales input channels first. `calibrate` "auto" is the bundled text where the method needs one, "none" nothing, a file is statistics
-    (`.safetensors`) or a text. `tokens` says how much of a text to read (32,768 where None). `weights_from` is a weight set to take the codes
-    from, `save_weights_to` where to keep those found. `bits_per_weight` lets each matrix have the scheme that its sensitivity asks for.
+    rescales input channels first. `calibrate` "auto" is the bundled text where the method needs one, and for "mse" the few tokens that every
+    export reads; "none" is nothing; a file is statistics (`.safetensors`), llama.cpp's importance matrix (`.gguf`) or a text. `tokens` says how
+    much of a text to read (32,768 where None). `weights_from` is a weight set to take the codes from, `save_weights_to` where to keep those
+    found. `bits_per_weight` lets each matrix have the scheme that its sensitivity asks for; `max_drop` finds the smallest such mix that loses at
+    most so many percentage points of accuracy.
     """
 
     method: Method = "mse"
@@ -43,6 +44,7 @@ class WeightOptions:
     weights_from: Path | None = None
     save_weights_to: Path | None = None
     bits_per_weight: float | None = None
+    max_drop: float | None = None
 
     def check(self) -> None:
         """
@@ -51,8 +53,12 @@ class WeightOptions:
         """
         if self.method not in get_args(Method):
             raise ElmExportError(f"--method {self.method} does not exist; choose {', '.join(get_args(Method))}")
-        if self.weights_from is not None and (self.method != "mse" or self.tokens is not None or self.bits_per_weight is not None):
-            raise ElmExportError("--weights-from brings the codes; leave --method, --tokens and --bits-per-weight out")
+        if self.bits_per_weight is not None and self.max_drop is not None:
+            raise ElmExportError("--bits-per-weight gives the size, --max-drop finds it; leave one of them out")
+        if self.max_drop is not None and not 0 <= self.max_drop < 100:
+            raise ElmExportError(f"--max-drop is {self.max_drop:g}; it is in percentage points of accuracy, from 0 up to 100")
+        if self.weights_from is not None and (self.method != "mse" or self.tokens is not None or self.mixes):
+            raise ElmExportError("--weights-from brings the codes; leave --method, --tokens, --bits-per-weight and --max-drop out")
         if self.calibrate == "none" and self.needs_text:
             raise ElmExportError(f"--method {self.method} is calibrated; leave --calibrate none out, or choose --method mse")
         if self.tokens is not None and not self.reads_text:
@@ -61,13 +67,18 @@ class WeightOptions:
             raise ElmExportError(f"--method {self.method} finds codes as it writes them; --save-weights is for --method gptq")
 
     @property
+    def mixes(self) -> bool:
+        """Whether schemes are chosen matrix by matrix."""
+        return self.bits_per_weight is not None or self.max_drop is not None
+
+    @property
     def needs_text(self) -> bool:
         return self.method not in ("mse", "rtn")
 
     @property
     def reads_text(self) -> bool:
         """Whether a text is read, rather than statistics or nothing."""
-        return self.calibrate.suffix != ".safetensors" if isinstance(self.calibrate, Path) else self.needs_text
+        return self.calibrate.suffix not in (".safetensors", ".gguf") if isinstance(self.calibrate, Path) else self.needs_text
 
 
 @dataclass(frozen=True)
@@ -77,36 +88,73 @@ class Prepared:
     weights: PlannedWeights
     statistics: Statistics | None  # of the model's activations, where they were measured or given
     facts: Mapping[str, Any]  # for the manifest's `quant`
+    notes: tuple[str, ...] = ()  # what the user should know that is not an error
 
     @property
     def plan(self) -> Plan:
         return self.weights.plan
 
 
-def prepare(checkpoint: Checkpoint, target: Target, recipe: Recipe, options: WeightOptions, progress: Progress) -> Prepared:
+def prepare(
+    checkpoint: Checkpoint,
+    target: Target,
+    recipe: Recipe,
+    options: WeightOptions,
+    progress: Progress,
+    reference: Callable[[], Reference] | None = None,
+) -> Prepared:
     """Do all that comes before the first tensor is written.
+
+    `reference` gives the model's own pass over a short text; its mean squares weight the errors of `mse` where nothing else was given to
+    weight them with.
 
     Raises:
         ElmExportError: a scheme that the target cannot express, options without use, unusable files, or weights that do not fit.
     """
     options.check()
-    probe, allocation = None, None
-    if options.bits_per_weight is not None:
-        from calibration.allocate import choose_bits
+    if not options.mixes:
+        return _planned(checkpoint, target, recipe, options, progress, reference)
+    from calibration.mixed import of_size, within_drop
 
-        allocation, probe = choose_bits(
-            checkpoint, target, recipe, options.bits_per_weight, gptq="gptq" in options.method, progress=progress
-        )
-        recipe = allocation.recipe
+    def mixed(chosen: Recipe, final: bool) -> Prepared:
+        own = options if final else replace(options, save_weights_to=None)
+        return _planned(checkpoint, target, chosen, own, progress, reference)
+
+    gptq = "gptq" in options.method
+    if options.max_drop is not None:
+        return within_drop(checkpoint, target, recipe, options.max_drop, mixed, gptq=gptq, progress=progress)
+    assert options.bits_per_weight is not None
+    return of_size(checkpoint, target, recipe, options.bits_per_weight, mixed, gptq=gptq, progress=progress)
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    target: Target,
+    recipe: Recipe,
+    options: WeightOptions,
+    progress: Progress,
+    reference: Callable[[], Reference] | None,
+) -> Prepared:
     plan = resolve(recipe, checkpoint.config.weights())
     check_schemes(target, checkpoint, plan)
     if options.method != "mse" and any(isinstance(scheme, GgmlType) for scheme in plan.schemes.values()):
         raise ElmExportError(f"--quant {recipe.name} leaves the codes to ggml's own quantizer; leave --method out, see --imatrix")
-    prepared = _stored(checkpoint, plan, options.weights_from) if options.weights_from else _found(checkpoint, plan, options, progress)
-    if allocation is None or probe is None:
-        return prepared
-    costs = {"asked": options.bits_per_weight, "predicted_kl": rounded(allocation.predicted_kl), **_measured(prepared, probe)}
-    return Prepared(prepared.weights, prepared.statistics, {**prepared.facts, "allocation": costs})
+    if options.weights_from is not None:
+        return _stored(checkpoint, plan, options.weights_from)
+    if options.method == "mse" and options.calibrate == "auto" and reference is not None and _searches(plan):
+        return _weighted_by(reference(), checkpoint, plan)
+    return _found(checkpoint, plan, options, progress)
+
+
+def _searches(plan: Plan) -> bool:
+    """Whether `mse` has something to search: 8-bit integers have scales from their largest value."""
+    return any(isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.width == 4) for scheme in plan.schemes.values())
+
+
+def _weighted_by(reference: Reference, checkpoint: Checkpoint, plan: Plan) -> Prepared:
+    text = {"text": reference.text, "text_sha256": reference.text_sha256, "tokens": len(reference.ids), "sequential": False}
+    planned = PlannedWeights(checkpoint, plan, OnTheFly("mse", reference.moments))
+    return Prepared(planned, None, {"method": "mse", "calibration": text})
 
 
 def check_schemes(target: Target, checkpoint: Checkpoint, plan: Plan) -> None:
@@ -162,6 +210,10 @@ def _read(checkpoint: Checkpoint, options: WeightOptions, progress: Progress) ->
     if not options.reads_text:
         if not isinstance(options.calibrate, Path):
             return None, None
+        if options.calibrate.suffix == ".gguf":
+            from targets.gguf.statistics import statistics_from_imatrix  # the format's package knows the names of its tensors
+
+            return statistics_from_imatrix(options.calibrate, checkpoint), None
         from calibration.statistics import load_statistics
 
         return load_statistics(options.calibrate, checkpoint), None
@@ -185,35 +237,16 @@ def _of_set(checkpoint: Checkpoint, plan: Plan, weights: WeightSet, statistics: 
     facts = weights.facts
     text = {"text": facts.text, "text_sha256": facts.text_sha256, "tokens": facts.tokens, "sequential": facts.sequential}
     planned = PlannedWeights(checkpoint, plan, lambda weight, spec, scheme: weights.get(spec), weights.norms())
-    return Prepared(planned, statistics, {"method": facts.method, "calibration": text})
+    notes = tuple(
+        f"{name}: its Hessian was not positive definite and took {value:g} of its mean diagonal as damping (0.01 is usual); calibrate on more text"
+        for name, value in weights.damped().items()
+    )
+    return Prepared(planned, statistics, {"method": facts.method, "calibration": text}, notes)
 
 
 def _text_of(statistics: Statistics) -> dict[str, Any]:
     facts = statistics.facts
     return {"text": facts.text, "text_sha256": facts.text_sha256, "tokens": facts.tokens, "sequential": False}
-
-
-def _measured(prepared: Prepared, probe: Probe) -> dict[str, Any]:
-    return {"measured_kl": rounded(probe.divergence(_Dequantized(prepared.weights))), "text": "bundled prose"}
-
-
-class _Dequantized(Mapping[str, "Tensor"]):
-    """Every tensor as the artifact will hold it, float32, made when it is asked for."""
-
-    def __init__(self, weights: PlannedWeights) -> None:
-        self._weights = weights
-
-    def __getitem__(self, name: str) -> Tensor:
-        import torch
-
-        weight = self._weights.get(self._weights.checkpoint.specs[name])
-        return weight.to(torch.float32) if isinstance(weight, torch.Tensor) else weight.dequantize()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.checkpoint.specs)
-
-    def __len__(self) -> int:
-        return len(self._weights.checkpoint.specs)
 
 
 def rounded(value: float) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.collect import collect
+from calibration.table import EMBEDDING_PART
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.evaluation.metrics import token_divergence
@@ -49,9 +50,11 @@ def sensitivities(
     for spec in specs:
         weight = checkpoint.tensor(spec.name).to(torch.float32)
         moments = statistics.moments(spec)
-        energy = torch.ones(spec.shape[1]) if moments is None or spec.role is Role.EMBEDDING else moments.mean_square
+        energy = torch.ones(spec.shape[1]) if moments is None else moments.mean_square
+        if spec.role is Role.EMBEDDING:  # its rows are read one at a time too, and then no channel counts more than another
+            energy = energy / energy.mean() + EMBEDDING_PART
         schemes = sorted(candidates[spec.name], key=lambda scheme: scheme.bits(spec.shape))
-        rounded = [quantize(weight, scheme).dequantize() for scheme in schemes]
+        rounded = [quantize(weight, scheme, "mse", moments).dequantize() for scheme in schemes]
         measured = probe.divergence({spec.name: rounded[0]})
         errors = [float((rounding.sub_(weight).square_() @ energy).sum()) for rounding in rounded]
         found.append(Sensitivity(spec, {s: measured * (e / errors[0] if errors[0] else 0.0) for s, e in zip(schemes, errors, strict=True)}))

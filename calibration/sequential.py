@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from calibration.gptq import gptq
+from calibration.second_moments import add_products, mirror
+from calibration.table import head_moments, is_searched, quantize_table
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
@@ -53,8 +56,14 @@ class _Piece:
 
 
 @torch.inference_mode()
-def quantize_in_order(checkpoint: Checkpoint, plan: Plan, sample: Sample, progress: Progress) -> Iterator[tuple[WeightSpec, Quantized]]:
-    """Yield every tensor that `plan` quantizes with its codes, in forward order. The embedding, tied head or not, is quantized by `mse`.
+def quantize_in_order(
+    checkpoint: Checkpoint, plan: Plan, sample: Sample, progress: Progress, damped: Callable[[WeightSpec, float], None] | None = None
+) -> Iterator[tuple[WeightSpec, Quantized]]:
+    """Yield every tensor that `plan` quantizes with its codes, in forward order.
+
+    The embedding, where it is the head too and has 4-bit codes, is quantized for what it multiplies as the head (`calibration.table`); else by `mse`.
+
+    `damped` is told of every matrix whose Hessian needed more damping than usual, before it is yielded.
 
     Raises:
         ElmExportError: ids outside the vocabulary, activations that are not finite, or weights that do not fit their scheme.
@@ -80,7 +89,9 @@ def quantize_in_order(checkpoint: Checkpoint, plan: Plan, sample: Sample, progre
             try:
                 if node.op == "linear":
                     target, hessian = _target(node, weights[spec.name], exact, rounded, _gathered(piece, exact, rounded))
-                    quantized = gptq(target, scheme, hessian)
+                    quantized = gptq(target, scheme, hessian, damped=None if damped is None else partial(damped, spec))
+                elif is_searched(scheme) and checkpoint.config.share_input_output_layers:
+                    quantized = quantize_table(weights[spec.name], scheme, head_moments(checkpoint, sample, progress))
                 else:
                     quantized = quantize(weights[spec.name], scheme)
             except ElmExportError as error:
@@ -133,15 +144,25 @@ def _target(
     out, width = weight.shape
     hessian = torch.zeros(width, width)
     missing = torch.zeros(out, width)  # E[what the output still lacks × what it is made from]
+    # The part that the weight makes is W E[(before - x) xᵀ]: `narrow` says that this costs less than the products of its outputs.
+    narrow = width < (2 * out if gathered is None else out)
+    drift = torch.zeros(width, width) if narrow else None
     for rows in _batches(now):
         x = now[rows].flatten(0, 1)
-        lacking = torch.nn.functional.linear(before[rows].flatten(0, 1) - x, weight)
-        if gathered is not None:
-            lacking += gathered(rows).flatten(0, 1)
-        hessian.addmm_(x.T, x)
-        missing.addmm_(lacking.T, x)
+        difference = before[rows].flatten(0, 1) - x
+        lacking = None if gathered is None else gathered(rows).flatten(0, 1)
+        add_products(hessian, x)
+        if drift is not None:
+            drift.addmm_(difference.T, x)
+        else:
+            made = torch.nn.functional.linear(difference, weight)
+            lacking = made if lacking is None else made.add_(lacking)
+        if lacking is not None:
+            missing.addmm_(lacking.T, x)
+    if drift is not None:
+        missing.addmm_(weight, drift)
     tokens = now.shape[0] * now.shape[1]
-    hessian /= tokens
+    hessian = mirror(hessian.div_(tokens))
     missing /= tokens
     if not (torch.isfinite(hessian).all() and torch.isfinite(missing).all()):
         raise ElmExportError("the activations are not finite in float32; the checkpoint is damaged, download it again")

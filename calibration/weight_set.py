@@ -3,7 +3,8 @@
 One safetensors file. A tensor NAME of integer codes is stored as `NAME.codes`, `NAME.scales` float16 `[out, granules]` and, where asymmetric,
 `NAME.zeros` int8 `[out, granules]`; one of table indices as `NAME.codes` and `NAME.tables` float16 `[groups, entries]`. Codes are int8 or
 uint8 `[out, in]`; 4-bit ones lie two in a byte, `[out, in / 2]` uint8, the even column in the low half, counted from the lowest code up. A
-folded norm is stored as `NAME`, float32.
+folded norm is stored as `NAME`, float32. `damping` float32 `[tensors]`, in the order of the metadata's `schemes`, is the damping that
+GPTQ had to raise a tensor's Hessian by, 0 where the usual one was enough.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.weights"
+DAMPING = "damping"
 _DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
 
 Quantized = QuantizedTensor | PalettizedTensor
@@ -103,6 +105,12 @@ class WeightSet:
                     f"{want or plan.schemes[name]}; choose the --quant that the file was made with, or leave --weights-from out"
                 )
 
+    def damped(self) -> dict[str, float]:
+        """Tensors whose Hessian needed more damping than usual, and how much, as a part of its mean diagonal."""
+        if DAMPING not in self._tensors:
+            return {}  # written before this was recorded
+        return {name: value for name, value in zip(self.facts.schemes, self._tensors[DAMPING].tolist(), strict=True) if value}
+
     def norms(self) -> dict[str, Tensor]:
         """The norms that a folding changed, float32, by name."""
         return {name: self._tensors[name] for name in self.facts.folded}
@@ -141,6 +149,9 @@ class WeightWriter:
             header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
             self._entries[name] = ("F32", shape, end)
             end += size
+        self._damping = dict.fromkeys(facts.schemes, 0.0)
+        header[DAMPING] = {"dtype": "F32", "shape": [len(self._damping)], "data_offsets": [end, end + 4 * len(self._damping)]}
+        self._entries[DAMPING] = ("F32", [len(self._damping)], end)
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         file.write(len(text).to_bytes(8, "little") + text)
@@ -157,6 +168,10 @@ class WeightWriter:
         for part, tensor in parts.items():
             self._write(f"{spec.name}.{part}", tensor)
 
+    def damped(self, spec: WeightSpec, damping: float) -> None:
+        """The Hessian of `spec` needed this."""
+        self._damping[spec.name] = damping
+
     def add_norm(self, name: str, tensor: Tensor) -> None:
         self._write(name, tensor)
 
@@ -167,6 +182,9 @@ class WeightWriter:
         self._file.write(tensor.contiguous().numpy().data)
 
     def close(self) -> None:
+        import torch
+
+        self._write(DAMPING, torch.tensor(list(self._damping.values()), dtype=torch.float32))
         assert not self._entries, f"never written: {sorted(self._entries)[:3]}"
 
 

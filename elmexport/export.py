@@ -6,11 +6,12 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from calibration.allocate import mixed_name
+from calibration.allocate import drop_name, mixed_name
 from calibration.preparation import WeightOptions, prepare, rounded
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
@@ -25,10 +26,10 @@ from elmexport.graph.rescale import rescale
 from elmexport.graph.trace import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
-from elmexport.quantization.recipes import Plan, Recipe, load_recipe
-from elmexport.target import ExportJob, Target, find_target
+from elmexport.quantization.recipes import Plan, Recipe, load_recipe, resolve
+from elmexport.target import Checked, ExportJob, Target, Written, find_target
 
-RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight chose it
+RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
 
 
 class ExportOptions(TypedDict, total=False):
@@ -118,7 +119,11 @@ def export_checkpoint(
     recipe = read_recipe(chosen, quant)
     config = checkpoint.config
     context = config.max_context_length if context is None else context
-    name = recipe.name if options.bits_per_weight is None else mixed_name(options.bits_per_weight)
+    name = recipe.name
+    if options.bits_per_weight is not None:
+        name = mixed_name(options.bits_per_weight)
+    elif options.max_drop is not None:
+        name = drop_name(options.max_drop)
     out = out or Path(f"{checkpoint.source.name}-{target}-{name}")
     check_free(out, force=force)
     chosen.check(config, context)
@@ -127,15 +132,21 @@ def export_checkpoint(
     if tokenizer is not None:
         check_vocabulary(tokenizer, config)
 
-    prepared = prepare(checkpoint, chosen, recipe, options, progress)
+    @cache
+    def reference() -> Reference:
+        return reference_pass(checkpoint, graph, tokenizer, progress)
+
+    if not options.mixes:  # what a search for bits will choose is not known before it
+        chosen.check_plan(graph, resolve(recipe, config.weights()))
+    prepared = prepare(checkpoint, chosen, recipe, options, progress, reference)
     plan, recipe = prepared.plan, prepared.plan.recipe
     rescales, measures = recipe.activations.dtype == "fp16", options.calibrate != "none"
     peak = None if prepared.statistics is None else prepared.statistics.residual_peak
-    reference = None
-    if verify or (rescales and measures and peak is None):
-        reference = reference_pass(checkpoint, graph, tokenizer, progress)
-    alpha, calibration = _alpha(prepared.statistics, reference if measures else None) if rescales else (1.0, None)
-    notes = [f"{name}: {reason}" for name, reason in plan.fallbacks]
+    needs_peak = rescales and measures and peak is None
+    if verify:
+        reference()  # before anything is written
+    alpha, calibration = _alpha(prepared.statistics, reference() if needs_peak else None) if rescales else (1.0, None)
+    notes = [*prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
     if context > config.max_context_length:
         notes.append(
             f"the model was trained on {config.max_context_length} tokens; what it says beyond them may be poor (context {context})"
@@ -144,13 +155,14 @@ def export_checkpoint(
     with artifact_folder(out, force=force) as folder:
         progress.stage(f"writing {target}", config.parameter_count)
         job = ExportJob(checkpoint.source.name, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
-        chosen.write(job, folder)
-        if options.bits_per_weight is not None:
+        written = chosen.write(job, folder) or Written()
+        notes += written.notes
+        if options.mixes:
             write_recipe(recipe, folder / RECIPE, f"chosen for {checkpoint.source.name}; use it again with --quant {RECIPE}")
         quantization = {**recipe.to_dict(), **prepared.facts}
-        manifest = _describe(checkpoint, chosen, quantization, plan, context, alpha, calibration)
-        if verify and reference is not None:
-            manifest["self_check"], note = _self_check(target, folder, reference, recipe, progress)
+        manifest = _describe(checkpoint, chosen, quantization, plan, context, alpha, calibration) | dict(written.manifest)
+        if verify:
+            manifest["self_check"], note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
         write_manifest(folder, manifest)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
@@ -189,11 +201,14 @@ def _alpha(statistics: Statistics | None, reference: Reference | None) -> tuple[
     return choose_alpha(peak), {"method": "measured", "text": text, "tokens": tokens, "residual_peak": peak}
 
 
-def _self_check(target: str, folder: Path, reference: Reference, recipe: Recipe, progress: Progress) -> tuple[dict[str, Any], list[str]]:
+def _self_check(
+    target: Target, folder: Path, reference: Reference, recipe: Recipe, context: int, progress: Progress
+) -> tuple[dict[str, Any], list[str]]:
     try:
-        result = self_check(target, folder, reference, recipe.max_self_check_kl, progress)
+        result, logits = self_check(target.name, folder, reference, recipe.max_self_check_kl, progress)
     except MissingDependencyError as error:
         return {"done": False, "reason": str(error)}, [f"self-check not done: {error}"]
+    target.finish(folder, Checked(reference.ids, reference.logits, logits, context))
     figures = {"kl_mean": rounded(result.kl_mean), "kl_max": rounded(result.kl_max), "top1_agreement": rounded(result.top1_agreement)}
     return {"done": True, "text": reference.text, "tokens": result.tokens, **figures}, []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from elmexport.checkpoint.base import Checkpoint, Source
@@ -55,8 +56,13 @@ class StoredCheckpoint(Checkpoint):
     def identity(self) -> str:
         """SHA-256 over the configuration and every tensor's name, dtype, shape and bytes, in the model's order.
 
-        So it does not depend on the file format, on how tensors are spread over files, or on their order there.
+        So it does not depend on the file format, on how tensors are spread over files, or on their order there. Computed once: it reads
+        everything.
         """
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         import torch
 
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())

@@ -47,6 +47,10 @@ def _facts(artifact: Artifact) -> Iterator[tuple[str, str]]:
     yield "format", artifact.target
     yield "quantization", f"{quant['name']}: {quant['words']}"
     yield "size", f"{size(sum(file['bytes'] for file in manifest['files'].values()))}, {manifest['bits_per_weight']:.2f} bits per weight"
+    for number, package in enumerate(manifest.get("chain", {"packages": []})["packages"], start=1):
+        first, last = package["layers"]
+        layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+        yield f"package {number}", f"{package['file']}: {layers}, {size(package['weight_bytes'])} of weights"
     yield "context", f"{manifest['context']:,} tokens"
     if manifest["alpha"] != 1:
         found = "measured" if manifest["calibration"]["method"] == "measured" else "a safe default, not measured"

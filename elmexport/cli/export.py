@@ -21,10 +21,14 @@ TARGETS: Mapping[str, str] = {
 
     \b
     --quant is one of
-      int4   4-bit weights in blocks of 32; embedding and head 8-bit (default)
-      int8   8-bit weights in blocks of 32
-      fp16   half precision
-      fp32   full precision
+      int4           4-bit weights in blocks of 32; embedding and head 8-bit (default)
+      int4-block64   the same in blocks of 64: smaller, faster, less exact
+      int4-block128  the same in blocks of 128
+      int4-asym      4-bit weights with zero points; embedding and head 8-bit
+      int4-all       4-bit weights in blocks of 32, embedding and head as well
+      int8           8-bit weights in blocks of 32
+      fp16           half precision
+      fp32           full precision
 
     \b
     Example:
@@ -128,7 +132,7 @@ def command(target: str) -> Callable[..., None]:
             str,
             typer.Option(
                 metavar="auto|none|FILE",
-                help="auto: measure the model's activations on a short text and scale them to fit half precision, and quantize along a longer one where the method needs it; none: a scale that is safe for most models; FILE: a text, or statistics from `elmexport calibrate`.",
+                help="auto: measure the model's activations on a short text, to weight errors and to scale them to fit half precision, and quantize along a longer one where the method needs it; none: no weights, and a scale that is safe for most models; FILE: a text, statistics from `elmexport calibrate`, or llama.cpp's importance matrix (.gguf).",
             ),
         ] = "auto",
         tokens: Annotated[
@@ -140,6 +144,14 @@ def command(target: str) -> Callable[..., None]:
                 min=1,
                 metavar="BITS",
                 help="Let each matrix have the scheme that its sensitivity asks for, so many bits a parameter on average; writes recipe.toml into the artifact.",
+            ),
+        ] = None,
+        max_drop: Annotated[
+            float | None,
+            typer.Option(
+                min=0,
+                metavar="PP",
+                help="Find the smallest such mix that loses at most so many percentage points of accuracy on the bundled cloze task; several tries, each measured.",
             ),
         ] = None,
         weights_from: Annotated[
@@ -177,7 +189,7 @@ def command(target: str) -> Callable[..., None]:
         from elmexport.artifact import Artifact
         from elmexport.export import export as library_export
 
-        weights = WeightOptions(method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight)
+        weights = WeightOptions(method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight, max_drop)
         with progress_bar() as progress:
             result = library_export(
                 model,

@@ -18,7 +18,7 @@ def lint(
     artifact: Annotated[Path, typer.Argument(help="The folder that an export printed, or any .mlpackage that holds an mlprogram.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document, every finding by itself, instead of text.")] = False,
 ) -> None:
-    """List what the Neural Engine's published rules say against a Core ML package.
+    """Find what keeps a Core ML package off the Neural Engine.
 
     Reads the package; runs nothing. Exit code 1 if a finding is an error (the operation or package stays off the Neural Engine); warnings
     (it runs, but slower, or not on every device) do not change the exit code. What only the CPU can do, but lies before or behind all heavy

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from elmexport import __version__
-from elmexport.cli import calibrate, eval, export, generate, inspect, logits, models, report
+from elmexport.cli import bench, calibrate, eval, export, generate, inspect, lint, logits, models, report
 from elmexport.errors import ElmExportError
 
 app = typer.Typer(name="elmexport", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -47,9 +47,11 @@ for _target, _help in export.TARGETS.items():
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(eval.evaluate)
 app.command("report")(report.report)
+app.command("bench")(bench.bench)
 app.command("models")(models.models)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("lint")(lint.lint)
 app.command("logits")(logits.logits)
 
 

@@ -18,6 +18,20 @@ class Operators(StrEnum):
     STANDARD = "standard"
 
 
+class Device(StrEnum):
+    """The values of `coreml --device`."""
+
+    NEURAL_ENGINE = "neural-engine"
+    GPU = "gpu"
+
+
+class Cache(StrEnum):
+    """The values of `coreml --kv`."""
+
+    STATE = "state"
+    IO = "io"
+
+
 # By target: the field's name, its annotation as typer reads it, its default. A test holds the rows and the targets' fields together.
 OPTIONS: Mapping[str, tuple[tuple[str, Any, Any], ...]] = {
     "onnx": (
@@ -30,7 +44,49 @@ OPTIONS: Mapping[str, tuple[tuple[str, Any, Any], ...]] = {
             Operators.FAST,
         ),
     ),
-    "coreml": (),
+    "coreml": (
+        (
+            "device",
+            Annotated[Device, typer.Option(help="The form of the program: what the Neural Engine or what the GPU runs best.")],
+            Device.NEURAL_ENGINE,
+        ),
+        (
+            "kv",
+            Annotated[
+                Cache,
+                typer.Option(
+                    help="Where the cache lives. state: in Core ML; io: in an input, and the caller writes new keys and values to it."
+                ),
+            ],
+            Cache.STATE,
+        ),
+        (
+            "prefill",
+            Annotated[
+                int | None,
+                typer.Option(metavar="TOKENS", help="Tokens that the prefill function reads at once. [default: 64, at most the context]"),
+            ],
+            None,
+        ),
+        (
+            "argmax",
+            Annotated[
+                bool, typer.Option("--argmax", help="Give the most likely token instead of logits; such a package cannot be evaluated.")
+            ],
+            False,
+        ),
+        (
+            "max_package_mb",
+            Annotated[
+                float | None,
+                typer.Option(
+                    metavar="MB",
+                    help="Cut the model into packages of at most so many megabytes of weights. [default: 1000; with --device gpu, which never cuts, 2000]",
+                ),
+            ],
+            None,
+        ),
+    ),
     "gguf": (
         (
             "imatrix",

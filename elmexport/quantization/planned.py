@@ -13,7 +13,7 @@ from elmexport.errors import ElmExportError
 from elmexport.quantization.quantize import Method, Moments, PalettizedTensor, QuantizedTensor, quantize
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
-from elmexport.weights import Role, WeightSpec
+from elmexport.weights import WeightSpec
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -58,16 +58,13 @@ class PlannedWeights:
 
 
 class OnTheFly:
-    """`quantize` by `method`, its squares weighted by the moments of a tensor's input where `moments` gives them.
-
-    The embedding is a table first, whose rows are read one at a time: its squares are not weighted, though it may be the head too.
-    """
+    """`quantize` by `method`, its squares weighted by the moments of a tensor's input where `moments` gives them (those of the head for a tied embedding)."""
 
     def __init__(self, method: Method = "mse", moments: Callable[[WeightSpec], Moments | None] | None = None) -> None:
         self._method, self._moments = method, moments
 
     def __call__(self, weight: Tensor, spec: WeightSpec, scheme: Integer | Lut) -> QuantizedTensor | PalettizedTensor:
-        moments = None if self._moments is None or spec.role is Role.EMBEDDING else self._moments(spec)
+        moments = None if self._moments is None else self._moments(spec)
         return quantize(weight, scheme, self._method, moments)
 
 

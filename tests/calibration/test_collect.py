@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from calibration import collect as module
+from calibration import second_moments
 from calibration.collect import collect
 from calibration.residual import ResidualPeak
 from calibration.statistics import Statistics
@@ -41,7 +42,7 @@ def small_batches() -> Iterator[None]:
     """Several batches, the last one smaller, and Hessians of several blocks, the last one smaller."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BATCH_TOKENS", 48)
-        patch.setattr(module, "BLOCK", 80)
+        patch.setattr(second_moments, "BLOCK", 80)
         yield
 
 

@@ -122,9 +122,12 @@ def test_rounding_errors_that_make_a_hessian_indefinite_are_damped_away() -> Non
     mean = float(hessian.diagonal().mean())
     hessian += mean * 0.05 * torch.diag(torch.tensor([-1.0, 1.0]).repeat(64)) - torch.eye(128) * float(torch.linalg.eigvalsh(hessian)[0])
     assert torch.linalg.eigvalsh(hessian)[0] < -0.01 * mean
-    q = gptq(weight, scheme("int4-block32"), hessian)
+    raised: list[float] = []
+    q = gptq(weight, scheme("int4-block32"), hessian, damped=raised.append)
+    assert raised and raised[0] in (0.1, 1.0)
     assert torch.isfinite(q.dequantize()).all()
     assert (q.dequantize() - weight).square().mean() < 0.05
+    gptq(weight, scheme("int4-block32"), problem()[1], damped=lambda value: pytest.fail(f"raised to {value}"))
 
 
 def test_a_matrix_that_is_no_hessian_is_refused() -> None:

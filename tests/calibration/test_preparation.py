@@ -13,13 +13,17 @@ from calibration.calibrate import make_sample
 from calibration.collect import collect
 from calibration.preparation import Prepared, WeightOptions, prepare
 from calibration.statistics import Statistics
+from calibration.text import Sample
 from elmexport.errors import ElmExportError
+from elmexport.evaluation.self_check import reference_pass
+from elmexport.graph.trace import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import QuantizedTensor, quantize
 from elmexport.quantization.recipes import Recipe, Rule
 from elmexport.quantization.schemes import Float, find_scheme
 from elmexport.target import find_target
 from elmexport.weights import Role
+from targets.gguf.statistics import write_imatrix
 from tests.memory_checkpoint import MemoryCheckpoint
 
 RECIPE = Recipe("int4", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp32"), 1.0, (Rule(find_scheme("int4-block32")),))
@@ -55,6 +59,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tokens of no text": ({"tokens": 5}, "--tokens is how much of a calibration text to read, and none is read here"),
     "tokens of statistics": ({"method": "gptq", "calibrate": Path("a.safetensors"), "tokens": 5}, "none is read here"),
     "two sources": ({"method": "gptq", "weights_from": Path("a.safetensors")}, "--weights-from brings the codes; leave --method"),
+    "size and drop": ({"bits_per_weight": 5.0, "max_drop": 1.0}, "--bits-per-weight gives the size, --max-drop finds it"),
+    "drop below zero": ({"max_drop": -1.0}, "--max-drop is -1; it is in percentage points of accuracy"),
+    "tokens of an importance matrix": ({"calibrate": Path("a.gguf"), "tokens": 5}, "none is read here"),
     "nothing to save": ({"save_weights_to": Path("a.safetensors")}, "--method mse finds codes as it writes them"),
 }
 
@@ -89,6 +96,58 @@ def test_statistics_weight_the_squares(small_checkpoint: MemoryCheckpoint, stati
         "sequential": False,
     }
     assert found.statistics is not None and found.statistics.residual_peak == statistics.residual_peak
+
+
+def test_the_pass_of_every_export_weights_the_squares(small_checkpoint: MemoryCheckpoint) -> None:
+    """Where nothing else does; with the mean squares that a calibration on its text finds."""
+    reference = reference_pass(small_checkpoint, trace(small_checkpoint.config), None, SilentProgress())
+    measured = collect(small_checkpoint, Sample(reference.ids[None], "the same"))
+    spec = small_checkpoint.specs[DOWN]
+    own, expected = reference.moments(spec), measured.moments(spec)
+    assert own is not None and expected is not None
+    torch.testing.assert_close(own.mean_square, expected.mean_square, rtol=1e-4, atol=1e-6)
+    assert reference.moments(small_checkpoint.specs[NORM]) is None
+
+    def weighted(recipe: Recipe = RECIPE, **options: Any) -> Prepared:
+        return prepare(small_checkpoint, find_target("onnx"), recipe, WeightOptions(**options), SilentProgress(), lambda: reference)
+
+    q = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", own)  # type: ignore[call-overload]
+    assert torch.equal(codes(weighted()), q.codes)
+    assert weighted().facts["calibration"]["text_sha256"] == measured.facts.text_sha256
+    for options in ({"calibrate": "none"}, {"method": "rtn"}):
+        assert weighted(**options).facts["calibration"] is None
+    eight = Recipe("8", "", Float("fp32"), Float("fp16"), Float("fp32"), Float("fp16"), 1.0, (Rule(find_scheme("int8-block32")),))
+    assert weighted(eight).facts["calibration"] is None  # nothing to search
+
+
+def test_an_importance_matrix_weights_the_squares(small_checkpoint: MemoryCheckpoint, statistics: Statistics, tmp_path: Path) -> None:
+    path = tmp_path / "i.gguf"
+    write_imatrix(statistics, small_checkpoint.config, path)
+    found = prepared(small_checkpoint, calibrate=path)
+    expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(small_checkpoint.specs[DOWN]))  # type: ignore[call-overload]
+    assert (codes(found) != expected.codes).float().mean() < 0.001  # the file holds sums in float32
+    assert found.facts["calibration"]["text"] == "bundled calibration text"
+    assert found.statistics is not None and found.statistics.residual_peak is None
+    assert codes(prepared(small_checkpoint, calibrate=path, method="awq")).shape == expected.codes.shape
+    with pytest.raises(ElmExportError, match="hold no Hessians, which gptq needs"):
+        prepared(small_checkpoint, calibrate=path, method="gptq")
+
+
+@pytest.mark.slow
+def test_more_damping_than_usual_is_said(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the codes are computed, and when they come from the cache."""
+    factor = torch.linalg.cholesky_ex
+    attempts = iter([torch.tensor(1), torch.tensor(1)])  # of the target's least squares, which then take float64, and of GPTQ
+
+    def failing(matrix: torch.Tensor) -> Any:
+        lower, failed = factor(matrix)
+        return lower, next(attempts, failed) if matrix.shape[0] == small_checkpoint.specs[DOWN].shape[1] else failed
+
+    assert prepared(small_checkpoint, method="gptq", tokens=256).notes == ()
+    monkeypatch.setattr("calibration.gptq.torch.linalg.cholesky_ex", failing)
+    first = prepared(small_checkpoint, method="gptq", tokens=512)
+    assert len(first.notes) == 1 and "took 0.1 of its mean diagonal as damping" in first.notes[0]
+    assert prepared(small_checkpoint, method="gptq", tokens=512).notes == first.notes
 
 
 def test_a_text_is_measured(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
@@ -160,7 +219,7 @@ def test_a_cache_that_cannot_be_written(small_checkpoint: MemoryCheckpoint, tmp_
 @pytest.mark.parametrize(
     ("target", "scheme", "message"),
     [
-        ("onnx", "lut4-group8", r"stores .* \(attention.qkv\) as .*; onnx stores fp32, fp16, and symmetric integers in blocks of 16"),
+        ("onnx", "lut4-group8", r"stores .* \(attention.qkv\) as .*; onnx stores .*integers in blocks of 16"),
         ("gguf", "int4-block64", r"\(attention.qkv\) as .*; gguf stores fp32, fp16, bf16, int4-block32"),
         ("coreml", "ggml-q4_k", r"\(attention.qkv\) as .*; coreml stores "),
     ],

@@ -135,7 +135,7 @@ def test_help_lists_the_target_s_quantizations(target: str) -> None:
 
 
 def test_a_quantization_that_the_target_lacks(run: Run, tmp_path: Path) -> None:
-    run("coreml", "--quant", "fp32").refused("--quant fp32 is not available for coreml; choose ")
+    run("coreml", "--quant", "fp32").refused("--quant fp32 is not available for coreml: the Neural Engine computes in fp16")
     assert list(tmp_path.iterdir()) == []
 
 

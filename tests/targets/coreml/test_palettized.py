@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,20 @@ from numpy.typing import NDArray
 from calibration.calibrate import make_sample
 from calibration.collect import collect
 from calibration.preparation import Calibrate, WeightOptions
+from calibration.statistics import Moments
 from calibration.weight_set import WeightSet
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.evaluation.self_check import reference_pass
+from elmexport.graph.trace import trace
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import PalettizedTensor, quantize
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import Integer, Lut, PerGroupedChannel, find_scheme
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.coreml import open_runtime
-from elmexport.weights import Role
+from elmexport.weights import Role, WeightSpec
 from targets.coreml import CoreMLTarget
 from targets.coreml.packing import _cut, _tables
 from tests.clients.readers import Weights, quantized_weights
@@ -55,14 +60,18 @@ def recipe(folder: Path, **schemes: str) -> str:
     return str(path)
 
 
-def dequantized(checkpoint: MemoryCheckpoint, schemes: Mapping[str, str]) -> Weights:
-    """Every matrix as `quantize` gives it."""
+def dequantized(checkpoint: MemoryCheckpoint, schemes: Mapping[str, str], *, calibrate: Calibrate = "none") -> Weights:
+    """Every matrix as `quantize` gives it; with `calibrate` "auto" its errors weighted by what the reference pass of an export finds."""
+    moments: Callable[[WeightSpec], Moments | None] | None = None
+    if calibrate == "auto":
+        graph, tokenizer = trace(checkpoint.config, checkpoint.config.max_context_length), load_tokenizer(checkpoint.tokenizer_path)
+        moments = reference_pass(checkpoint, graph, tokenizer, SilentProgress()).moments
     weights: Weights = {}
     for spec in checkpoint.config.weights():
         if spec.role is not Role.NORM:
             scheme = find_scheme(schemes.get(spec.role, schemes["rest"]))
             assert isinstance(scheme, Integer | Lut)
-            weights[spec.name] = quantize(checkpoint.tensor(spec.name), scheme).dequantize().numpy()
+            weights[spec.name] = quantize(checkpoint.tensor(spec.name), scheme, "mse", moments and moments(spec)).dequantize().numpy()
     return weights
 
 
@@ -104,7 +113,7 @@ def test_every_matrix_in_tables(
     artifact = export_to(small_checkpoint, "coreml", recipe(tmp_path, rest=scheme), weights=WeightOptions(calibrate=calibrate))
     alpha = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["alpha"]
     assert alpha == {"auto": 1, "none": 1 / 32}[calibrate]
-    expected = dequantized(small_checkpoint, {"rest": scheme})
+    expected = dequantized(small_checkpoint, {"rest": scheme}, calibrate=calibrate)
     assert_holds(artifact, small_checkpoint, expected)
     assert_computes(artifact, small_checkpoint, expected, np.arange(1, 70))
 

@@ -1,0 +1,63 @@
+"""What each matrix costs in each scheme, kept in the cache: measured once for a model, a text and a choice of schemes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from calibration.sensitivity import Probe, Sensitivity, sensitivities
+from calibration.text import Sample
+from calibration.work import complete_file
+from elmexport import __version__
+from elmexport.cache import cache_folder
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.errors import ElmExportError
+from elmexport.progress import Progress
+from elmexport.quantization.schemes import Integer, Lut, find_scheme, scheme_name
+
+FORMAT = 1  # of the files; raised when the same measurement would give other figures
+
+
+def known_sensitivities(
+    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[Integer | Lut]], sample: Sample, probe: Probe, progress: Progress
+) -> list[Sensitivity]:
+    """`sensitivities`, out of the cache if they have been measured before.
+
+    Raises:
+        ElmExportError: the cache cannot be written.
+    """
+    names = {name: [scheme_name(scheme) for scheme in schemes] for name, schemes in candidates.items()}
+    key = json.dumps([FORMAT, __version__, checkpoint.identity(), sample.sha256, names])
+    path = cache_folder() / "sensitivities" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    known = _read(path, checkpoint, names)
+    if known is not None:
+        return known
+    found = sensitivities(checkpoint, candidates, sample, probe, progress)
+    document = {item.spec.name: {scheme_name(scheme): kl for scheme, kl in item.kl.items()} for item in found}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(path) as partial:
+            partial.write_text(json.dumps(document), encoding="utf-8")
+    except OSError as error:
+        raise ElmExportError(
+            f"cannot write {path}: {error.strerror or error}; free space, or choose another folder with the environment variable ELMEXPORT_CACHE"
+        ) from error
+    return found
+
+
+def _read(path: Path, checkpoint: Checkpoint, names: Mapping[str, Sequence[str]]) -> list[Sensitivity] | None:
+    """What lies in `path`; None where there is nothing, or not what was asked for: then it is measured again."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kinds: dict[str, dict[Integer | Lut, float]] = {}
+        for name, wanted in names.items():
+            kinds[name] = {}
+            for label in wanted:
+                scheme = find_scheme(label)
+                assert isinstance(scheme, Integer | Lut)
+                kinds[name][scheme] = float(document[name][label])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return [Sensitivity(spec, kinds[spec.name]) for spec in checkpoint.specs.values() if spec.name in kinds]

@@ -1,0 +1,46 @@
+"""Planned weights as numbers: what the artifact will hold, in the place of the model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.quantization.planned import PlannedWeights
+
+
+class Dequantized(Mapping[str, Tensor]):
+    """Every tensor as the artifact will hold it, float32, made when it is asked for."""
+
+    def __init__(self, weights: PlannedWeights) -> None:
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights.get(self._weights.checkpoint.specs[name])
+        return weight.to(torch.float32) if isinstance(weight, Tensor) else weight.dequantize()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.checkpoint.specs)
+
+    def __len__(self) -> int:
+        return len(self._weights.checkpoint.specs)
+
+
+class DequantizedCheckpoint(Checkpoint):
+    """The model with `weights`: what a runtime for checkpoints can run."""
+
+    def __init__(self, weights: PlannedWeights) -> None:
+        model = weights.checkpoint
+        super().__init__(model.config, model.source, model.tokenizer_path)
+        self._model, self._tensors = model, Dequantized(weights)
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._model.stored_shapes()
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def identity(self) -> str:
+        raise NotImplementedError("weights under construction have no identity; that of an artifact is in its manifest")

@@ -1,0 +1,71 @@
+"""The accuracy that other weights cost a model, before any artifact is written: the bundled cloze task, in torch, paired item by item."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.errors import ElmExportError
+from elmexport.evaluation.comparison import compare_task
+from elmexport.evaluation.results import TaskResult
+from elmexport.evaluation.tasks.presets import DEFAULT_TASK
+from elmexport.progress import Progress
+from elmexport.runtimes.torch import TorchRuntime
+
+
+class TaskDrop:
+    """The task, and what the model answers with its weights rounded to fp16: the reference of `elmexport eval`.
+
+    A model is in memory as a whole, in float32, while it answers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, progress: Progress) -> None:
+        """
+        Raises:
+            ElmExportError: a model without a tokenizer, or weights that fp16 cannot hold.
+        """
+        if checkpoint.tokenizer_path is None:
+            raise ElmExportError(
+                f"--max-drop measures accuracy on a text, and {checkpoint.source.name} has no tokenizer to read it with; "
+                "pass one with --tokenizer PATH, or give a size with --bits-per-weight"
+            )
+        from elmexport.evaluation.tasks.documents import build_documents
+        from elmexport.evaluation.tasks.local import quiet
+        from elmexport.evaluation.tasks.suite import load_suites
+
+        self._tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        with quiet():
+            (self._suite,) = load_suites({DEFAULT_TASK: None}, None)
+            self._documents = build_documents(self._suite, None, 0)
+        self._reference = self._answers(checkpoint, torch.float16, f"{checkpoint.source.name} fp16", progress)
+
+    def measure(self, checkpoint: Checkpoint, label: str, progress: Progress) -> TaskResult:
+        """The results of `checkpoint`, compared with the reference's. `label` is shown while it answers."""
+        return compare_task(DEFAULT_TASK, self._answers(checkpoint, None, label, progress), self._reference)
+
+    def _answers(self, checkpoint: Checkpoint, rounded_to: torch.dtype | None, label: str, progress: Progress) -> TaskResult:
+        from elmexport.evaluation.lm import RuntimeLM
+        from elmexport.evaluation.tasks.documents import task_result
+        from elmexport.evaluation.tasks.local import quiet
+
+        requests = [instance for document in self._documents for instance in document.instances]
+        progress.stage(f"{DEFAULT_TASK}, {label}", len(requests))
+        lm = RuntimeLM(TorchRuntime(checkpoint, rounded_to=rounded_to), self._tokenizer)
+        lm.set_cache_hook(_Hook(progress))
+        with quiet():
+            answers = lm.loglikelihood(requests, disable_tqdm=True)
+            by_instance = {id(instance): answer for instance, answer in zip(requests, answers, strict=True)}
+            return task_result(self._suite, self._documents, lambda instance: by_instance[id(instance)], None)
+
+
+class _Hook:
+    """Counts answers as they come."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def add_partial(self, *_: Any) -> None:
+        self._progress.advance(1)
