@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -209,10 +209,20 @@ def inflated(checkpoint: MemoryCheckpoint, factor: float) -> MemoryCheckpoint:
     return MemoryCheckpoint(checkpoint.config, arrays)
 
 
-@pytest.mark.parametrize("target", ["coreml", "onnx"])
-def test_a_large_residual_stream_fits_fp16(target: str, small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        pytest.param("coreml", {}, id="coreml"),
+        pytest.param("coreml", {"kv": "io"}, id="coreml-io", marks=pytest.mark.slow),
+        pytest.param("coreml", {"device": "gpu"}, id="coreml-gpu"),
+        pytest.param("onnx", {}, id="onnx"),
+    ],
+)
+def test_a_large_residual_stream_fits_fp16(
+    target: str, settings: Mapping[str, str], small_checkpoint: MemoryCheckpoint, tmp_path: Path
+) -> None:
     checkpoint = inflated(small_checkpoint, 2.0**16)
-    result = export_checkpoint(checkpoint, target, "fp16", out=tmp_path / "artifact")
+    result = export_checkpoint(checkpoint, target, "fp16", out=tmp_path / "artifact", settings=settings)
     assert result.manifest["calibration"]["method"] == "measured"
     assert result.manifest["calibration"]["residual_peak"] > 1e5
     assert result.manifest["alpha"] == choose_alpha(result.manifest["calibration"]["residual_peak"]) < 1

@@ -43,6 +43,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "io": {"kv": "io"},
     "prefill 32": {"prefill": 32},
     "io, prefill 96": {"kv": "io", "prefill": 96},
+    "in packages": {"max_package_mb": 1.4},
+    "in packages, io": {"max_package_mb": 1.4, "kv": "io"},
 }
 ArtifactOf = Callable[..., Path]
 
@@ -169,9 +171,9 @@ class CoreMLModel:
         return self.model.make_states(self.function)
 
     def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
-        caches = {"key_cache", "value_cache"} & set(inputs)
-        assert {inputs[name].dtype for name in caches} <= {np.dtype(np.float16)}
-        assert {value.dtype for name, value in inputs.items() if name not in caches} == {np.dtype(np.int32)}
+        halves = {"key_cache", "value_cache", "hidden"} & set(inputs)
+        assert {inputs[name].dtype for name in halves} <= {np.dtype(np.float16)}
+        assert {value.dtype for name, value in inputs.items() if name not in halves} == {np.dtype(np.int32)}
         return self.model.predict(inputs, state, self.function)
 
 
@@ -195,7 +197,7 @@ def open_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return call
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [pytest.param(form, marks=[] if form in ("state", "io") else pytest.mark.slow) for form in FORMS])
 def test_every_form_at_every_boundary(
     form: str, open_form: Callable[[Path], Runtime], artifact_of: ArtifactOf, ids: NDArray[np.int64], expected: NDArray[np.float64]
 ) -> None:
