@@ -19,6 +19,8 @@ from elmexport.runtimes.torch import TorchRuntime
 from tests.reference import kl
 from tests.runtimes.mil.foreign_models import HIDDEN, AnySize, Encoder, Images, Stateful, StatelessOpenELM
 
+pytestmark = pytest.mark.slow
+
 PRECISIONS = [(ct.precision.FLOAT32, 2e-6), (ct.precision.FLOAT16, 6e-3)]
 
 

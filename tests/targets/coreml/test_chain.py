@@ -35,6 +35,8 @@ from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.targets.coreml.package_reader import Package, shape
 
+pytestmark = pytest.mark.slow
+
 # By scheme: megabytes that cut the small model into one, two and three packages.
 LIMITS: Mapping[str, Mapping[int, float]] = {"fp16": {1: 100, 2: 2.0, 3: 1.4}, "int4": {1: 100, 2: 0.6, 3: 0.4}}
 UNCALIBRATED = WeightOptions(calibrate="none")

@@ -21,6 +21,8 @@ from tests.memory_checkpoint import MemoryCheckpoint
 from tests.reference import reference_logits
 from tests.targets.coreml.fake_coremltools import FakeModel, fake_coremltools
 
+pytestmark = pytest.mark.slow
+
 FORMS = [
     {},
     *(
