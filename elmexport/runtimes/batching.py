@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,3 +39,14 @@ def padded(sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     for row, sequence in zip(result, sequences, strict=True):
         row[: len(sequence)] = sequence
     return result
+
+
+def in_padded_batches(
+    continuations: Sequence[NDArray[np.int64]], context: int, position: int, read: Callable[[NDArray[np.int64]], NDArray[np.float32]]
+) -> list[NDArray[np.float32]]:
+    """What `read` gives for each continuation of the first `position` tokens: of padded ids `[rows, tokens]`, logits `[rows, tokens, vocab]`."""
+    results: dict[int, NDArray[np.float32]] = {}
+    for group in batches([len(ids) for ids in continuations], rows=copies(context, position)):
+        logits = read(padded([continuations[index] for index in group]))
+        results |= {index: row[: len(continuations[index])] for index, row in zip(group, logits, strict=True)}
+    return [results[index] for index in range(len(continuations))]

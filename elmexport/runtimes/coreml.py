@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from elmexport.runtimes import coreml_gpu
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import batches, copies, padded
+from elmexport.runtimes.batching import in_padded_batches
 from elmexport.runtimes.coreml_chain import join, load_chain
 from elmexport.runtimes.coreml_contract import Contract, read_contract
 from elmexport.runtimes.coreml_engines import CoreMLEngine, Engine, MilEngine
@@ -66,12 +66,8 @@ class CoreMLRuntime(Runtime):
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         if not (isinstance(self._engine, MilEngine) and self._engine.narrowed):
             return super()._continuations(continuations, position)
-        results: dict[int, NDArray[np.float32]] = {}
-        for group in batches([len(ids) for ids in continuations], rows=copies(self.context, position)):
-            ids = padded([continuations[index] for index in group])
-            logits = self._engine.batch(ids.astype(np.int32), position)
-            results |= {index: row[: len(continuations[index])] for index, row in zip(group, logits, strict=True)}
-        return [results[index] for index in range(len(continuations))]
+        engine = self._engine
+        return in_padded_batches(continuations, self.context, position, lambda ids: engine.batch(ids.astype(np.int32), position))
 
 
 def open_runtime(path: Path, *, precision: Precision = "fp16") -> Runtime:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import batches, copies, padded
+from elmexport.runtimes.batching import in_padded_batches
 from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
 from elmexport.runtimes.mil.executor import MilModel, Precision
 from elmexport.runtimes.mil.program import Program
@@ -57,12 +57,8 @@ class CoreMLGpuRuntime(Runtime):
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         if not isinstance(self._engine, _MilEngine):
             return super()._continuations(continuations, position)
-        results: dict[int, NDArray[np.float32]] = {}
-        for group in batches([len(ids) for ids in continuations], rows=copies(self.context, position)):
-            ids = padded([continuations[index] for index in group])
-            logits = self._engine.batch(ids.astype(np.int32), position)
-            results |= {index: row[: len(continuations[index])] for index, row in zip(group, logits, strict=True)}
-        return [results[index] for index in range(len(continuations))]
+        engine = self._engine
+        return in_padded_batches(continuations, self.context, position, lambda ids: engine.batch(ids.astype(np.int32), position))
 
 
 class _MilEngine:

@@ -83,7 +83,7 @@ def _embed(lowering: Lowering, node: Node) -> Vars:
     rows = _gather(lowering, matrix, ids)
     x = mb.reshape(x=mb.transpose(x=rows, perm=[1, 0]), shape=[1, spec.shape[1], 1, lowering.tokens])
     factor = matrix.factor * node.weight_scale if tied else matrix.factor
-    return (_times(x, factor),)
+    return (times(x, factor),)
 
 
 def _gather(lowering: Lowering, matrix: Matrix, ids: Var) -> Var:
@@ -113,7 +113,7 @@ def _linear(lowering: Lowering, node: Node) -> Vars:
     if node.role is Role.LM_HEAD and lowering.picked is not None:
         x = _pick(x, lowering.picked)
     # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
-    x = _times(x, matrix.factor)
+    x = times(x, matrix.factor)
     name = identifier(node.name)
     outputs = tuple(mb.conv(x=x, weight=lowering.file.part(part), name=f"{name}_{i}") for i, part in enumerate(matrix.parts))
     if node.role is not Role.LM_HEAD:
@@ -164,7 +164,8 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Node], Vars]] = {
 }
 
 
-def _times(x: Var, factor: float) -> Var:
+def times(x: Var, factor: float) -> Var:
+    """`x * factor`; no operation for a factor of 1."""
     return x if factor == 1.0 else mb.mul(x=x, y=np.float16(factor))
 
 

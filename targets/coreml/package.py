@@ -50,10 +50,7 @@ def write_specification(graph: Graph, file: WeightFile, form: Form, metadata: Ma
     program.default_function_name = DECODE
     for name, tokens in form.functions.items():
         program.add_function(name, lower(graph, tokens, file, form))
-    translated = Exporter(program, file, SPECIFICATION_VERSION).export()
-    model = CoreMLProtoExporter(program, translated, "", "", None, "mlprogram", "milinternal", SPECIFICATION_VERSION).export(
-        SPECIFICATION_VERSION
-    )
+    model = specification(program, file)
     _describe(model, metadata)
     path.write_bytes(model.SerializeToString(deterministic=True))
     described = model.description.functions
@@ -61,6 +58,13 @@ def write_specification(graph: Graph, file: WeightFile, form: Form, metadata: Ma
         kind: list(dict.fromkeys(feature.name for function in described for feature in getattr(function, kind.removesuffix("s"))))
         for kind in ("inputs", "outputs", "states")
     }
+
+
+def specification(program: Program, file: WeightFile) -> Any:
+    """The model specification of `program`, weights into `file`; nothing in it is described yet."""
+    translated = Exporter(program, file, SPECIFICATION_VERSION).export()
+    exporter = CoreMLProtoExporter(program, translated, "", "", None, "mlprogram", "milinternal", SPECIFICATION_VERSION)
+    return exporter.export(SPECIFICATION_VERSION)
 
 
 def write_package_manifest(package: Path) -> None:

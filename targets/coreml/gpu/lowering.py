@@ -15,7 +15,7 @@ from elmexport.weights import Role
 from targets.coreml.gpu.attention import Attention
 from targets.coreml.gpu.interface import input_ranges
 from targets.coreml.interface import cache_shape
-from targets.coreml.lowering import fresh_names
+from targets.coreml.lowering import fresh_names, times
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Part, Var, WeightFile, identifier
 
@@ -63,13 +63,13 @@ def _embed(lowering: Lowering, node: Node) -> Var:
     tied = any(spec in other.weights.values() for other in lowering.graph.nodes if other is not node)
     matrix = lowering.file.matrix(spec, 1, 1.0 if tied else node.weight_scale)
     rows = mb.gather(x=lowering.constant(*matrix.parts), indices=lowering.ids, axis=0)
-    return _times(rows, matrix.factor * node.weight_scale if tied else matrix.factor)
+    return times(rows, matrix.factor * node.weight_scale if tied else matrix.factor)
 
 
 def _linear(lowering: Lowering, node: Node) -> Var:
     matrix = lowering.file.matrix(node.weights["weight"], 1, node.weight_scale)
     # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
-    x = _times(lowering.input(node), matrix.factor)
+    x = times(lowering.input(node), matrix.factor)
     name = LOGITS if node.role is Role.LM_HEAD else identifier(node.name)
     weight = lowering.constant(*matrix.parts)
     # Left out, each projection would get zeros of its own.
@@ -108,7 +108,3 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Node], Var]] = {
     "silu": _silu,
     "add": _add,
 }
-
-
-def _times(x: Var, factor: float) -> Var:
-    return x if factor == 1.0 else mb.mul(x=x, y=np.float16(factor))

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import coremltools as ct
-from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
 from coremltools.converters.mil.mil import Program
 
 from elmexport.graph.ir import Graph
 from targets.coreml.gpu.interface import DESCRIPTIONS, input_ranges
 from targets.coreml.gpu.lowering import lower
-from targets.coreml.package import SPECIFICATION_VERSION
-from targets.coreml.packing import Exporter, WeightFile
+from targets.coreml.package import specification
+from targets.coreml.packing import WeightFile
 
 
 def write_specification(graph: Graph, file: WeightFile, metadata: Mapping[str, str], path: Path) -> None:
@@ -27,10 +26,7 @@ def write_specification(graph: Graph, file: WeightFile, metadata: Mapping[str, s
     )
     program = Program()
     program.add_function("main", function)
-    translated = Exporter(program, file, SPECIFICATION_VERSION).export()
-    model = CoreMLProtoExporter(program, translated, "", "", None, "mlprogram", "milinternal", SPECIFICATION_VERSION).export(
-        SPECIFICATION_VERSION
-    )
+    model = specification(program, file)
     description = model.description
     for feature in (*description.input, *description.state, *description.output):
         feature.shortDescription = DESCRIPTIONS[feature.name]
