@@ -14,7 +14,7 @@ from elmexport.errors import ElmExportError
 from elmexport.graph.interpret import Caches, interpret
 from elmexport.graph.trace import trace
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import batches, copies, padded
+from elmexport.runtimes.batching import in_padded_batches
 
 
 class TorchRuntime(Runtime):
@@ -48,14 +48,12 @@ class TorchRuntime(Runtime):
 
     @torch.inference_mode()
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
-        results: dict[int, NDArray[np.float32]] = {}
-        for group in batches([len(ids) for ids in continuations], rows=copies(self.context, position)):
-            ids = padded([continuations[index] for index in group])
-            caches = Caches(self.graph, len(group), self._dtype, position + ids.shape[1])
+        def read(ids: NDArray[np.int64]) -> NDArray[np.float32]:
+            caches = Caches(self.graph, len(ids), self._dtype, position + ids.shape[1])
             caches.copy_prefix(self._caches, position)
-            logits = self._run(torch.from_numpy(ids), position, caches, None)
-            results |= {index: row[: len(continuations[index])] for index, row in zip(group, logits, strict=True)}
-        return [results[index] for index in range(len(continuations))]
+            return self._run(torch.from_numpy(ids), position, caches, None)
+
+        return in_padded_batches(continuations, self.context, position, read)
 
     def _run(self, ids: torch.Tensor, position: int, caches: Caches, last: int | None) -> NDArray[np.float32]:
         out = interpret(self.graph, lambda spec: self._weights[spec.name], ids, position, caches, last=last)
