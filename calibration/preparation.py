@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from calibration.statistics import mean_square_of
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.progress import Progress
 from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.planned import OnTheFly, PlannedWeights
 from elmexport.quantization.recipes import Plan, Recipe, resolve
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.schemes import CodedScheme
 from elmexport.target import Target
 
 if TYPE_CHECKING:
@@ -148,12 +149,12 @@ def _planned(
 
 def _searches(plan: Plan) -> bool:
     """Whether `mse` has something to search: 8-bit integers have scales from their largest value."""
-    return any(isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.width == 4) for scheme in plan.schemes.values())
+    return any(isinstance(scheme, CodedScheme) and scheme.uses_importance for scheme in plan.schemes.values())
 
 
 def _weighted_by(reference: Reference, checkpoint: Checkpoint, plan: Plan) -> Prepared:
     text = {"text": reference.text, "text_sha256": reference.text_sha256, "tokens": len(reference.ids), "sequential": False}
-    planned = PlannedWeights(checkpoint, plan, OnTheFly("mse", reference.moments))
+    planned = PlannedWeights(checkpoint, plan, OnTheFly("mse", mean_square_of(reference.moments)))
     return Prepared(planned, None, {"method": "mse", "calibration": text})
 
 
@@ -179,7 +180,7 @@ def _stored(checkpoint: Checkpoint, plan: Plan, path: Path) -> Prepared:
 def _found(checkpoint: Checkpoint, plan: Plan, options: WeightOptions, progress: Progress) -> Prepared:
     statistics, sample = _read(checkpoint, options, progress)
     if options.method == "mse" or options.method == "rtn":
-        quantizer = OnTheFly(options.method, None if statistics is None else statistics.moments)
+        quantizer = OnTheFly(options.method, None if statistics is None else mean_square_of(statistics.moments))
         weighted = statistics is not None and options.method == "mse"
         text = _text_of(statistics) if statistics is not None and weighted else None
         return Prepared(PlannedWeights(checkpoint, plan, quantizer), statistics, {"method": options.method, "calibration": text})
@@ -195,7 +196,7 @@ def _found(checkpoint: Checkpoint, plan: Plan, options: WeightOptions, progress:
     if options.method == "awq":
         assert statistics is not None
         folded = fold()
-        planned = PlannedWeights(folded, plan, OnTheFly("mse", moments_of(folded, statistics)))
+        planned = PlannedWeights(folded, plan, OnTheFly("mse", mean_square_of(moments_of(folded, statistics))))
         return Prepared(planned, statistics, {"method": options.method, "calibration": _text_of(statistics)})
     source = sample or statistics
     assert source is not None

@@ -20,8 +20,8 @@ from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.export import export, export_checkpoint
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.runtimes import open_artifact
 from elmexport.weights import Role, WeightSpec
 from tests.memory_checkpoint import MemoryCheckpoint
@@ -65,11 +65,11 @@ def test_a_broken_artifact_is_discarded(target: str, tiny: Checkpoint, tmp_path:
     """One matrix whose codes are shifted by a column, as a packing error would do: the self-check must not let it pass."""
     right = PlannedWeights.get
 
-    def wrong(self: PlannedWeights, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor | QuantizedTensor:
+    def wrong(self: PlannedWeights, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor | IntegerTensor:
         weight = right(self, spec, scale)
-        if spec.role is not Role.FFN_DOWN or not isinstance(weight, QuantizedTensor):
+        if spec.role is not Role.FFN_DOWN or not isinstance(weight, IntegerTensor):
             return weight
-        return QuantizedTensor(weight.scheme, weight.codes.roll(1, dims=1), weight.scales)
+        return IntegerTensor(weight.scheme, weight.codes.roll(1, dims=1), weight.scales)
 
     monkeypatch.setattr(PlannedWeights, "get", wrong)
     with pytest.raises(VerificationError, match=r"self-check failed: KL.* is the most this quantization may cost") as caught:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import Method, Moments, PalettizedTensor, QuantizedTensor, quantize
+from elmexport.quantization.codec import Quantized, Rounding
+from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan
-from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
+from elmexport.quantization.schemes import CodedScheme, Float, Scheme
 from elmexport.weights import WeightSpec
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -21,7 +22,7 @@ TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bflo
 class Quantizer(Protocol):
     """Gives the tensors that a plan stores as codes."""
 
-    def __call__(self, weight: Tensor, spec: WeightSpec, scheme: Integer | Lut) -> QuantizedTensor | PalettizedTensor: ...
+    def __call__(self, weight: Tensor, spec: WeightSpec, scheme: CodedScheme) -> Quantized: ...
 
 
 class PlannedWeights:
@@ -39,7 +40,7 @@ class PlannedWeights:
     def scheme(self, spec: WeightSpec) -> Scheme:
         return self.plan.schemes[spec.name]
 
-    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | QuantizedTensor | PalettizedTensor:
+    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | Quantized:
         """The tensor times `scale` (a power of two), as its scheme stores it: `[out, in]` or `[dim]`.
 
         Raises:
@@ -49,23 +50,25 @@ class PlannedWeights:
         scheme = self.scheme(spec)
         if isinstance(scheme, Float):
             return cast(tensor if scale == 1.0 else tensor.to(torch.float32) * scale, scheme, spec.name)
-        assert isinstance(scheme, Integer | Lut), f"{spec.name}: {scheme} is quantized by the target"
+        assert isinstance(scheme, CodedScheme), f"{spec.name}: {scheme} is quantized by the target"
         try:
             quantized = self._quantizer(tensor, spec, scheme)
-            return quantized if scale == 1.0 else quantized.scaled(scale)
         except ElmExportError as error:
             raise ElmExportError(f"{spec.name}: {error}") from None
+        scaled = quantized if scale == 1.0 else quantized.scaled(scale)
+        if scaled is None:
+            raise ElmExportError(f"{spec.name} cannot be multiplied by {scale:g} exactly in fp16")
+        return scaled
 
 
 class OnTheFly:
-    """`quantize` by `method`, its squares weighted by the moments of a tensor's input where `moments` gives them (those of the head for a tied embedding)."""
+    """`quantize` by `method`, its squares weighted by the mean squares of a tensor's input where given (those of the head for a tied embedding)."""
 
-    def __init__(self, method: Method = "mse", moments: Callable[[WeightSpec], Moments | None] | None = None) -> None:
-        self._method, self._moments = method, moments
+    def __init__(self, method: Rounding = "mse", mean_square: Callable[[WeightSpec], Tensor | None] | None = None) -> None:
+        self._method, self._mean_square = method, mean_square
 
-    def __call__(self, weight: Tensor, spec: WeightSpec, scheme: Integer | Lut) -> QuantizedTensor | PalettizedTensor:
-        moments = None if self._moments is None else self._moments(spec)
-        return quantize(weight, scheme, self._method, moments)
+    def __call__(self, weight: Tensor, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
+        return quantize(weight, scheme, self._method, None if self._mean_square is None else self._mean_square(spec))
 
 
 def cast(tensor: Tensor, scheme: Float, name: str) -> Tensor:

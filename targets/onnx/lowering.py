@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from elmexport.graph.ir import Node
 from elmexport.graph.ops import rope_angles
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.target import ExportJob
 from elmexport.weights import Role, WeightSpec
 from targets.onnx.builder import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
@@ -110,8 +110,8 @@ class Lowering:
         """A matrix, written at its first use; floats as `[in, out]` with `transpose`, the layout of MatMul."""
         if spec.name not in self.matrices:
             weight = self.job.weights.get(spec, scale)
-            assert not isinstance(weight, PalettizedTensor), f"{spec.name}: `OnnxTarget.refuses` look-up tables"
-            if isinstance(weight, QuantizedTensor):
+            if not isinstance(weight, torch.Tensor):
+                assert isinstance(weight, IntegerTensor), f"{spec.name}: `OnnxTarget.refuses` {weight.scheme}"
                 self.matrices[spec.name] = self._blocks(spec, weight, transpose=transpose)
             elif transpose:
                 self.matrices[spec.name] = self.builder.weight(f"{spec.name}.transposed", self._floats(weight.t()))
@@ -120,7 +120,7 @@ class Lowering:
             self.job.advance(spec.size)
         return self.matrices[spec.name]
 
-    def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
+    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> Blocks:
         codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
         scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
         zeros = None if weight.zeros is None else self.builder.weight(f"{spec.name}.zeros", pack_zeros(weight.zeros))

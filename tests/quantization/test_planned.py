@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from elmexport.errors import ElmExportError
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.planned import PlannedWeights, cast
-from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.quantization.recipes import Recipe, Rule, resolve
 from elmexport.quantization.schemes import Float, find_scheme
 from tests.memory_checkpoint import MemoryCheckpoint
@@ -36,7 +36,7 @@ def test_quantized_times_alpha(small_checkpoint: MemoryCheckpoint, scheme: str) 
     weights = planned(small_checkpoint, scheme)
     spec = small_checkpoint.specs[QKV]
     plain, scaled = weights.get(spec), weights.get(spec, 2.0**-3)
-    assert isinstance(plain, QuantizedTensor) and isinstance(scaled, QuantizedTensor)
+    assert isinstance(plain, IntegerTensor) and isinstance(scaled, IntegerTensor)
     assert torch.equal(scaled.codes, plain.codes)
     assert torch.equal(scaled.dequantize(), plain.dequantize() / 8)
 

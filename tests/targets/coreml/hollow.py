@@ -13,8 +13,10 @@ from torch import Tensor
 
 from elmexport.graph.trace import trace
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
 from elmexport.quantization.planned import TORCH_DTYPES, PlannedWeights
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import Float, Integer, PerBlock, PerGroupedChannel
 from elmexport.target import ExportJob
@@ -54,7 +56,7 @@ class HollowWeights(PlannedWeights):
     def __init__(self, plan: Any) -> None:
         self.plan = plan
 
-    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | QuantizedTensor | PalettizedTensor:
+    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | Quantized:
         scheme = self.scheme(spec)
         if isinstance(scheme, Float):
             return torch.ones((), dtype=TORCH_DTYPES[scheme.dtype]).expand(spec.shape)
@@ -63,7 +65,7 @@ class HollowWeights(PlannedWeights):
         if isinstance(scheme, Integer):
             granules = columns // granularity.size if isinstance(granularity, PerBlock) else 1
             scales = torch.ones((), dtype=torch.float16).expand(rows, granules)
-            return QuantizedTensor(scheme, torch.zeros((), dtype=torch.int8).expand(rows, columns), scales)
+            return IntegerTensor(scheme, torch.zeros((), dtype=torch.int8).expand(rows, columns), scales)
         groups = -(-rows // granularity.size) if isinstance(granularity, PerGroupedChannel) else 1
         tables = torch.ones((), dtype=torch.float16).expand(groups, scheme.entries)
         return PalettizedTensor(scheme, torch.zeros((), dtype=torch.uint8).expand(rows, columns), tables)

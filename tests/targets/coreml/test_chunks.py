@@ -19,8 +19,10 @@ from elmexport.graph.ir import Graph
 from elmexport.graph.trace import trace
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.models.zoo import find_model
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
 from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.quantization.recipes import Plan, resolve
 from elmexport.quantization.schemes import Float, Integer, Lut, PerBlock, PerChannel, PerGroupedChannel, PerTensor, Scheme
 from elmexport.weights import Role, WeightSpec
@@ -38,10 +40,10 @@ def weights_of_zeros(scheme: Scheme) -> PlannedWeights:
         def scheme(self, spec: WeightSpec) -> Scheme:
             return scheme
 
-        def get(self, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor | QuantizedTensor | PalettizedTensor:
+        def get(self, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor | Quantized:
             if isinstance(scheme, Integer):
                 granules = scheme.granularity.count(spec.shape) // spec.shape[0]
-                return QuantizedTensor(scheme, torch.zeros(spec.shape, dtype=torch.int8), torch.ones(spec.shape[0], granules).half())
+                return IntegerTensor(scheme, torch.zeros(spec.shape, dtype=torch.int8), torch.ones(spec.shape[0], granules).half())
             if isinstance(scheme, Lut):
                 tables = torch.zeros(scheme.granularity.count(spec.shape), scheme.entries).half()
                 return PalettizedTensor(scheme, torch.zeros(spec.shape, dtype=torch.uint8), tables)

@@ -25,8 +25,8 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.export import export_checkpoint
 from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import find_scheme
 from elmexport.runtimes import open_artifact
@@ -185,7 +185,7 @@ def test_dequantized_weights_are_ours(small_config: OpenELMConfig, export_to: Ex
     folder = export_to(checkpoint, "onnx", quant, weights=WeightOptions(calibrate="none"))
     found = quantized_weights("onnx", folder, checkpoint.config)
     weights = PlannedWeights(checkpoint, resolve(find_target("onnx").recipe(quant), checkpoint.config.weights()))
-    quantized = {name: tensor for name, spec in checkpoint.specs.items() if isinstance(tensor := weights.get(spec), QuantizedTensor)}
+    quantized = {name: tensor for name, spec in checkpoint.specs.items() if isinstance(tensor := weights.get(spec), IntegerTensor)}
     assert len(quantized) == 4 * checkpoint.config.num_transformer_layers + (1 if tied else 2)
     assert found.keys() == quantized.keys()
     for name, tensor in quantized.items():
