@@ -37,7 +37,7 @@ class Moments:
 
 
 def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callable[[WeightSpec], Tensor | None]:
-    """The mean squares float32 `[in]` among the moments of what a matrix multiplies, for `OnTheFly`."""
+    """The mean squares float32 `[in]` among the moments of what a matrix multiplies, for `elmexport.quantization.weight_source.CheckpointWeights`."""
 
     def get(spec: WeightSpec) -> Tensor | None:
         moments = moments_of(spec)

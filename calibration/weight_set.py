@@ -23,6 +23,7 @@ from elmexport.errors import ElmExportError
 from elmexport.quantization.codec import Codec, Quantized, find_codec
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme, find_scheme
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -117,6 +118,21 @@ class WeightSet:
         """The tensor of `spec`, which is one of `facts.schemes`."""
         codec = _codec(self.facts.schemes[spec.name])
         return codec.from_parts({part: self._tensors[f"{spec.name}.{part}"] for part in codec.layout(spec.shape)}, spec.shape)
+
+
+class StoredWeights(WeightSource):
+    """The codes of a weight set, and the norms that came with them; of `checkpoint`, only the tensors that are not in the set are read."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
+        """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""
+        super().__init__(checkpoint, plan)
+        self._weights, self._norms = weights, weights.norms()
+
+    def numbers(self, spec: WeightSpec) -> Tensor:
+        return self._norms[spec.name] if spec.name in self._norms else super().numbers(spec)
+
+    def _quantized(self, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
+        return self._weights.get(spec)
 
 
 def quantized_schemes(plan: Plan) -> dict[str, str]:

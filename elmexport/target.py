@@ -25,9 +25,9 @@ from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Scheme
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import Role
 
 TARGETS: Mapping[str, str] = {
@@ -49,7 +49,7 @@ class ExportJob:
 
     name: str  # display name for file names, "OpenELM-450M"
     graph: Graph
-    weights: PlannedWeights
+    weights: WeightSource
     tokenizer: Tokenizer | None
     advance: Advance
 

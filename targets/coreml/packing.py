@@ -28,8 +28,7 @@ from torch import Tensor
 from elmexport.quantization.codec import Quantized
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.lut_codec import PalettizedTensor
-from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.schemes import Float
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import WeightSpec
 from targets.coreml.interface import MAX_DIM
 
@@ -78,7 +77,7 @@ class WeightFile:
     """
 
     def __init__(
-        self, folder: Path, weights: PlannedWeights, advance: Callable[[int], None], *, rank: int = 4, max_rows: int | None = MAX_DIM
+        self, folder: Path, weights: WeightSource, advance: Callable[[int], None], *, rank: int = 4, max_rows: int | None = MAX_DIM
     ) -> None:
         self._ones, self._max_rows = (1,) * (rank - 2), max_rows
         self.path = folder / WEIGHT_FILE
@@ -142,7 +141,8 @@ class WeightFile:
         del self.writer
 
     def _write_matrix(self, spec: WeightSpec, pieces: int, scale: float) -> Matrix:
-        weight, factor = self._read(spec, scale)
+        scaled = self._weights.scaled(spec, scale)
+        weight = scaled.weight
         name = identifier(spec.name)
         bounds = _cut(spec.shape[0], pieces, 1 if isinstance(weight, Tensor) else weight.scheme.row_group, self._max_rows or spec.shape[0])
         parts = []
@@ -150,7 +150,7 @@ class WeightFile:
             label = name if len(bounds) == 1 else f"{name}_part{i}"
             parts.append(self._write_part(label, weight, slice(start, stop)))
         self._advance(spec.size)
-        return Matrix(tuple(parts), factor)
+        return Matrix(tuple(parts), scaled.rest)
 
     def _write_part(self, label: str, weight: Weight, rows: slice) -> Part:
         if isinstance(weight, IntegerTensor):
@@ -167,15 +167,6 @@ class WeightFile:
 
     def _matrix(self, values: Tensor) -> NDArray[Any]:
         return values.numpy().reshape(*values.shape, *self._ones)
-
-    def _read(self, spec: WeightSpec, scale: float) -> tuple[Weight, float]:
-        """The weight times `scale`, and 1; or, where fp16 scales or tables would lose bits to it, the weight as it is, and `scale`."""
-        if isinstance(self._weights.scheme(spec), Float):
-            return self._weights.get(spec, scale), 1.0
-        weight = self._weights.get(spec)
-        assert isinstance(weight, Quantized)
-        scaled = weight.scaled(scale)
-        return (weight, scale) if scaled is None else (scaled, 1.0)
 
     def _write(self, name: str, array: NDArray[Any], kind: str | None = None) -> Blob:
         """`kind` ("uint4") says which integers the bytes of `array` stand for, where they are not bytes."""

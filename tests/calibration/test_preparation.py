@@ -49,7 +49,7 @@ def prepared(checkpoint: MemoryCheckpoint, **options: Any) -> Prepared:
 
 
 def codes(found: Prepared, name: str = DOWN) -> torch.Tensor:
-    weight = found.weights.get(found.weights.checkpoint.specs[name])
+    weight = found.weights.get(found.weights.specs[name])
     assert isinstance(weight, IntegerTensor)
     return weight.codes
 

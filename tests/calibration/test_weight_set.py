@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.weight_set import WeightFacts, WeightSet, quantized_schemes, weight_writer
+from calibration.weight_set import StoredWeights, WeightFacts, WeightSet, quantized_schemes, weight_writer
 from elmexport.errors import ElmExportError
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.lut_codec import PalettizedTensor
@@ -64,6 +64,25 @@ def test_what_is_written_is_what_is_read(path: Path, plan: Plan, small_checkpoin
             kinds.add((type(found), isinstance(found, IntegerTensor) and found.zeros is not None))
     assert kinds == {(IntegerTensor, False), (IntegerTensor, True), (PalettizedTensor, False)}
     assert torch.equal(weights.norms()[NORM], small_checkpoint.tensor(NORM))
+
+
+def test_codes_and_folded_norms_come_without_reading_the_source(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint) -> None:
+    class Watched(MemoryCheckpoint):
+        def read(self, name: str) -> torch.Tensor:
+            read.append(name)
+            if name in quantized_schemes(plan) or name == NORM:
+                raise OSError(f"{name} was read")
+            return super().read(name)
+
+    read: list[str] = []
+    checkpoint = Watched(small_checkpoint.config, small_checkpoint.arrays)
+    source = StoredWeights(checkpoint, plan, WeightSet.load(path))
+    for name, spec in source.specs.items():
+        weight, twice = source.get(spec), source.scaled(spec, 2.0)
+        values = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+        doubled = twice.weight if isinstance(twice.weight, torch.Tensor) else twice.weight.dequantize()
+        assert twice.rest == 1 and torch.equal(doubled, values * 2), name
+    assert set(read) == set(source.specs) - set(quantized_schemes(plan)) - {NORM}
 
 
 def test_safetensors_own_reader_takes_the_file_and_4_bit_codes_take_4_bits(path: Path, small_checkpoint: MemoryCheckpoint) -> None:
