@@ -19,7 +19,7 @@ from elmexport.checkpoint.save import save_checkpoint
 from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.export import export, export_checkpoint
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.weight_source import WeightSource
 from elmexport.runtimes import open_artifact
@@ -123,7 +123,7 @@ def test_a_model_without_a_tokenizer_is_not_exported_by_accident(
         raise MissingDependencyError("access to it is restricted")
 
     monkeypatch.setattr("elmexport.checkpoint.hub.download_tokenizer", refused)
-    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda: None)
+    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda repo: None)
     model, out = tmp_path / "model", tmp_path / "artifact"
     save_checkpoint(model, small_checkpoint.config, {name: torch.from_numpy(array) for name, array in small_checkpoint.arrays.items()})
     with pytest.raises(MissingDependencyError, match=r"model comes without a tokenizer.*or --tokenizer none to go without"):

@@ -179,7 +179,7 @@ def test_a_new_kind_is_a_module_and_a_row(sign: Sign, small_checkpoint: MemoryCh
         '[[rule]]\nscheme = "sign-row"\n'
     )
     recipe = load_recipe(path)
-    plan = resolve(recipe, small_checkpoint.specs.values())
+    plan = resolve(recipe, small_checkpoint.config)
     assert recipe.to_dict()["rule"] == [{"scheme": "sign-row"}]
     name = "transformer.layers.1.attn.qkv_proj.weight"
     assert plan.schemes[name] == sign
