@@ -123,7 +123,7 @@ def test_the_prebuilt_wheel_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch
     """The two packages that bring ggml compile it differently."""
     import torch
 
-    from elmexport.quantization.ggml import find_ggml_type
+    from elmexport.quantization.schemes import find_scheme
 
     pytest.importorskip("xllamacpp", reason="the prebuilt wheel is not installed: pip install xllamacpp")
     pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install llama-cpp-python")
@@ -133,7 +133,7 @@ def test_the_prebuilt_wheel_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch
 
     def results() -> list[Any]:
         types = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
-        kinds = [kind for kind in (find_ggml_type(f"ggml-{name}") for name in types) if kind is not None]
+        kinds = [find_scheme(f"ggml-{name}") for name in types]
         assert len(kinds) == len(types)
         return [ggml.quantize(weight, kind, weights).tobytes() for kind in kinds for weights in (None, importance)]
 
