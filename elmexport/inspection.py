@@ -1,17 +1,16 @@
 """What an artifact holds: whether its files are those of its manifest, and its tensors as the format's own reader finds them.
 
-Each target package says how to list the tensors of its format: `targets/<target>/inspect.py` has `list_tensors(folder)`.
+How to list the tensors of a format stands in its row, `elmexport.formats.Format.reader`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
+from elmexport.formats import find_format, load
 from elmexport.weights import Role
 
 
@@ -58,7 +57,7 @@ def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
     Raises:
         ElmExportError: files that the format's reader cannot make sense of.
     """
-    return tuple(_reader(artifact.target)(artifact.path))
+    return tuple(load(find_format(artifact.target).reader)(artifact.path))
 
 
 def role_of(name: str) -> Role | None:
@@ -76,10 +75,3 @@ _ENDINGS = {
     "lm_head_weight": Role.LM_HEAD,
     "norm_weight": Role.NORM,
 }
-
-
-def _reader(target: str) -> Callable[[Path], Iterable[StoredTensor]]:
-    from elmexport.target import find_target
-
-    reader: Callable[[Path], Iterable[StoredTensor]] = import_module(f"{type(find_target(target)).__module__}.inspect").list_tensors
-    return reader

@@ -134,8 +134,8 @@ def _subject(path: Path, workload: Workload, fit: Collection[str]) -> _Subject:
     kind, quant = artifact_kind(path), None
     if (path / MANIFEST).is_file():
         manifest = Artifact.open(path).manifest
-        quant = str(manifest["quant"]["name"])
-        workload.fitted(manifest["context"], fit).check_context(path.name, manifest["context"])
+        quant = manifest.quant.name
+        workload.fitted(manifest.context, fit).check_context(path.name, manifest.context)
     return _Subject(path, kind, quant, _size(path), traffic(path))
 
 
