@@ -27,7 +27,7 @@ class Format:
     words: str  # ends the sentence "Export a model to …"
     target: str  # a subclass of `elmexport.target.Target`
     runtime: str  # `open(path) -> Runtime`, of an artifact folder or a bare model file
-    reader: str  # `list_tensors(folder) -> Iterable[StoredTensor]`
+    reader: str  # `list_tensors(folder, config) -> Iterable[StoredTensor]`
     engine: str  # `Runtime.name` of what `runtime` opens
     engine_package: str | None = None  # what `runtime` imports when it opens a file; None: nothing that takes long
     runtime_for_check: str | None = None  # as `runtime`, gives logits of artifacts that keep them to themselves; None: `runtime` does

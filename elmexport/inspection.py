@@ -8,21 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from elmexport.artifact import MANIFEST, Artifact
+from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.errors import ElmExportError
 from elmexport.formats import find_format, load
-from elmexport.weights import Role
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of an artifact's files."""
-
-    name: str  # in the file
-    role: Role | None  # None for what is no weight of the model: tables of angles, masks, constants of the graph
-    scheme: str  # how it is stored, in the format's words: "Q4_0", "4-bit, blocks of 32", "float16"
-    shape: tuple[int, ...]  # logical, outermost axis first: [out, in] for a matrix
-    bytes: int  # in the file, scales included
+from elmexport.models import config_from_dict
 
 
 @dataclass(frozen=True)
@@ -57,21 +46,5 @@ def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
     Raises:
         ElmExportError: files that the format's reader cannot make sense of.
     """
-    return tuple(load(find_format(artifact.target).reader)(artifact.path))
-
-
-def role_of(name: str) -> Role | None:
-    """The role of a tensor that goes by one of Apple's names (the dots may have become underscores); None for any other."""
-    words = name.replace(".", "_")
-    return next((role for ending, role in _ENDINGS.items() if words.endswith(ending)), None)
-
-
-_ENDINGS = {
-    "token_embeddings_weight": Role.EMBEDDING,
-    "qkv_proj_weight": Role.ATTENTION_QKV,
-    "out_proj_weight": Role.ATTENTION_OUT,
-    "ffn_proj_1_weight": Role.FFN_GATE_UP,
-    "ffn_proj_2_weight": Role.FFN_DOWN,
-    "lm_head_weight": Role.LM_HEAD,
-    "norm_weight": Role.NORM,
-}
+    config = config_from_dict(artifact.manifest.model.config, where=str(artifact.path / MANIFEST))
+    return tuple(load(find_format(artifact.target).reader)(artifact.path, config))

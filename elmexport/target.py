@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a target's class is imported for its --help, which nothing 
 
     from elmexport.checkpoint.tokenizer import Tokenizer
     from elmexport.graph.ir import Graph
-    from elmexport.models.openelm_config import OpenELMConfig
+    from elmexport.models.base import ModelConfig
     from elmexport.quantization.planned import PlannedWeights
 
 Advance = Callable[[int], None]
@@ -42,14 +42,11 @@ class ExportJob:
     """
 
     name: str  # display name for file names, "OpenELM-450M"
+    config: ModelConfig
     graph: Graph
     weights: PlannedWeights
     tokenizer: Tokenizer | None
     advance: Advance
-
-    @property
-    def config(self) -> OpenELMConfig:
-        return self.graph.config
 
     @property
     def recipe(self) -> Recipe:
@@ -145,7 +142,7 @@ class Target(ABC):
         return None
 
     @abstractmethod
-    def check(self, config: OpenELMConfig, context: int) -> None:
+    def check(self, config: ModelConfig, context: int) -> None:
         """Refuse, before any work, a model or context that the format cannot express.
 
         Raises:

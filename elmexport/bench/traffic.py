@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from elmexport.artifact import MANIFEST, Artifact
+from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.formats import find_format
-from elmexport.inspection import StoredTensor, list_tensors
+from elmexport.inspection import list_tensors
 from elmexport.manifest import Manifest
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import config_from_dict
 from elmexport.weights import Role
 
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
@@ -47,6 +47,6 @@ def _weights(tensors: tuple[StoredTensor, ...]) -> int:
 
 
 def _cache(manifest: Manifest, where: str) -> int:
-    config = OpenELMConfig.from_dict(manifest.model.config, where=where)
+    dims = config_from_dict(manifest.model.config, where=where).dims
     width = find_format(manifest.target).cache_bytes or _WIDTHS[manifest.quant.activations]
-    return 2 * sum(layer.kv_heads for layer in config.layers) * config.head_dim * width
+    return 2 * sum(layer.kv_heads for layer in dims.layers) * dims.head_dim * width

@@ -64,18 +64,17 @@ def _help(row: Format, target: Any) -> str:
 
 def _quants(target: Any) -> str:
     """The recipes of `target`: name, size, words."""
-    from elmexport.models.zoo import find_model
+    from elmexport.models import find_model
     from elmexport.quantization.recipes import resolve
 
     model = find_model(SIZED)
     assert model is not None
-    specs = list(model.config.weights())
     names = max(map(len, target.quants))
     lines = []
     for quant in target.quants:
         recipe = target.stored_recipe(quant)
         words = recipe.words + (" (default)" if quant == target.quants[0] else "")
-        start = f"  {quant:<{names}}  {resolve(recipe, specs).bits_per_weight:4.1f}  "
+        start = f"  {quant:<{names}}  {resolve(recipe, model.config).bits_per_weight:4.1f}  "
         lines += textwrap.wrap(words, _width(), initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
     return "\n".join(lines)
 

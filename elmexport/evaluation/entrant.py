@@ -15,7 +15,7 @@ from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import ModelFacts, Subject
 from elmexport.manifest import Model
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import config_from_dict
 from elmexport.progress import Progress
 from elmexport.runtimes import CHECKPOINT, artifact_kind, engine_name, open_as
 from elmexport.runtimes.base import Runtime
@@ -105,7 +105,7 @@ def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -
         return open_checkpoint(model.source.removeprefix("hub:"), revision=model.revision, tokenizer=NO_TOKENIZER, progress=progress)
     seed = re.fullmatch(r"random weights, seed (\d+)", model.source)
     if seed is not None:
-        config = OpenELMConfig.from_dict(model.config, where=str(artifact / MANIFEST))
+        config = config_from_dict(model.config, where=str(artifact / MANIFEST))
         return RandomCheckpoint(config, model.name.removesuffix(f"-random{seed[1]}"), int(seed[1]))
     raise ElmExportError(
         f"{artifact} was exported from {model.name}, a {model.source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
@@ -115,7 +115,7 @@ def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -
 def _checkpoint_entrant(checkpoint: Checkpoint, path: str, context: int | None, *, rounded: bool = False) -> Entrant:
     """`rounded`: weights to fp16 first, which makes it the fp16 reference."""
     identity = checkpoint.identity()
-    context = checkpoint.config.max_context_length if context is None else context
+    context = checkpoint.config.dims.context if context is None else context
     words = "weights rounded to fp16, computed in float32" if rounded else "weights as stored, computed in float32"
     subject = Subject(
         label=f"{checkpoint.source.name} {FP16}" if rounded else checkpoint.source.name,

@@ -21,7 +21,7 @@ from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.graph.partition import partition
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
 from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
@@ -92,26 +92,27 @@ class CoreMLTarget(Target):
             )
         return super().adapt(recipe)
 
-    def check(self, config: OpenELMConfig, context: int) -> None:
+    def check(self, config: ModelConfig, context: int) -> None:
         self._check_choices()
         if context % CONTEXT_MULTIPLE:
-            below = min(context, config.rope_max_length) // CONTEXT_MULTIPLE * CONTEXT_MULTIPLE
+            below = min(context, config.dims.max_context) // CONTEXT_MULTIPLE * CONTEXT_MULTIPLE
             above = below + CONTEXT_MULTIPLE
-            allowed = [str(value) for value in (below, above) if 0 < value <= config.rope_max_length]
+            allowed = [str(value) for value in (below, above) if 0 < value <= config.dims.max_context]
             raise ElmExportError(
                 f"context is {context}; the cache of a Core ML model must hold a multiple of {CONTEXT_MULTIPLE} tokens: "
                 f"pass --context {' or '.join(allowed) or CONTEXT_MULTIPLE}"
             )
-        if config.head_dim % CONTEXT_MULTIPLE:
+        dims = config.dims
+        if dims.head_dim % CONTEXT_MULTIPLE:
             raise ElmExportError(
-                f"head_dim is {config.head_dim}; the cache of a Core ML model takes multiples of {CONTEXT_MULTIPLE}: export this model to onnx or gguf"
+                f"head_dim is {dims.head_dim}; the cache of a Core ML model takes multiples of {CONTEXT_MULTIPLE}: export this model to onnx or gguf"
             )
         if self.device == "gpu":
             return
         self._check_tokens(config, context)
-        widths = {"model_dim": config.model_dim}
-        for i, layer in enumerate(config.layers):
-            widths[f"the query, key and value projection of layer {i}"] = (layer.query_heads + 2 * layer.kv_heads) * config.head_dim
+        widths = {"model_dim": dims.model_dim}
+        for i, layer in enumerate(dims.layers):
+            widths[f"the query, key and value projection of layer {i}"] = (layer.query_heads + 2 * layer.kv_heads) * dims.head_dim
             widths[f"the feed-forward width of layer {i}"] = layer.ffn_dim
         for what, width in widths.items():
             if width > MAX_DIM:
@@ -129,7 +130,7 @@ class CoreMLTarget(Target):
                         f"leave it out, or choose --device neural-engine"
                     )
 
-    def _check_tokens(self, config: OpenELMConfig, context: int) -> None:
+    def _check_tokens(self, config: ModelConfig, context: int) -> None:
         prefill = self._form(context).prefill
         if prefill > context:
             raise ElmExportError(
@@ -141,10 +142,11 @@ class CoreMLTarget(Target):
             raise ElmExportError(
                 f"--prefill is {prefill}; the Neural Engine keeps tokens in units of {PREFILL_MULTIPLE}: pass --prefill {' or '.join(allowed) or PREFILL_MULTIPLE}"
             )
-        if prefill * config.num_gqa_groups > MAX_DIM:
+        group = max(layer.queries_per_kv_head for layer in config.dims.layers)
+        if prefill * group > MAX_DIM:
             raise ElmExportError(
-                f"--prefill is {prefill}, with {config.num_gqa_groups} queries for each key; the Neural Engine takes at most {MAX_DIM} queries at once: pass "
-                f"--prefill {MAX_DIM // config.num_gqa_groups // PREFILL_MULTIPLE * PREFILL_MULTIPLE} or less"
+                f"--prefill is {prefill}, with {group} queries for each key; the Neural Engine takes at most {MAX_DIM} queries at once: pass "
+                f"--prefill {MAX_DIM // group // PREFILL_MULTIPLE * PREFILL_MULTIPLE} or less"
             )
         seen = context + prefill if self.kv == "io" else context
         if seen > MAX_DIM:

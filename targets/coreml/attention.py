@@ -24,9 +24,11 @@ class Attention:
 
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, cache: Cache) -> None:
         self.graph, self.tokens, self.file, self.cache = graph, tokens, file, cache
-        self.query_rope = self._rope("query", graph.config.head_dim**-0.5)
+        self.query_rope = self._rope("query", graph.dims.head_dim**-0.5)
         self.key_rope = self._rope("key", 1.0)
-        self.mask = self._mask()
+        mask = self.cache.mask()
+        groups = dict.fromkeys(node.attrs["query_heads"] // node.attrs["kv_heads"] for node in graph.attentions)
+        self.masks = {group: self._repeated(mask, group) for group in groups}
 
     def __call__(self, qkv: Var, node: Node) -> Var:
         """`[1, H d, 1, T]` from `qkv` `[1, (H + 2K) d, 1, T]`."""
@@ -36,21 +38,21 @@ class Attention:
         key = _rotate(self._normalize(key, node, "k_norm"), *self.key_rope)
         keys, values = self.cache.append(key, value)
         group = heads // kv_heads
-        rows = mb.reshape(x=query, shape=[1, kv_heads, group * self.tokens, self.graph.config.head_dim])
-        outputs = [self._attend(head_of(rows, head), keys[head], values[head]) for head in range(kv_heads)]
+        rows = mb.reshape(x=query, shape=[1, kv_heads, group * self.tokens, self.graph.dims.head_dim])
+        outputs = [self._attend(head_of(rows, head), keys[head], values[head], self.masks[group]) for head in range(kv_heads)]
         out = outputs[0] if kv_heads == 1 else mb.concat(values=outputs, axis=1)
         return self._join_heads(out, heads)
 
     def _split_heads(self, x: Var, heads: int) -> Var:
         """`[1, heads, T, d]` of `[1, heads d, 1, T]`."""
-        size = self.graph.config.head_dim
+        size = self.graph.dims.head_dim
         if self.tokens == 1:
             return mb.reshape(x=x, shape=[1, heads, 1, size])
         return mb.transpose(x=mb.reshape(x=x, shape=[1, heads, size, self.tokens]), perm=[0, 1, 3, 2])
 
     def _join_heads(self, x: Var, heads: int) -> Var:
         """`[1, heads d, 1, T]` of `[1, K, G T, d]`."""
-        size = self.graph.config.head_dim
+        size = self.graph.dims.head_dim
         if self.tokens > 1:
             x = mb.transpose(x=mb.reshape(x=x, shape=[1, heads, self.tokens, size]), perm=[0, 1, 3, 2])
         return mb.reshape(x=x, shape=[1, heads * size, 1, self.tokens])
@@ -59,28 +61,27 @@ class Attention:
         spec = node.weights.get(which)
         return x if spec is None else rms_norm(x, self.file.vector(spec, (1, 1, 1, spec.size)), node.attrs["eps"], axis=3)
 
-    def _attend(self, query: Var, keys: Var, values: Var) -> Var:
+    def _attend(self, query: Var, keys: Var, values: Var, mask: Var) -> Var:
         """`[1, 1, rows, d]` of queries `[1, 1, rows, d]`, keys and values `[1, 1, length, d]`."""
-        scores = mb.add(x=mb.matmul(x=query, y=keys, transpose_y=True), y=self.mask)
+        scores = mb.add(x=mb.matmul(x=query, y=keys, transpose_y=True), y=mask)
         return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=values)
 
     def _rope(self, name: str, scale: float) -> tuple[Var, Var]:
         """Rows of the cosine and sine tables at the tokens' places, `[1, 1, T, d]`, times `scale`; see `_rotate` for the sines' signs."""
-        config = self.graph.config
+        size = self.graph.dims.head_dim
 
         def table(which: int) -> NDArray[np.float16]:
-            angles = rope_angles(torch.arange(self.graph.context), config.head_dim, float(config.rope_freq_constant), torch.float64)[which]
+            angles = rope_angles(torch.arange(self.graph.context), size, self.graph.rope_theta, torch.float64)[which]
             if which == 1:
-                angles[:, : config.head_dim // 2] *= -1
+                angles[:, : size // 2] *= -1
             return (angles * scale).to(torch.float16).numpy()[None, None]
 
         cosines = self.file.table(f"rope_{name}_cos", lambda: table(0))
         sines = self.file.table(f"rope_{name}_sin", lambda: table(1))
         return mb.gather(x=cosines, indices=self.cache.positions, axis=2), mb.gather(x=sines, indices=self.cache.positions, axis=2)
 
-    def _mask(self) -> Var:
+    def _repeated(self, mask: Var, group: int) -> Var:
         """The cache's mask once for each of the G queries of a token, `[1, 1, G T, length]`; for one token, its row serves all."""
-        mask, group = self.cache.mask(), self.graph.config.num_gqa_groups
         return mask if self.tokens == 1 or group == 1 else mb.concat(values=[mask] * group, axis=2)
 
 

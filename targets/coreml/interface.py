@@ -73,4 +73,4 @@ def cache_shape(graph: Graph) -> tuple[int, int, int, int]:
 
     Layers have different numbers of KV heads, and states of different shapes do not compile on every chip: all lie on one axis.
     """
-    return 1, sum(graph.kv_heads.values()), graph.context, graph.config.head_dim
+    return 1, sum(graph.kv_heads.values()), graph.context, graph.dims.head_dim

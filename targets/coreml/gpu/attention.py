@@ -28,7 +28,7 @@ class Attention:
 
     def __init__(self, graph: Graph, file: WeightFile, inputs: Mapping[str, Var]) -> None:
         self.graph, self.file = graph, file
-        self.size = graph.config.head_dim
+        self.size = graph.dims.head_dim
         self.given_mask = inputs[CAUSAL_MASK]
         self.states = (inputs[KEY_CACHE], inputs[VALUE_CACHE])
         self.caches = [mb.read_state(input=state) for state in self.states]
@@ -36,7 +36,8 @@ class Attention:
         self.end = mb.slice_by_index(x=mb.shape(x=self.given_mask), begin=[3], end=[4])
         self.position = mb.sub(x=self.end, y=mb.slice_by_index(x=mb.shape(x=inputs[INPUT_IDS]), begin=[1], end=[2]))
         self.rope = [self._rows(name, which) for which, name in enumerate(("rope_cos", "rope_sin"))]
-        self.mask: Var | None = None
+        self.mask: Var | None = None  # of one query; with the masks of groups of them
+        self.masks: dict[int, Var] = {}
 
     def __call__(self, qkv: Var, node: Node) -> Var:
         """`[1, T, H d]` from `qkv` `[1, T, (H + 2K) d]`."""
@@ -47,10 +48,12 @@ class Attention:
         key = self._rotate(self._normalize(key, node, "k_norm"))
         keys, values = (self._append(which, new, kv_heads) for which, new in enumerate((key, value)))
         self.first_head += kv_heads
-        if self.mask is None:
-            self.mask = self._mask()
+        group = heads // kv_heads
+        if group not in self.masks:
+            self.mask = self.mask or self._mask()
+            self.masks[group] = self.mask if group == 1 else mb.concat(values=[self.mask] * group, axis=2)
         rows = mb.reshape(x=query, shape=[1, kv_heads, -1, self.size])
-        out = mb.scaled_dot_product_attention(query=rows, key=keys, value=values, attn_mask=self.mask)
+        out = mb.scaled_dot_product_attention(query=rows, key=keys, value=values, attn_mask=self.masks[group])
         out = mb.transpose(x=mb.reshape(x=out, shape=[1, heads, -1, self.size]), perm=[0, 2, 1, 3])
         return mb.reshape(x=out, shape=[1, -1, heads * self.size])
 
@@ -78,8 +81,7 @@ class Attention:
         """Rows of the cosine or sine table for the tokens, `[1, 1, T, d]`."""
 
         def table() -> NDArray[np.float16]:
-            config = self.graph.config
-            angles = rope_angles(torch.arange(self.graph.context), self.size, float(config.rope_freq_constant), torch.float64)[which]
+            angles = rope_angles(torch.arange(self.graph.context), self.size, self.graph.rope_theta, torch.float64)[which]
             if which == 1:
                 angles[:, : self.size // 2] *= -1
             return angles.to(torch.float16).numpy()[None, None]
@@ -92,7 +94,7 @@ class Attention:
         return mb.slice_by_index(x=x, begin=_corner(0, 0, start, 0), end=_corner(0, 0, self.end, 0), begin_mask=others, end_mask=others)
 
     def _mask(self) -> Var:
-        """`[1, 1, G T, end]`: the mask that was given, plus `_HIDDEN` behind each token's own place, and on a first place never written.
+        """`[1, 1, T, end]`: the mask that was given, plus `_HIDDEN` behind each token's own place, and on a first place never written.
 
         That place is recognized by a key of zeros: what a state begins with, and no key of a token.
         """
@@ -104,9 +106,7 @@ class Attention:
         empty = mb.equal(x=mb.reduce_max(x=mb.abs(x=first_key), axes=[3], keep_dims=True), y=np.float16(0))
         unwritten = mb.mul(x=mb.cast(x=empty, dtype="fp16"), y=mb.cast(x=mb.less(x=columns, y=np.int32(1)), dtype="fp16"))
         hidden = mb.mul(x=mb.maximum(x=later, y=unwritten), y=np.float16(_HIDDEN))
-        mask = mb.add(x=hidden, y=self.given_mask)
-        group = self.graph.config.num_gqa_groups
-        return mask if group == 1 else mb.concat(values=[mask] * group, axis=2)
+        return mb.add(x=hidden, y=self.given_mask)
 
 
 def _corner(*places: Var | int) -> Var:

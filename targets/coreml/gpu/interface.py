@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elmexport.graph.ir import Graph
-from elmexport.models.zoo import find_model
+from elmexport.models import find_model
 from elmexport.runtimes.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 
 DESCRIPTIONS = {
