@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import Report, read_report, write_report
 from elmexport.evaluation.schema import report_schema
+from tests.damage import places, spoilt
 from tests.evaluation.examples import example_report
 
 
@@ -90,6 +91,18 @@ def test_damaged_documents_are_refused(document: Any, message: str, tmp_path: Pa
     with pytest.raises(ElmExportError, match=message) as error:
         read_report(path)
     assert str(path) in str(error.value)
+
+
+def test_a_document_spoilt_anywhere_is_read_or_refused() -> None:
+    document = json.loads(example_report().to_json())
+    for place in places(document):
+        for words, spoiled in spoilt(document, place):
+            try:
+                Report.from_json(json.dumps(spoiled), "r.json")
+            except ElmExportError as error:
+                assert str(error).startswith("r.json") and len(str(error)) < 250
+            except Exception as error:
+                pytest.fail(f"{place}, {words}: {error!r}")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
