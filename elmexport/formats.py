@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, MissingDependencyError
 
 ENTRY_POINT_GROUP = "elmexport.formats"
 
@@ -104,9 +104,16 @@ def formats() -> Iterator[Format]:
 
 
 def load(reference: str) -> Any:
-    """Import what "module:name" refers to."""
+    """Import what "module:name" refers to.
+
+    Raises:
+        MissingDependencyError: the module, or something that it imports, is not installed.
+    """
     module, _, name = reference.partition(":")
-    return getattr(import_module(module), name)
+    try:
+        return getattr(import_module(module), name)
+    except ImportError as error:
+        raise MissingDependencyError(f"{module} cannot be imported ({error}); install what it needs") from error
 
 
 @cache

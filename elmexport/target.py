@@ -10,6 +10,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -123,7 +124,9 @@ class Target(ABC):
     @classmethod
     def stored_recipe(cls, quant: str) -> Recipe:
         """The recipe `quant`, one of `quants`, as it lies in the `recipes/` folder of the target's package."""
-        return load_recipe(files(cls.__module__).joinpath("recipes", f"{quant}.toml"))
+        package = import_module(cls.__module__).__package__
+        assert package is not None
+        return load_recipe(files(package).joinpath("recipes", f"{quant}.toml"))
 
     def adapt(self, recipe: Recipe) -> Recipe:
         """`recipe`, the target's own or a user's, as the target's settings leave it.

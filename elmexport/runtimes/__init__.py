@@ -56,9 +56,11 @@ def artifact_kind(path: Path) -> str:
         artifact = Artifact.open(path)
         artifact.check_sizes()
         return artifact.target
-    suffixes = {suffix: row.name for row in formats() for suffix in row.suffixes}
-    if path.suffix in suffixes:
-        return suffixes[path.suffix]
+    suffixes: list[str] = []
+    for row in formats():
+        if path.suffix in row.suffixes:
+            return row.name
+        suffixes += row.suffixes
     if (path / "config.json").is_file() or path.suffix == ".pt":
         return CHECKPOINT
     raise ElmExportError(
