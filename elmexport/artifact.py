@@ -83,10 +83,15 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Write `manifest.json`, its `files` filled in: SHA-256 and size in bytes of every file in `folder`. Returns it as written."""
+    """Write `manifest.json`, its `files` filled in: SHA-256 and size in bytes of every file in `folder`. Returns it as written.
+
+    Raises:
+        ElmExportError: something in it that no manifest may hold, as a target's setting that is a list.
+    """
     listing = {path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, file_sha256(path)) for path in _files(folder)}
-    complete = msgspec.structs.replace(manifest, files=listing)
-    (folder / MANIFEST).write_text(complete.to_json(), encoding="utf-8")
+    text = msgspec.structs.replace(manifest, files=listing).to_json().encode()
+    complete = read_manifest(text, MANIFEST)  # or nobody could read it later
+    (folder / MANIFEST).write_bytes(text)
     return complete
 
 

@@ -168,7 +168,7 @@ def export_checkpoint(
             format=FORMAT,
             model=_model(checkpoint),
             target=chosen.name,
-            settings=dict(chosen.settings()),
+            settings=chosen.settings(),
             quant=msgspec.convert({**recipe.to_dict(), **prepared.facts}, Quantization),
             fallbacks=tuple(Fallback(tensor, reason) for tensor, reason in plan.fallbacks),
             bits_per_weight=round(plan.bits_per_weight, 4),

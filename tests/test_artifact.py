@@ -49,6 +49,15 @@ def test_same_content_same_bytes(tmp_path: Path) -> None:
     assert (first / MANIFEST).read_bytes() == (second / MANIFEST).read_bytes()
 
 
+def test_a_manifest_that_nobody_could_read_is_not_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ElmExportError, match=r"manifest\.json: settings\.sizes is \[1\], where"),
+        artifact_folder(tmp_path / "artifact") as folder,
+    ):
+        write_manifest(folder, example_manifest(settings={"sizes": [1]}))
+    assert names(tmp_path) == set()
+
+
 def test_an_unfinished_folder_does_not_bear_the_final_name(tmp_path: Path) -> None:
     with artifact_folder(tmp_path / "artifact") as folder:
         assert not (tmp_path / "artifact").exists()

@@ -13,7 +13,6 @@ from elmexport.errors import ElmExportError
 from elmexport.formats import FORMATS, Format, find_format, format_names, load
 
 SIZED = "450M"  # the model whose bits per weight the list of --quant gives
-_WIDTH = 78  # of a help page
 
 
 class FormatGroup(TyperGroup):
@@ -70,15 +69,11 @@ def _quants(target: Any) -> str:
     model = find_model(SIZED)
     assert model is not None
     names = max(map(len, target.quants))
+    width = max(min(shutil.get_terminal_size().columns, 80) - 4, 50)  # of a help page, less its margin
     lines = []
     for quant in target.quants:
         recipe = target.stored_recipe(quant)
         words = recipe.words + (" (default)" if quant == target.quants[0] else "")
         start = f"  {quant:<{names}}  {resolve(recipe, model.config).bits_per_weight:4.1f}  "
-        lines += textwrap.wrap(words, _width(), initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+        lines += textwrap.wrap(words, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
     return "\n".join(lines)
-
-
-def _width() -> int:
-    """Columns of a help page, as typer counts them, less its margin."""
-    return max(min(shutil.get_terminal_size().columns, _WIDTH + 2) - 4, 50)
