@@ -34,7 +34,7 @@ class _FormatCommand(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
-        return _declared(find_format(self.name)).make_context(info_name, args, parent, **extra)
+        return _declared(find_format(self.name), helps="--help" in args).make_context(info_name, args, parent, **extra)
 
 
 def _short_help(name: str) -> str:
@@ -44,12 +44,13 @@ def _short_help(name: str) -> str:
         return str(error)
 
 
-def _declared(row: Format) -> Any:
+def _declared(row: Format, *, helps: bool) -> Any:
+    """The command itself; its help page, which reads every recipe, only where it is asked for."""
     from elmexport.cli.export import command
 
     target = load(row.target)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(row.name, help=_help(row, target))(command(target))
+    app.command(row.name, help=_help(row, target) if helps else None)(command(target))
     return typer.main.get_command(app)
 
 
