@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -25,7 +25,7 @@ from elmexport.models.base import ModelConfig
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
 from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
-from elmexport.target import Checked, ExportJob, Target, Written
+from elmexport.target import Checked, ExportJob, Target, Written, option
 from elmexport.weights import Role
 from targets.coreml.chunks import MEGABYTE, package_sizes, plan_cuts
 from targets.coreml.golden import write_golden
@@ -39,22 +39,36 @@ MAX_PACKAGE_MB = {"neural-engine": 1000.0, "gpu": 2000.0}  # what iPhones load, 
 
 @dataclass(frozen=True)
 class CoreMLTarget(Target):
-    """An `.mlpackage`.
+    """An `.mlpackage`, or several that run one after another."""
 
-    `device` is the form of the program, "neural-engine" or "gpu"; `kv` where the cache lives, "state" in Core ML's states or "io" in inputs
-    and outputs; `prefill` the tokens of the prefill function (None: 64, or the context where that is shorter); `argmax` lets the package
-    give the most likely token instead of logits; `max_package_mb` is the most that the weights of one package may take, in 10^6 bytes (None:
-    1000, and 2000 for the GPU).
-    """
-
-    device: str = "neural-engine"
-    kv: str = "state"
-    prefill: int | None = None
-    argmax: bool = False
-    max_package_mb: float | None = None
+    device: str = field(
+        default="neural-engine",
+        metadata=option("The form of the program: what the Neural Engine or what the GPU runs best.", choices=DEVICES),
+    )
+    kv: str = field(
+        default="state",
+        metadata=option(
+            "Where the cache lives. state: in Core ML; io: in an input, and the caller writes new keys and values to it.", choices=CACHES
+        ),
+    )
+    prefill: int | None = field(
+        default=None,
+        metadata=option("Tokens that the prefill function reads at once. [default: 64, at most the context]", metavar="TOKENS"),
+    )
+    argmax: bool = field(
+        default=False, metadata=option("Give the most likely token instead of logits; such a package cannot be evaluated.")
+    )
+    max_package_mb: float | None = field(
+        default=None,
+        metadata=option(
+            "Cut the model into packages of at most so many megabytes (10^6 bytes) of weights. [default: 1000; with --device gpu, which never cuts, 2000]",
+            metavar="MB",
+        ),
+    )
 
     name: ClassVar[str] = "coreml"
     quants: ClassVar[tuple[str, ...]] = ("int4", "int8", "lut4", "lut6", "lut8", "fp16")
+    example: ClassVar[str] = "--model tiny --quant int4"
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
         if scheme == Float("fp16") or isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.symmetric):
@@ -179,9 +193,7 @@ class CoreMLTarget(Target):
         job.write_description(folder)
         if len(parts) == 1:
             return None
-        return Written(
-            {chain.MANIFEST_KEY: chain.manifest(folder, names, parts, features, form)}, (chain.note(folder, names, self._max_package_mb),)
-        )
+        return Written(chain.described(folder, names, parts, features, form), (chain.note(folder, names, self._max_package_mb),))
 
     def finish(self, folder: Path, checked: Checked) -> None:
         write_golden(folder, checked, self.prefill)

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from elmexport.graph.ir import Graph
+from elmexport.manifest import Chain, ChainedPackage, Joint
 from elmexport.runtimes.coreml_chain import CHAIN
 from elmexport.runtimes.coreml_contract import HIDDEN, HIDDEN_OUT
 from targets.coreml.chunks import MEGABYTE
@@ -32,19 +32,19 @@ def metadata(names: Sequence[str], index: int, part: Graph) -> dict[str, str]:
     return {CHAIN: json.dumps({"index": index, "files": list(names), "layers": _layers(part)})}
 
 
-def manifest(
-    folder: Path, names: Sequence[str], parts: Sequence[Graph], features: Sequence[Mapping[str, list[str]]], form: Form
-) -> dict[str, Any]:
+def described(folder: Path, names: Sequence[str], parts: Sequence[Graph], features: Sequence[Mapping[str, list[str]]], form: Form) -> Chain:
     """How to run the packages in `folder`, in order: each one's layers, bytes of weights, and features (`last_token` in `prefill` only).
 
     `joints` says which output is which input of the next package; all other inputs come from the caller, and `position` is the same for all.
     """
-    packages = [
-        {"file": name, "layers": _layers(part), "weight_bytes": weight_bytes(folder / name), **found}
+    packages = tuple(
+        ChainedPackage(
+            name, _layers(part), weight_bytes(folder / name), tuple(found["inputs"]), tuple(found["outputs"]), tuple(found["states"])
+        )
         for name, part, found in zip(names, parts, features, strict=True)
-    ]
-    joints = [{"from": [before, HIDDEN_OUT], "to": [after, HIDDEN]} for before, after in pairwise(names)]
-    return {"functions": form.functions, "packages": packages, "joints": joints}
+    )
+    joints = tuple(Joint((before, HIDDEN_OUT), (after, HIDDEN)) for before, after in pairwise(names))
+    return Chain(form.functions, packages, joints)
 
 
 def note(folder: Path, names: Sequence[str], max_mb: float) -> str:
@@ -52,12 +52,9 @@ def note(folder: Path, names: Sequence[str], max_mb: float) -> str:
     sizes = [f"{weight_bytes(folder / name) / MEGABYTE:.4g}" for name in names]
     return (
         f"the weights take more than {max_mb:g} MB, so the model is cut into {len(names)} packages that run one after another "
-        f"({', '.join(sizes[:-1])} and {sizes[-1]} MB; {MANIFEST_KEY} in the manifest says how); iPhones load packages up to about 1000 MB, "
+        f"({', '.join(sizes[:-1])} and {sizes[-1]} MB; chain in the manifest says how); iPhones load packages up to about 1000 MB, "
         "Macs up to about 2000: see --max-package-mb"
     )
-
-
-MANIFEST_KEY = "chain"
 
 
 def weight_bytes(package: Path) -> int:
@@ -65,6 +62,6 @@ def weight_bytes(package: Path) -> int:
     return (package / MODEL_FOLDER / WEIGHT_FILE).stat().st_size
 
 
-def _layers(part: Graph) -> list[int]:
+def _layers(part: Graph) -> tuple[int, int]:
     """The first and the last."""
-    return [min(part.kv_heads), max(part.kv_heads)]
+    return min(part.kv_heads), max(part.kv_heads)
