@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.mil.executor import Precision
 from elmexport.runtimes import coreml_gpu
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
 from elmexport.runtimes.coreml_chain import join, load_chain
 from elmexport.runtimes.coreml_contract import Contract, read_contract
 from elmexport.runtimes.coreml_engines import CoreMLEngine, Engine, MilEngine
-from elmexport.runtimes.mil.executor import Precision
 
 
 class CoreMLRuntime(Runtime):

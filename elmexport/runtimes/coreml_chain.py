@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.errors import ElmExportError
+from elmexport.mil.link import link
+from elmexport.mil.program import Program, load_program
 from elmexport.runtimes.coreml_contract import HIDDEN, HIDDEN_OUT, NEW
-from elmexport.runtimes.mil.link import link
-from elmexport.runtimes.mil.program import Program, load_program
 
 CHAIN = "elmexport.chain"  # the key in a package's metadata
 

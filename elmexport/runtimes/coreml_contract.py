@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.program import MilFunction, Program, Reference, TensorType
+from elmexport.mil.program import MilFunction, Program, Reference, TensorType
 
 PREFILL, DECODE = "prefill", "decode"
 INPUT_IDS, POSITION, LAST_TOKEN = "input_ids", "position", "last_token"
@@ -70,7 +70,7 @@ def read_contract(program: Program) -> Contract:
     problem = _problem(program.functions)
     if problem is not None:
         raise ElmExportError(
-            f"{program.path} is not a language model as this version exports them ({problem}); run it with elmexport.runtimes.mil directly"
+            f"{program.path} is not a language model as this version exports them ({problem}); run it with elmexport.mil directly"
         )
     prefill = program.functions[PREFILL]
     types = prefill.types()

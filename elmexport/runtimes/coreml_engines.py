@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elmexport.errors import VerificationError
+from elmexport.mil.coremltools_import import quiet_coremltools
+from elmexport.mil.executor import MilModel, Precision, States
+from elmexport.mil.narrowing import CannotNarrowError
+from elmexport.mil.program import Program
 from elmexport.runtimes.coreml_contract import (
     DECODE,
     HIDDEN,
@@ -25,10 +29,6 @@ from elmexport.runtimes.coreml_contract import (
     VALUE,
     Contract,
 )
-from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
-from elmexport.runtimes.mil.executor import MilModel, Precision, States
-from elmexport.runtimes.mil.narrowing import CannotNarrowError
-from elmexport.runtimes.mil.program import Program
 
 
 class Engine(Protocol):

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
+from elmexport.mil.coremltools_import import quiet_coremltools
+from elmexport.mil.executor import MilModel, Precision
+from elmexport.mil.program import Program
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
-from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
-from elmexport.runtimes.mil.executor import MilModel, Precision
-from elmexport.runtimes.mil.program import Program
 
 INPUT_IDS, CAUSAL_MASK, LOGITS = "inputIds", "causalMask", "logits"
 KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"

@@ -21,10 +21,10 @@ from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.graph.partition import partition
+from elmexport.mil.coremltools_import import quiet_coremltools
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
-from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
 from elmexport.target import Checked, ExportJob, Target, Written
 from elmexport.weights import Role
 from targets.coreml.chunks import MEGABYTE, package_sizes, plan_cuts

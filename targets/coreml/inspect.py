@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from elmexport.inspection import StoredTensor, role_of
-from elmexport.runtimes.mil.program import Blob, Operation, load_program
+from elmexport.mil.program import Blob, Operation, load_program
 
 # What is added to a tensor's name where its rows are cut into parts, where it is seen as a table, and where it is a constant.
 _SUFFIX = re.compile(r"(_part\d+)?(_rows)?(_const)?$")

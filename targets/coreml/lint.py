@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.program import Program, TensorType, load_program
+from elmexport.mil.program import Program, TensorType, load_program
 from targets.coreml.program_view import FunctionView, OperationView
 from targets.coreml.rules import RULES, Rule, Severity
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.blob import BlobFile
-from elmexport.runtimes.mil.program import Argument, Blob, Literal, MilFunction, Operation, Program, Reference, TensorType
+from elmexport.mil.blob import BlobFile
+from elmexport.mil.program import Argument, Blob, Literal, MilFunction, Operation, Program, Reference, TensorType
 
 # What the Neural Engine is there for. Operations that none of these precedes, or none of these follows, are at the edge of a function.
 _WORK = [

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.program import Blob, Literal, Operation, TensorType
+from elmexport.mil.program import Blob, Literal, Operation, TensorType
 from targets.coreml.interface import CONTEXT_MULTIPLE, MAX_DIM
 from targets.coreml.program_view import FunctionView, OperationView
 

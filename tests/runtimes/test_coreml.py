@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, VerificationError
+from elmexport.mil.executor import MilModel
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtime
 from elmexport.runtimes.generation import generate
-from elmexport.runtimes.mil.executor import MilModel
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
 from targets.coreml import head
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+from tests.mil.packages import function, write_package
 from tests.reference import kl, reference_logits
-from tests.runtimes.mil.packages import function, write_package
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="on macOS Core ML itself runs the package, not the executor tested here")
 
@@ -276,9 +276,7 @@ def test_a_wrong_token_is_found(
 def test_a_package_of_another_kind(tmp_path: Path) -> None:
     made = function({"x": mb.TensorSpec((1, 4), dtype=types.fp16)}, lambda x: mb.relu(x=x))
     package = write_package(tmp_path / "other.mlpackage", {"main": made})
-    with pytest.raises(
-        ElmExportError, match=r"its functions are main, not prefill and decode\); run it with elmexport\.runtimes\.mil directly"
-    ):
+    with pytest.raises(ElmExportError, match=r"its functions are main, not prefill and decode\); run it with elmexport\.mil directly"):
         open_runtime(package)
 
 

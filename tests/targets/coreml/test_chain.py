@@ -23,11 +23,11 @@ from elmexport.cli.main import app
 from elmexport.errors import ElmExportError
 from elmexport.export import export_checkpoint
 from elmexport.inspection import inspect_artifact
+from elmexport.mil.executor import MilModel, States
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.coreml import open_runtime
 from elmexport.runtimes.generation import generate
-from elmexport.runtimes.mil.executor import MilModel, States
 from elmexport.runtimes.sampler import Sampling
 from elmexport.weights import Role
 from targets.coreml.chain import file_names

@@ -10,9 +10,9 @@ import torch
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
-from elmexport.runtimes.mil.executor import MilModel
+from elmexport.mil.executor import MilModel
 from targets.coreml.head import logits, most_likely
-from tests.runtimes.mil.packages import function, write_package
+from tests.mil.packages import function, write_package
 
 SIZES = ((7,), (4, 3), (1, 5, 2))
 

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elmexport.runtimes.mil import ops_elementwise
-from elmexport.runtimes.mil.plan import Places, Plan, Sizes, Step
+from elmexport.mil import ops_elementwise
+from elmexport.mil.plan import Places, Plan, Sizes, Step
 
 
 class CannotNarrowError(Exception):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.constexpr import CONSTEXPR
-from elmexport.runtimes.mil.ops import MOVES, OPS, Kind, parameters
-from elmexport.runtimes.mil.ops_movement import slice_update_
-from elmexport.runtimes.mil.program import Argument, Blob, Literal, MilFunction, Operation, Reference
-from elmexport.runtimes.mil.weights import Compressed, WeightStore, to_tensor
+from elmexport.mil.constexpr import CONSTEXPR
+from elmexport.mil.ops import MOVES, OPS, Kind, parameters
+from elmexport.mil.ops_movement import slice_update_
+from elmexport.mil.program import Argument, Blob, Literal, MilFunction, Operation, Reference
+from elmexport.mil.weights import Compressed, WeightStore, to_tensor
 
 _SMALL = 1 << 16  # elements; constants up to this size are read while planning
 FAILURES = (RuntimeError, IndexError, ValueError, TypeError)  # what torch raises where shapes, types or indices do not fit
@@ -77,7 +77,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     outputs: dict[str, Slot | Tensor] = field(default_factory=dict)
     slots: int = 0
-    narrowed: Places = field(default_factory=dict)  # axes that may be smaller; see `elmexport.runtimes.mil.narrowing`
+    narrowed: Places = field(default_factory=dict)  # axes that may be smaller; see `elmexport.mil.narrowing`
 
     def only(self, outputs: Collection[str]) -> Plan:
         """The same without the steps that only other outputs need."""

@@ -8,7 +8,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from elmexport.runtimes.mil import ops_elementwise, ops_image, ops_linear, ops_movement, ops_reduction
+from elmexport.mil import ops_elementwise, ops_image, ops_linear, ops_movement, ops_reduction
 
 OPS: Mapping[str, Callable[..., Any]] = {
     **ops_elementwise.OPS,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.program import Argument, MilFunction, Operation, Program, Reference, TensorType
+from elmexport.mil.program import Argument, MilFunction, Operation, Program, Reference, TensorType
 
 
 def link(programs: Sequence[Program], path: Path, joints: Mapping[str, str], own: Collection[str] = ()) -> Program:

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.blob import BlobFile, unpack
-from elmexport.runtimes.mil.executor import MilModel
-from tests.runtimes.mil.packages import function, write_package
+from elmexport.mil.blob import BlobFile, unpack
+from elmexport.mil.executor import MilModel
+from tests.mil.packages import function, write_package
 
 Array = NDArray[Any]
 few = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])

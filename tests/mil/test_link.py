@@ -13,10 +13,10 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.executor import MilModel
-from elmexport.runtimes.mil.link import link
-from elmexport.runtimes.mil.program import Program, load_program
-from tests.runtimes.mil.packages import function, write_package
+from elmexport.mil.executor import MilModel
+from elmexport.mil.link import link
+from elmexport.mil.program import Program, load_program
+from tests.mil.packages import function, write_package
 
 JOINTS = {"y": "x"}
 

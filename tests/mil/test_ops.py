@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.executor import MilModel
-from elmexport.runtimes.mil.ops import OPS
-from tests.runtimes.mil.packages import function, inferred, spec, write_package
+from elmexport.mil.executor import MilModel
+from elmexport.mil.ops import OPS
+from tests.mil.packages import function, inferred, spec, write_package
 
 Array = NDArray[Any]
 Case = Callable[[np.random.Generator, tuple[int, ...]], tuple[dict[str, Any], dict[str, Any]]]

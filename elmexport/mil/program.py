@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.blob import BlobFile, unpack
-from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
+from elmexport.mil.blob import BlobFile, unpack
+from elmexport.mil.coremltools_import import quiet_coremltools
 
 _MODEL_PATH = "@model_path/"
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elmexport.runtimes.mil.blob import unpack
+from elmexport.mil.blob import unpack
 
 
 def _blocked(tensor: Tensor, grid: Sequence[int]) -> Tensor:

@@ -14,14 +14,14 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from elmexport.errors import ElmExportError
+from elmexport.mil.executor import MilModel
+from elmexport.mil.narrowing import CannotNarrowError
 from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
-from elmexport.runtimes.mil.executor import MilModel
-from elmexport.runtimes.mil.narrowing import CannotNarrowError
 from targets.coreml import cache
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint
+from tests.mil.packages import function, write_package
 from tests.reference import kl
-from tests.runtimes.mil.packages import function, write_package
 
 FULL, LESS, CHANNELS = 6, 4, 5
 

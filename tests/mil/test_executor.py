@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.executor import MilModel
-from tests.runtimes.mil.packages import function, write_package
+from elmexport.mil.executor import MilModel
+from tests.mil.packages import function, write_package
 
 few = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.narrowing import narrow
-from elmexport.runtimes.mil.plan import FAILURES, Places, Plan, Sizes, Step, make_plan
-from elmexport.runtimes.mil.program import MilFunction, Program, TensorType, load_program
-from elmexport.runtimes.mil.weights import WeightStore
+from elmexport.mil.narrowing import narrow
+from elmexport.mil.plan import FAILURES, Places, Plan, Sizes, Step, make_plan
+from elmexport.mil.program import MilFunction, Program, TensorType, load_program
+from elmexport.mil.weights import WeightStore
 
 Precision = Literal["fp16", "fp32"]
 States = dict[str, Tensor]
@@ -118,7 +118,7 @@ class MilModel:
 
     def narrow(self, axes: Places, function: str | None = None) -> None:
         """Let `function` run on less: inputs and states may then be shorter along `axes`, and of any length along those of declared length 1
-        (see `elmexport.runtimes.mil.narrowing`).
+        (see `elmexport.mil.narrowing`).
 
         Raises:
             CannotNarrowError: the function needs an axis in full.

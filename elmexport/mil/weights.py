@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmexport.runtimes.mil.blob import BlobFile
-from elmexport.runtimes.mil.constexpr import CONSTEXPR
-from elmexport.runtimes.mil.program import Blob, Literal
+from elmexport.mil.blob import BlobFile
+from elmexport.mil.constexpr import CONSTEXPR
+from elmexport.mil.program import Blob, Literal
 
 _GRIDS = {"constexpr_blockwise_shift_scale": ("data", ("scale", "offset")), "constexpr_lut_to_dense": ("indices", ("lut",))}
 

@@ -14,10 +14,10 @@ from torch import nn
 
 from benchmarks.coreml_stock import export_stock
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.runtimes.mil.executor import MilModel
+from elmexport.mil.executor import MilModel
 from elmexport.runtimes.torch import TorchRuntime
+from tests.mil.foreign_models import HIDDEN, AnySize, Encoder, Images, Stateful, StatelessOpenELM
 from tests.reference import kl
-from tests.runtimes.mil.foreign_models import HIDDEN, AnySize, Encoder, Images, Stateful, StatelessOpenELM
 
 pytestmark = pytest.mark.slow
 
