@@ -1,4 +1,4 @@
-"""Runs the Core ML packages that we export: by the MIL executor, or on macOS by Core ML itself. Their interface: `coreml_contract`."""
+"""Runs the Core ML packages that we export: by the MIL executor, or on macOS by Core ML itself. Their interface: `elmexport.contracts.coreml`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class CoreMLRuntime(Runtime):
     def __init__(self, contract: Contract, engine: Engine) -> None:
         super().__init__()
         self.name = engine.name
-        self.chunk, self.context, self.vocab_size = contract.chunk, contract.context, contract.vocab_size
+        self.chunk, self.context, self.vocab_size = contract.interface.prefill, contract.context, contract.vocab_size
         self._contract, self._engine = contract, engine
-        if contract.argmax:
+        if contract.interface.argmax:
             self.only_greedy = "this package gives the most likely token and no logits; export it without --argmax"
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
@@ -43,7 +43,7 @@ class CoreMLRuntime(Runtime):
         return np.concatenate(rows)
 
     def _greedy(self, ids: NDArray[np.int64], position: int) -> int:
-        if not self._contract.argmax:
+        if not self._contract.interface.argmax:
             return super()._greedy(ids, position)
         *before, (start, _) = self._chunks(len(ids), position, len(ids) - 1)
         for begin, end in before:
@@ -91,7 +91,7 @@ def open_for_check(path: Path) -> Runtime:
     Such a runtime's `logits` also compare the two, and raise VerificationError where they disagree.
     """
     program = join(load_chain(path), path)
-    if coreml_gpu.matches(program) or not (contract := read_contract(program)).argmax:
+    if coreml_gpu.matches(program) or not (contract := read_contract(program)).interface.argmax:
         return open_runtime(path)
     runtime = CoreMLRuntime(contract, MilEngine(program, contract, "fp16"))
     runtime.only_greedy = None

@@ -11,24 +11,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmexport.errors import VerificationError
-from elmexport.mil.coremltools_import import quiet_coremltools
-from elmexport.mil.executor import MilModel, Precision, States
-from elmexport.mil.narrowing import CannotNarrowError
-from elmexport.mil.program import Program
-from elmexport.runtimes.coreml_contract import (
+from elmexport.contracts.coreml import (
+    CACHE_OUTPUTS,
     DECODE,
     HIDDEN,
     HIDDEN_OUT,
     INPUT_IDS,
     LAST_TOKEN,
-    NEW,
     POSITION,
     PREFILL,
     TOKEN,
     VALUE,
-    Contract,
 )
+from elmexport.errors import VerificationError
+from elmexport.mil.coremltools_import import quiet_coremltools
+from elmexport.mil.executor import MilModel, Precision, States
+from elmexport.mil.narrowing import CannotNarrowError
+from elmexport.mil.program import Program
+from elmexport.runtimes.coreml_contract import Contract
 
 
 class Engine(Protocol):
@@ -69,7 +69,7 @@ class MilEngine:
 
     @cached_property
     def narrowed(self) -> bool:
-        chunk = self.contract.chunk
+        chunk = self.contract.interface.prefill
         ids = torch.arange(chunk, dtype=torch.int32)[None] % self.contract.vocab_size
         position = min(1, self.contract.context - chunk)  # so near the beginning, one token too many in sight makes a difference
         lengths = sorted({1, min(3, chunk), chunk - 1} - {0})
@@ -111,7 +111,7 @@ class MilEngine:
         if not rows:
             return np.empty((0, self.contract.vocab_size), np.float32)
         scores = self._scores(results, tokens)
-        if self.contract.argmax:
+        if self.contract.interface.argmax:
             _check_most_likely(scores, results)
         return scores[0].numpy()
 
@@ -125,8 +125,8 @@ class MilEngine:
         for name, cache in caches.items():
             cache[..., :position, :] = self._caches[name][..., :position, :]
         parts = []
-        for start in range(0, length, self.contract.chunk):
-            part = torch.from_numpy(ids[:, None, start : start + self.contract.chunk])
+        for start in range(0, length, self.contract.interface.prefill):
+            part = torch.from_numpy(ids[:, None, start : start + self.contract.interface.prefill])
             results = self._step(caches, part, position + start, part.shape[2], scores=True)
             parts.append(self._scores(results, part)[:, 0])
         return torch.cat(parts, 1).numpy()
@@ -140,14 +140,14 @@ class MilEngine:
         count = ids.shape[-1]
         function = PREFILL if count > 1 else DECODE
         if count > 1 and not self._narrow:
-            ids = torch.nn.functional.pad(ids, (0, self.contract.chunk - count))
+            ids = torch.nn.functional.pad(ids, (0, self.contract.interface.prefill - count))
         own, shared = {INPUT_IDS: ids}, {POSITION: torch.tensor([position], dtype=torch.int32)}
         if function == PREFILL:
             shared[LAST_TOKEN] = torch.arange(count - max(rows, 1), count, dtype=torch.int32)
-        wanted: tuple[str, ...] = (TOKEN, VALUE) if self.contract.argmax and rows else ()
+        wanted: tuple[str, ...] = (TOKEN, VALUE) if self.contract.interface.argmax and rows else ()
         wanted += self.contract.scores[function] if scores else ()
         states: States = {}
-        if self.contract.cache_io:
+        if self.contract.interface.cache_io:
             own |= _cut(caches, max(position, 1)) if self._narrow else caches
             wanted += tuple(self.contract.caches.values())
         else:
@@ -157,7 +157,7 @@ class MilEngine:
         else:
             results = self.model.run_batch(own, shared, states, function, outputs=wanted)
         for name, cache in caches.items():
-            if self.contract.cache_io:
+            if self.contract.interface.cache_io:
                 cache[..., position : position + count, :] = results[self.contract.caches[name]][..., :count, :]
             elif states[name].data_ptr() != cache.data_ptr():  # the executor made a new tensor instead of writing into the view
                 cache[..., : position + count, :] = states[name]
@@ -205,7 +205,7 @@ class CoreMLEngine:
         count = len(ids)
         values: dict[str, Any] = {POSITION: np.array([position], np.int32)}
         if count > 1:
-            ids = np.pad(ids, (0, self.contract.chunk - count))
+            ids = np.pad(ids, (0, self.contract.interface.prefill - count))
             values[LAST_TOKEN] = np.array([count - 1], np.int32)
         values[INPUT_IDS] = ids[None]
         results = {}
@@ -221,14 +221,18 @@ class _Package:
     def __init__(self, program: Program, contract: Contract, model: Any) -> None:
         self._functions = program.functions
         self._models = {name: model(str(program.path), function_name=name) for name in (PREFILL, DECODE)}
-        self._state = {} if contract.cache_io else {"state": self._models[DECODE].make_state()}
+        self._state = {} if contract.interface.cache_io else {"state": self._models[DECODE].make_state()}
         types = program.function(PREFILL).types()
-        self._caches = {name: np.zeros([size or 0 for size in types[name].shape], np.float16) for name in NEW} if contract.cache_io else {}
+        self._caches = (
+            {name: np.zeros([size or 0 for size in types[name].shape], np.float16) for name in CACHE_OUTPUTS}
+            if contract.interface.cache_io
+            else {}
+        )
 
     def run(self, function: str, values: Mapping[str, Any], position: int, count: int) -> Any:
         """Outputs of `function` on what it takes of `values`, for `count` tokens at `position`."""
         given = {**values, **self._caches}
         results = self._models[function].predict({name: given[name] for name in self._functions[function].inputs}, **self._state)
         for name, cache in self._caches.items():
-            cache[:, :, position : position + count] = results[NEW[name]][:, :, :count]
+            cache[:, :, position : position + count] = results[CACHE_OUTPUTS[name]][:, :, :count]
         return results

@@ -18,6 +18,8 @@ from typing import ClassVar
 
 from elmexport import __version__
 from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
+from elmexport.contracts.coreml import CHAIN_MANIFEST, METADATA_PREFIX, Interface
+from elmexport.contracts.coreml_gpu import HUB_NAME_METADATA
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.graph.partition import partition
@@ -29,8 +31,8 @@ from elmexport.target import Checked, ExportJob, Target, Written
 from elmexport.weights import Role
 from targets.coreml.chunks import MEGABYTE, package_sizes, plan_cuts
 from targets.coreml.golden import write_golden
-from targets.coreml.gpu.interface import MODEL_NAME, hub_name
-from targets.coreml.interface import CONTEXT_MULTIPLE, MAX_DIM, PREFILL_MULTIPLE, PREFILL_TOKENS, Form
+from targets.coreml.gpu.interface import hub_name
+from targets.coreml.interface import CONTEXT_MULTIPLE, MAX_DIM, PREFILL_MULTIPLE, PREFILL_TOKENS
 
 DEVICES = ("neural-engine", "gpu")
 CACHES = ("state", "io")
@@ -116,7 +118,7 @@ class CoreMLTarget(Target):
                     )
 
     def _check_tokens(self, config: OpenELMConfig, context: int) -> None:
-        prefill = self._form(context).prefill
+        prefill = self._interface(context).prefill
         if prefill > context:
             raise ElmExportError(
                 f"--prefill is {prefill} and the context {context} tokens; pass at most --prefill {context}, or a larger --context"
@@ -136,8 +138,8 @@ class CoreMLTarget(Target):
         if seen > MAX_DIM:
             raise ElmExportError(f"tokens attend to {seen} others; the Neural Engine takes at most {MAX_DIM}: pass a smaller --context")
 
-    def _form(self, context: int) -> Form:
-        return Form(
+    def _interface(self, context: int) -> Interface:
+        return Interface(
             prefill=min(PREFILL_TOKENS, context) if self.prefill is None else self.prefill, cache_io=self.kv == "io", argmax=self.argmax
         )
 
@@ -166,19 +168,19 @@ class CoreMLTarget(Target):
             from targets.coreml import chain
             from targets.coreml.package import write_package
 
-        form = self._form(job.graph.context)
+        interface = self._interface(job.graph.context)
         parts = partition(job.graph, plan_cuts(job.graph, job.weights.plan, self._max_package_mb * MEGABYTE))
         names = chain.file_names(f"{job.name}-{job.recipe.name}", len(parts))
         features = []
         with _write_errors():
             for index, (name, part) in enumerate(zip(names, parts, strict=True)):
-                metadata = _metadata(job, form) | chain.metadata(names, index, part)
-                features.append(write_package(folder / name, part, form, job.weights, metadata, job.advance))
+                metadata = _metadata(job, interface) | chain.metadata(names, index, part)
+                features.append(write_package(folder / name, part, interface, job.weights, metadata, job.advance))
         job.write_description(folder)
         if len(parts) == 1:
             return None
         return Written(
-            {chain.MANIFEST_KEY: chain.manifest(folder, names, parts, features, form)}, (chain.note(folder, names, self._max_package_mb),)
+            {CHAIN_MANIFEST: chain.manifest(folder, names, parts, features, interface)}, (chain.note(folder, names, self._max_package_mb),)
         )
 
     def finish(self, folder: Path, checked: Checked) -> None:
@@ -198,7 +200,7 @@ def _write_for_gpu(job: ExportJob, folder: Path) -> None:
     data = package / MODEL_FOLDER
     with _write_errors():
         file = WeightFile(data, job.weights, job.advance, rank=2, max_rows=None)
-        write_specification(job.graph, file, _metadata(job, None) | {MODEL_NAME: hub_name(job.name)}, data / "model.mlmodel")
+        write_specification(job.graph, file, _metadata(job, None) | {HUB_NAME_METADATA: hub_name(job.name)}, data / "model.mlmodel")
         file.close()
     write_package_manifest(package)
     job.write_description(folder)
@@ -206,7 +208,7 @@ def _write_for_gpu(job: ExportJob, folder: Path) -> None:
         write_tokenizer_files(job.tokenizer, job.graph.context, folder)
 
 
-def _metadata(job: ExportJob, form: Form | None) -> dict[str, str]:
+def _metadata(job: ExportJob, interface: Interface | None) -> dict[str, str]:
     """What the package says of itself, under `elmexport.…` keys."""
     alpha = next(node.weight_scale for node in job.graph.nodes if node.op == "embed")
     facts = {
@@ -218,13 +220,13 @@ def _metadata(job: ExportJob, form: Form | None) -> dict[str, str]:
         "context": str(job.graph.context),
         "alpha": repr(alpha),
     }
-    if form is not None:
+    if interface is not None:
         facts |= {
-            "functions": json.dumps(form.functions),
-            "kv": "io" if form.cache_io else "state",
-            "outputs": "argmax" if form.argmax else "logits",
+            "functions": json.dumps(interface.functions),
+            "kv": "io" if interface.cache_io else "state",
+            "outputs": "argmax" if interface.argmax else "logits",
         }
-    return {f"elmexport.{key}": value for key, value in facts.items()}
+    return {f"{METADATA_PREFIX}{key}": value for key, value in facts.items()}
 
 
 @contextmanager

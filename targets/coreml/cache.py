@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 
+from elmexport.contracts.coreml import KEY_CACHE, NEW_KEYS, NEW_VALUES, POSITION, VALUE_CACHE
 from elmexport.graph.ir import Graph
-from elmexport.runtimes.coreml_contract import KEY_CACHE, NEW_KEYS, NEW_VALUES, POSITION, VALUE_CACHE
 from targets.coreml.packing import Var, WeightFile
 
 _HIDDEN = -4e4  # added to the scores of tokens that must not be seen: -inf breaks the Neural Engine's softmax

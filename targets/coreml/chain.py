@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from elmexport.contracts.coreml import CHAIN_MANIFEST, HIDDEN, HIDDEN_OUT, Interface, PackageIndex
 from elmexport.graph.ir import Graph
-from elmexport.runtimes.coreml_chain import CHAIN
-from elmexport.runtimes.coreml_contract import HIDDEN, HIDDEN_OUT
 from targets.coreml.chunks import MEGABYTE
-from targets.coreml.interface import Form
 from targets.coreml.package import MODEL_FOLDER
 from targets.coreml.packing import WEIGHT_FILE
 
@@ -29,11 +26,11 @@ def metadata(names: Sequence[str], index: int, part: Graph) -> dict[str, str]:
     """What package `index` says of its place, so that it can be understood without the manifest; nothing if it is the only one."""
     if len(names) == 1:
         return {}
-    return {CHAIN: json.dumps({"index": index, "files": list(names), "layers": _layers(part)})}
+    return PackageIndex(index, list(names), _layers(part)).to_metadata()
 
 
 def manifest(
-    folder: Path, names: Sequence[str], parts: Sequence[Graph], features: Sequence[Mapping[str, list[str]]], form: Form
+    folder: Path, names: Sequence[str], parts: Sequence[Graph], features: Sequence[Mapping[str, list[str]]], interface: Interface
 ) -> dict[str, Any]:
     """How to run the packages in `folder`, in order: each one's layers, bytes of weights, and features (`last_token` in `prefill` only).
 
@@ -44,7 +41,7 @@ def manifest(
         for name, part, found in zip(names, parts, features, strict=True)
     ]
     joints = [{"from": [before, HIDDEN_OUT], "to": [after, HIDDEN]} for before, after in pairwise(names)]
-    return {"functions": form.functions, "packages": packages, "joints": joints}
+    return {"functions": interface.functions, "packages": packages, "joints": joints}
 
 
 def note(folder: Path, names: Sequence[str], max_mb: float) -> str:
@@ -52,12 +49,9 @@ def note(folder: Path, names: Sequence[str], max_mb: float) -> str:
     sizes = [f"{weight_bytes(folder / name) / MEGABYTE:.4g}" for name in names]
     return (
         f"the weights take more than {max_mb:g} MB, so the model is cut into {len(names)} packages that run one after another "
-        f"({', '.join(sizes[:-1])} and {sizes[-1]} MB; {MANIFEST_KEY} in the manifest says how); iPhones load packages up to about 1000 MB, "
+        f"({', '.join(sizes[:-1])} and {sizes[-1]} MB; {CHAIN_MANIFEST} in the manifest says how); iPhones load packages up to about 1000 MB, "
         "Macs up to about 2000: see --max-package-mb"
     )
-
-
-MANIFEST_KEY = "chain"
 
 
 def weight_bytes(package: Path) -> int:

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 
-from elmexport.runtimes.coreml_contract import LOGITS, TOKEN, VALUE
+from elmexport.contracts.coreml import TOKEN, VALUE, logits_names
 from targets.coreml.packing import Var
 
 
 def logits(parts: Sequence[Var]) -> tuple[Var, ...]:
     """`logits` `[1, tokens, vocab]` from a head `[1, vocab, 1, tokens]`; from one in parts, `logits_0`, `logits_1`, …"""
-    if len(parts) == 1:
-        return (_rows(parts[0], LOGITS),)
-    return tuple(_rows(part, f"{LOGITS}_{i}") for i, part in enumerate(parts))
+    return tuple(_rows(part, name) for part, name in zip(parts, logits_names(len(parts)), strict=True))
 
 
 def most_likely(parts: Sequence[Var]) -> tuple[Var, Var]:

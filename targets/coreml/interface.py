@@ -1,15 +1,8 @@
-"""The package as its users see it: shapes and descriptions of functions, inputs, states and outputs. No coremltools.
-
-Their names are those that the runtime asks for.
-"""
+"""The package as its users see it: descriptions of inputs, states and outputs, and limits of their sizes. No coremltools."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from elmexport.graph.ir import Graph
-from elmexport.runtimes.coreml_contract import (
-    DECODE,
+from elmexport.contracts.coreml import (
     HIDDEN,
     HIDDEN_OUT,
     INPUT_IDS,
@@ -19,11 +12,12 @@ from elmexport.runtimes.coreml_contract import (
     NEW_KEYS,
     NEW_VALUES,
     POSITION,
-    PREFILL,
     TOKEN,
     VALUE,
     VALUE_CACHE,
+    is_logits,
 )
+from elmexport.graph.ir import Graph
 
 PREFILL_TOKENS = 64
 PREFILL_MULTIPLE = 32  # the Neural Engine keeps the last axis in units of 64 bytes, 32 fp16 values
@@ -48,24 +42,9 @@ DESCRIPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a package does beyond the graph. `prefill` tokens in one call of that function; `cache_io`: the cache is an input, keys and values
-    of the tokens given are outputs; otherwise states hold it. `argmax`: the most likely token instead of logits."""
-
-    prefill: int
-    cache_io: bool = False
-    argmax: bool = False
-
-    @property
-    def functions(self) -> dict[str, int]:
-        """The package's functions, and how many tokens each takes."""
-        return {PREFILL: self.prefill, DECODE: 1}
-
-
 def description(feature: str) -> str:
     """Of an input, state or output by its name."""
-    return DESCRIPTIONS[LOGITS if feature.startswith(f"{LOGITS}_") else feature]
+    return DESCRIPTIONS[LOGITS if is_logits(feature) else feature]
 
 
 def cache_shape(graph: Graph) -> tuple[int, int, int, int]:

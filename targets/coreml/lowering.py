@@ -15,22 +15,22 @@ import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, types
 
+from elmexport.contracts.coreml import HIDDEN, HIDDEN_OUT, INPUT_IDS, KEY_CACHE, LAST_TOKEN, POSITION, VALUE_CACHE, Interface
 from elmexport.graph.ir import Graph, Node
-from elmexport.runtimes.coreml_contract import HIDDEN, HIDDEN_OUT, INPUT_IDS, KEY_CACHE, LAST_TOKEN, POSITION, VALUE_CACHE
 from elmexport.weights import Role
 from targets.coreml.attention import Attention
 from targets.coreml.cache import InputCache, StateCache
 from targets.coreml.head import logits, most_likely
-from targets.coreml.interface import Form, cache_shape
+from targets.coreml.interface import cache_shape
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Matrix, Var, WeightFile, identifier
 
 Vars = tuple[Var, ...]
 
 
-def lower(graph: Graph, tokens: int, file: WeightFile, form: Form) -> Function:
+def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> Function:
     """The function that runs `graph` on `tokens` tokens; see `targets.coreml.interface` for its inputs, states and outputs."""
-    cache = mb.TensorSpec if form.cache_io else mb.StateTensorSpec
+    cache = mb.TensorSpec if interface.cache_io else mb.StateTensorSpec
     if graph.is_first:
         inputs = {INPUT_IDS: mb.TensorSpec((1, tokens), dtype=types.int32)}
     else:
@@ -40,7 +40,7 @@ def lower(graph: Graph, tokens: int, file: WeightFile, form: Form) -> Function:
         inputs[LAST_TOKEN] = mb.TensorSpec((1,), dtype=types.int32)
     inputs |= {name: cache(cache_shape(graph), dtype=types.fp16) for name in (KEY_CACHE, VALUE_CACHE)}
     with fresh_names(), Function(inputs, opset_version=ct.target.iOS18) as function:
-        lowering = Lowering(graph, tokens, file, form, function.inputs)
+        lowering = Lowering(graph, tokens, file, interface, function.inputs)
         if not graph.is_first:
             lowering.values[graph.source] = (mb.transpose(x=function.inputs[HIDDEN], perm=[0, 3, 1, 2]),)
         for node in graph.nodes:
@@ -57,9 +57,9 @@ class Lowering:
     """What the lowerings of one function share. `values` holds activations: one variable each, but two for gate and up, and as many for the
     result as the head has parts."""
 
-    def __init__(self, graph: Graph, tokens: int, file: WeightFile, form: Form, inputs: Mapping[str, Var]) -> None:
-        self.graph, self.tokens, self.file, self.form, self.inputs = graph, tokens, file, form, inputs
-        self.cache = (InputCache if form.cache_io else StateCache)(graph, tokens, file, inputs)
+    def __init__(self, graph: Graph, tokens: int, file: WeightFile, interface: Interface, inputs: Mapping[str, Var]) -> None:
+        self.graph, self.tokens, self.file, self.interface, self.inputs = graph, tokens, file, interface, inputs
+        self.cache = (InputCache if interface.cache_io else StateCache)(graph, tokens, file, inputs)
         self.attention = Attention(graph, tokens, file, self.cache)
         self.picked = self._picked() if tokens > 1 and graph.is_last else None
         self.values: dict[str, Vars] = {}
@@ -118,7 +118,7 @@ def _linear(lowering: Lowering, node: Node) -> Vars:
     outputs = tuple(mb.conv(x=x, weight=lowering.file.part(part), name=f"{name}_{i}") for i, part in enumerate(matrix.parts))
     if node.role is not Role.LM_HEAD:
         return outputs
-    return most_likely(outputs) if lowering.form.argmax else logits(outputs)
+    return most_likely(outputs) if lowering.interface.argmax else logits(outputs)
 
 
 def _pick(x: Var, picked: Var) -> Var:

@@ -16,10 +16,10 @@ import coremltools as ct
 from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
 from coremltools.converters.mil.mil import Program
 
+from elmexport.contracts.coreml import DECODE, Interface
 from elmexport.graph.ir import Graph
 from elmexport.quantization.planned import PlannedWeights
-from elmexport.runtimes.coreml_contract import DECODE
-from targets.coreml.interface import Form, description
+from targets.coreml.interface import description
 from targets.coreml.lowering import lower
 from targets.coreml.packing import Exporter, WeightFile
 
@@ -29,18 +29,20 @@ _AUTHOR = "com.apple.CoreML"
 
 
 def write_package(
-    path: Path, graph: Graph, form: Form, weights: PlannedWeights, metadata: Mapping[str, str], advance: Callable[[int], None]
+    path: Path, graph: Graph, interface: Interface, weights: PlannedWeights, metadata: Mapping[str, str], advance: Callable[[int], None]
 ) -> dict[str, list[str]]:
     """The package `path` with the functions of `graph` in the Neural Engine's form. Returns the names of its inputs, outputs and states."""
     data = path / MODEL_FOLDER
     file = WeightFile(data, weights, advance)
-    features = write_specification(graph, file, form, metadata, data / "model.mlmodel")
+    features = write_specification(graph, file, interface, metadata, data / "model.mlmodel")
     file.close()
     write_package_manifest(path)
     return features
 
 
-def write_specification(graph: Graph, file: WeightFile, form: Form, metadata: Mapping[str, str], path: Path) -> dict[str, list[str]]:
+def write_specification(
+    graph: Graph, file: WeightFile, interface: Interface, metadata: Mapping[str, str], path: Path
+) -> dict[str, list[str]]:
     """Lower `graph` to the package's functions in the Neural Engine's form, weights into `file`, and write the model specification to `path`.
 
     Returns the names of the inputs, outputs and states that any function has.
@@ -48,8 +50,8 @@ def write_specification(graph: Graph, file: WeightFile, form: Form, metadata: Ma
     program = Program()
     program.export_as_multifunction = True
     program.default_function_name = DECODE
-    for name, tokens in form.functions.items():
-        program.add_function(name, lower(graph, tokens, file, form))
+    for name, tokens in interface.functions.items():
+        program.add_function(name, lower(graph, tokens, file, interface))
     model = specification(program, file)
     _describe(model, metadata)
     path.write_bytes(model.SerializeToString(deterministic=True))

@@ -14,9 +14,9 @@ import torch
 from coremltools.converters.mil.mil import Builder as mb
 from numpy.typing import NDArray
 
+from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, VALUE_CACHE
 from elmexport.graph.ir import Graph, Node
 from elmexport.graph.ops import rope_angles
-from elmexport.runtimes.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, VALUE_CACHE
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Var, WeightFile
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.graph.ir import Graph
 from elmexport.models.zoo import find_model
-from elmexport.runtimes.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 
 DESCRIPTIONS = {
     INPUT_IDS: "Token ids [1, T], BOS first; T is any number from 1 to the context",
@@ -17,7 +17,6 @@ DESCRIPTIONS = {
     KEY_CACHE: "Keys of all layers, rotated: [1, KV heads of all layers, context, head_dim]",
     VALUE_CACHE: "Values of all layers: [1, KV heads of all layers, context, head_dim]",
 }
-MODEL_NAME = "co.huggingface.exporters.name"  # metadata by which swift-transformers finds a model's files on the hub
 
 
 def input_ranges(graph: Graph) -> dict[str, tuple[tuple[int, int], ...]]:

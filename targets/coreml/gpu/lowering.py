@@ -9,8 +9,8 @@ import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import Function, get_new_symbol, types
 
+from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.graph.ir import Graph, Node
-from elmexport.runtimes.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.weights import Role
 from targets.coreml.gpu.attention import Attention
 from targets.coreml.gpu.interface import input_ranges

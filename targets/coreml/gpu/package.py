@@ -8,6 +8,7 @@ from pathlib import Path
 import coremltools as ct
 from coremltools.converters.mil.mil import Program
 
+from elmexport.contracts.coreml_gpu import FUNCTION
 from elmexport.graph.ir import Graph
 from targets.coreml.gpu.interface import DESCRIPTIONS, input_ranges
 from targets.coreml.gpu.lowering import lower
@@ -25,7 +26,7 @@ def write_specification(graph: Graph, file: WeightFile, metadata: Mapping[str, s
         )
     )
     program = Program()
-    program.add_function("main", function)
+    program.add_function(FUNCTION, function)
     model = specification(program, file)
     description = model.description
     for feature in (*description.input, *description.state, *description.output):
