@@ -17,7 +17,7 @@ from elmexport.errors import ElmExportError
 from elmexport.mil.executor import MilModel
 from elmexport.mil.narrowing import CannotNarrowError
 from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
-from targets.coreml import cache
+from targets.coreml.neural_engine import cache
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.mil.packages import function, write_package

@@ -29,7 +29,7 @@ from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtim
 from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
-from targets.coreml import head
+from targets.coreml.neural_engine import head
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.mil.packages import function, write_package

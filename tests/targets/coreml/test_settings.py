@@ -18,7 +18,7 @@ from elmexport.quantization.recipes import load_recipe
 from elmexport.quantization.schemes import Float
 from elmexport.weights import WeightSpec
 from targets.coreml import CoreMLTarget
-from targets.coreml.lowering import lower
+from targets.coreml.neural_engine.lowering import lower
 from targets.coreml.packing import Blob, WeightFile
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint

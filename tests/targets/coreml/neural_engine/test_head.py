@@ -11,7 +11,7 @@ from coremltools.converters.mil.mil import Builder as mb
 from coremltools.converters.mil.mil import types
 
 from elmexport.mil.executor import MilModel
-from targets.coreml.head import logits, most_likely
+from targets.coreml.neural_engine.head import logits, most_likely
 from tests.mil.packages import function, write_package
 
 SIZES = ((7,), (4, 3), (1, 5, 2))

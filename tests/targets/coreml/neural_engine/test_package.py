@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
-from elmexport.quantization.recipes import load_recipe, resolve
+from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import Float, Integer, PerChannel
 from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
@@ -120,7 +119,7 @@ def test_obeys_the_rules_of_the_neural_engine(
 @pytest.mark.parametrize("quant", QUANTS)
 def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     found = package(quant)
-    plan = resolve(load_recipe(files("targets.coreml") / "recipes" / f"{quant}.toml"), small_checkpoint.config.weights())
+    plan = resolve(CoreMLTarget().recipe(quant), small_checkpoint.config.weights())
     for spec in small_checkpoint.config.weights():
         scheme, weight = plan.schemes[spec.name], small_checkpoint.tensor(spec.name)
         values = found.weight("decode", spec.name)

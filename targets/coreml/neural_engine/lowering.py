@@ -1,14 +1,12 @@
 """From the op vocabulary to MIL in the form that the Neural Engine runs best: one function for a fixed number of tokens.
 
 Activations are `[1, channels, 1, tokens]` fp16, projections 1x1 convolutions, every shape static, no rank above 5 and no dimension above
-16384. Attention, the cache, the norms and what follows the head are in modules of their own. Not here: a form for GPUs.
+16384. Attention, the cache, the norms and what follows the head are in modules of their own.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
 import coremltools as ct
 import numpy as np
@@ -18,10 +16,11 @@ from coremltools.converters.mil.mil import Function, types
 from elmexport.contracts.coreml import HIDDEN, HIDDEN_OUT, INPUT_IDS, KEY_CACHE, LAST_TOKEN, POSITION, VALUE_CACHE, Interface
 from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role
-from targets.coreml.attention import Attention
-from targets.coreml.cache import InputCache, StateCache
-from targets.coreml.head import logits, most_likely
+from targets.coreml.building import fresh_names, times
 from targets.coreml.interface import cache_shape
+from targets.coreml.neural_engine.attention import HeadwiseAttention
+from targets.coreml.neural_engine.cache import InputCache, StateCache
+from targets.coreml.neural_engine.head import logits, most_likely
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import Matrix, Var, WeightFile, identifier
 
@@ -29,7 +28,7 @@ Vars = tuple[Var, ...]
 
 
 def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> Function:
-    """The function that runs `graph` on `tokens` tokens; see `targets.coreml.interface` for its inputs, states and outputs."""
+    """The function that runs `graph` on `tokens` tokens; see `elmexport.contracts.coreml` for its inputs, states and outputs."""
     cache = mb.TensorSpec if interface.cache_io else mb.StateTensorSpec
     if graph.is_first:
         inputs = {INPUT_IDS: mb.TensorSpec((1, tokens), dtype=types.int32)}
@@ -40,7 +39,7 @@ def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> 
         inputs[LAST_TOKEN] = mb.TensorSpec((1,), dtype=types.int32)
     inputs |= {name: cache(cache_shape(graph), dtype=types.fp16) for name in (KEY_CACHE, VALUE_CACHE)}
     with fresh_names(), Function(inputs, opset_version=ct.target.iOS18) as function:
-        lowering = Lowering(graph, tokens, file, interface, function.inputs)
+        lowering = NeuralEngineLowering(graph, tokens, file, interface, function.inputs)
         if not graph.is_first:
             lowering.values[graph.source] = (mb.transpose(x=function.inputs[HIDDEN], perm=[0, 3, 1, 2]),)
         for node in graph.nodes:
@@ -53,14 +52,14 @@ def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> 
     return function
 
 
-class Lowering:
+class NeuralEngineLowering:
     """What the lowerings of one function share. `values` holds activations: one variable each, but two for gate and up, and as many for the
     result as the head has parts."""
 
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, interface: Interface, inputs: Mapping[str, Var]) -> None:
         self.graph, self.tokens, self.file, self.interface, self.inputs = graph, tokens, file, interface, inputs
         self.cache = (InputCache if interface.cache_io else StateCache)(graph, tokens, file, inputs)
-        self.attention = Attention(graph, tokens, file, self.cache)
+        self.attention = HeadwiseAttention(graph, tokens, file, self.cache)
         self.picked = self._picked() if tokens > 1 and graph.is_last else None
         self.values: dict[str, Vars] = {}
 
@@ -74,7 +73,7 @@ class Lowering:
         return mb.cast(x=mb.equal(x=places, y=self.inputs[LAST_TOKEN]), dtype="fp16")
 
 
-def _embed(lowering: Lowering, node: Node) -> Vars:
+def _embed(lowering: NeuralEngineLowering, node: Node) -> Vars:
     """Rows of a table that may lie in several parts, because no dimension may exceed the Neural Engine's largest."""
     spec = node.weights["table"]
     tied = lowering.graph.config.share_input_output_layers
@@ -86,7 +85,7 @@ def _embed(lowering: Lowering, node: Node) -> Vars:
     return (times(x, factor),)
 
 
-def _gather(lowering: Lowering, matrix: Matrix, ids: Var) -> Var:
+def _gather(lowering: NeuralEngineLowering, matrix: Matrix, ids: Var) -> Var:
     """`[tokens, D]`. Not `[tokens, D, 1, 1]`, as the table's parts lie in convolutions: last axes of length one are padded to 64 bytes."""
     first, *others = matrix.parts
     table = lowering.file.rows(first)
@@ -105,7 +104,7 @@ def _gather(lowering: Lowering, matrix: Matrix, ids: Var) -> Var:
     return rows
 
 
-def _linear(lowering: Lowering, node: Node) -> Vars:
+def _linear(lowering: NeuralEngineLowering, node: Node) -> Vars:
     # Gate and up are two convolutions: nothing has to cut their output, and the 3B model's would be too wide as one.
     gated = node.role is Role.FFN_GATE_UP and lowering.graph.config.ffn_with_glu
     matrix = lowering.file.matrix(node.weights["weight"], 2 if gated else 1, node.weight_scale)
@@ -130,30 +129,30 @@ def _pick(x: Var, picked: Var) -> Var:
     return mb.transpose(x=columns, perm=[0, 2, 1, 3])
 
 
-def _rms_norm(lowering: Lowering, node: Node) -> Vars:
+def _rms_norm(lowering: NeuralEngineLowering, node: Node) -> Vars:
     spec = node.weights["weight"]
     weight = lowering.file.vector(spec, (1, spec.size, 1, 1))
     return (rms_norm(lowering.input(node), weight, node.attrs["eps"], axis=1),)
 
 
-def _attention(lowering: Lowering, node: Node) -> Vars:
+def _attention(lowering: NeuralEngineLowering, node: Node) -> Vars:
     return (lowering.attention(lowering.input(node, "qkv"), node),)
 
 
-def _swiglu(lowering: Lowering, node: Node) -> Vars:
+def _swiglu(lowering: NeuralEngineLowering, node: Node) -> Vars:
     gate, up = lowering.values[node.inputs["gate_up"]]
     return (mb.mul(x=mb.silu(x=gate), y=up),)
 
 
-def _silu(lowering: Lowering, node: Node) -> Vars:
+def _silu(lowering: NeuralEngineLowering, node: Node) -> Vars:
     return (mb.silu(x=lowering.input(node)),)
 
 
-def _add(lowering: Lowering, node: Node) -> Vars:
+def _add(lowering: NeuralEngineLowering, node: Node) -> Vars:
     return (mb.add(x=lowering.input(node, "x"), y=lowering.input(node, "y")),)
 
 
-LOWERINGS: Mapping[str, Callable[[Lowering, Node], Vars]] = {
+LOWERINGS: Mapping[str, Callable[[NeuralEngineLowering, Node], Vars]] = {
     "embed": _embed,
     "rms_norm": _rms_norm,
     "linear": _linear,
@@ -162,19 +161,3 @@ LOWERINGS: Mapping[str, Callable[[Lowering, Node], Vars]] = {
     "silu": _silu,
     "add": _add,
 }
-
-
-def times(x: Var, factor: float) -> Var:
-    """`x * factor`; no operation for a factor of 1."""
-    return x if factor == 1.0 else mb.mul(x=x, y=np.float16(factor))
-
-
-@contextmanager
-def fresh_names() -> Iterator[None]:
-    """Number unnamed ops and constants from 0, so that a package's bytes do not depend on what was built before it."""
-    before = mb.name_count
-    mb.name_count = defaultdict(int)
-    try:
-        yield
-    finally:
-        mb.name_count = before

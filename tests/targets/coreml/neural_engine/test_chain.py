@@ -30,7 +30,7 @@ from elmexport.runtimes.coreml import open_runtime
 from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.weights import Role
-from targets.coreml.chain import file_names
+from targets.coreml.neural_engine.chain import file_names
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.targets.coreml.package_reader import Package, shape

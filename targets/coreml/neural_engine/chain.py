@@ -44,11 +44,11 @@ def manifest(
     return {"functions": interface.functions, "packages": packages, "joints": joints}
 
 
-def note(folder: Path, names: Sequence[str], max_mb: float) -> str:
+def note(folder: Path, names: Sequence[str], max_bytes: float) -> str:
     """What the user should know of a model that was cut."""
     sizes = [f"{weight_bytes(folder / name) / MEGABYTE:.4g}" for name in names]
     return (
-        f"the weights take more than {max_mb:g} MB, so the model is cut into {len(names)} packages that run one after another "
+        f"the weights take more than {max_bytes / MEGABYTE:g} MB, so the model is cut into {len(names)} packages that run one after another "
         f"({', '.join(sizes[:-1])} and {sizes[-1]} MB; {CHAIN_MANIFEST} in the manifest says how); iPhones load packages up to about 1000 MB, "
         "Macs up to about 2000: see --max-package-mb"
     )
