@@ -31,7 +31,7 @@ from calibration.collect import BATCH_TOKENS
 from calibration.calibrate import make_sample
 from elmexport.checkpoint import open_checkpoint
 from elmexport.graph.layerwise import stages
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 
 with torch.no_grad():
     checkpoint = open_checkpoint(sys.argv[1], random_weights=0, tokenizer="none")

@@ -23,7 +23,8 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from elmexport.checkpoint.base import Checkpoint
-    from elmexport.models.openelm_config import LayerDims, OpenELMConfig
+    from elmexport.graph.dims import LayerDims
+    from elmexport.models.openelm.config import OpenELMConfig
 
 BLOCK = 32
 

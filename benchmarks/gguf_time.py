@@ -31,7 +31,7 @@ import json, shutil, sys
 from pathlib import Path
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.save import save_checkpoint
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 source, folder = open_checkpoint(sys.argv[1], random_weights=0), Path(sys.argv[2])
 save_checkpoint(folder, source.config, {name: source.read(name) for name in source.specs})
 shutil.copyfile(TINY_FOLDER / "tokenizer.model", folder / "tokenizer.model")

@@ -53,7 +53,7 @@ sequential._target = timed("products", sequential._target)
 sequential._solve = timed("solve", sequential._solve)
 sequential.gptq = timed("round", sequential.gptq)
 checkpoint = open_checkpoint(sys.argv[1], random_weights=0, tokenizer="none")
-plan = resolve(find_target("gguf").recipe("int4"), checkpoint.config.weights())
+plan = resolve(find_target("gguf").recipe("int4"), checkpoint.config)
 start = time.process_time()
 for _ in sequential.quantize_in_order(checkpoint, plan, make_sample(checkpoint, tokens=int(sys.argv[2])), SilentProgress()):
     pass

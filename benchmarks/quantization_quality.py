@@ -41,7 +41,7 @@ from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.self_check import reference_pass
 from elmexport.export import export_checkpoint
 from elmexport.graph.layerwise import Stage, stages
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
@@ -128,9 +128,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
 
     def plan_of(scheme: str) -> Plan:
         rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(scheme)))
-        return resolve(
-            Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config.weights()
-        )
+        return resolve(Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
 
     def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, Integer | Lut], Tensor]) -> dict[str, Tensor]:
         found = {}
@@ -153,7 +151,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
         return (quantize_table(weight, scheme, hessian) if is_searched(scheme) else quantize(weight, scheme)).dequantize()
 
     def in_order(model: Checkpoint, plan: Plan) -> dict[str, Tensor]:
-        norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role is Role.NORM}
+        norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role.is_norm}
         return norms | {spec.name: q.dequantize() for spec, q in quantize_in_order(model, plan, sample, SilentProgress())}
 
     def methods(plan: Plan) -> dict[str, Callable[[], dict[str, Tensor]]]:
@@ -182,7 +180,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
     for bits in MIXED:
         for method in ("mse, 128 tokens", "gptq"):
             items = [by_gptq(item) for item in measured] if method == "gptq" else measured
-            plan = resolve(allocate(items, checkpoint.config.weights(), int4, bits).recipe, checkpoint.config.weights())
+            plan = resolve(allocate(items, checkpoint.config, int4, bits).recipe, checkpoint.config)
             name = f"--bits-per-weight {bits:g} {method}"
             yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(plan)[method]())
 
@@ -202,7 +200,7 @@ def llama_cpp(checkpoint: Checkpoint, tools: Path, folder: Path) -> Iterator[Ent
         tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
         weights = {}
         for spec in checkpoint.specs.values():
-            if spec.role is not Role.NORM:
+            if not spec.role.is_norm:
                 parts = ["token_embd"]
                 if spec.layer is not None:
                     module = spec.name.removeprefix(f"transformer.layers.{spec.layer}.").removesuffix(".weight")

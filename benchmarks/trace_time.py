@@ -14,8 +14,8 @@ from measure import report, run_python
 SIZES = ("270M", "450M", "1.1B", "3B")
 CODE = """
 import json, resource, sys, time
-from elmexport.graph.trace import trace
-from elmexport.models.zoo import find_model
+from elmexport.models import trace
+from elmexport.models import find_model
 unit = 1 if sys.platform == "darwin" else 1024
 config = find_model(sys.argv[1]).config
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

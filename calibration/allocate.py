@@ -20,6 +20,7 @@ from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.models.base import ModelConfig
 from elmexport.progress import Progress
 from elmexport.quantization.layers import Between
 from elmexport.quantization.recipes import Recipe, Rule, resolve
@@ -54,17 +55,17 @@ class Costs:
 
     measured: Sequence[Sensitivity]
     probe: Probe
-    specs: Sequence[WeightSpec]
+    config: ModelConfig
     base: Recipe  # of which an allocation takes everything but the rules
 
     def allocate(self, bits_per_weight: float) -> Allocation:
         """See `allocate`."""
-        return allocate(self.measured, self.specs, self.base, bits_per_weight)
+        return allocate(self.measured, self.config, self.base, bits_per_weight)
 
     def sizes(self) -> tuple[float, float]:
         """Bits per weight with the narrowest and with the widest scheme everywhere."""
-        offered = {item.spec.name: tuple(item.kl) for item in self.measured}
-        return _extreme_bits(self.specs, offered, self.base, min), _extreme_bits(self.specs, offered, self.base, max)
+        offered, specs = {item.spec.name: tuple(item.kl) for item in self.measured}, list(self.config.weights())
+        return _extreme_bits(specs, offered, self.base, min), _extreme_bits(specs, offered, self.base, max)
 
 
 def choose_bits(
@@ -86,15 +87,15 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq:
 
     Costs are measured with scales of least weighted error. `gptq` says that the codes will be GPTQ's.
     """
-    window = min(WINDOW, checkpoint.config.max_context_length)
+    window = min(WINDOW, checkpoint.config.dims.context)
     if checkpoint.tokenizer_path is None:
-        sample = random_windows(checkpoint.config.vocab_size, checkpoint.config.bos_token_id, tokens=TOKENS, window=window)
+        sample = random_windows(checkpoint.config.dims.vocab_size, checkpoint.config.bos_token_id, tokens=TOKENS, window=window)
     else:
         sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
     probe = Probe(checkpoint, sample)
     measured = known_sensitivities(checkpoint, candidates(target, specs), sample, probe, progress)
-    return Costs([by_gptq(item) for item in measured] if gptq else measured, probe, specs, base)
+    return Costs([by_gptq(item) for item in measured] if gptq else measured, probe, checkpoint.config, base)
 
 
 def mixed_name(bits_per_weight: float) -> str:
@@ -113,7 +114,7 @@ def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[I
     found = {
         spec.name: tuple(s for s in known if s.refuses(spec.shape) is None and target.refuses(s, spec.role) is None)
         for spec in specs
-        if spec.role is not Role.NORM
+        if not spec.role.is_norm
     }
     return {name: schemes for name, schemes in found.items() if schemes}
 
@@ -131,7 +132,7 @@ def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Int
         )
 
 
-def allocate(measured: Sequence[Sensitivity], specs: Iterable[WeightSpec], base: Recipe, bits_per_weight: float) -> Allocation:
+def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe, bits_per_weight: float) -> Allocation:
     """The recipe of least predicted divergence within `bits_per_weight`, counted as in manifests: over all parameters, scales included.
 
     Everything but the rules is that of `base`.
@@ -139,7 +140,7 @@ def allocate(measured: Sequence[Sensitivity], specs: Iterable[WeightSpec], base:
     Raises:
         ElmExportError: see `check_budget`.
     """
-    specs = list(specs)
+    specs = list(config.weights())
     scale_bits = FLOAT_BITS[base.scales.dtype]
     check_budget(specs, {item.spec.name: tuple(item.kl) for item in measured}, base, bits_per_weight)
     names = {item.spec.name for item in measured}
@@ -147,7 +148,7 @@ def allocate(measured: Sequence[Sensitivity], specs: Iterable[WeightSpec], base:
     chosen = _cheapest(measured, int(bits_per_weight * sum(spec.size for spec in specs)) - fixed, scale_bits)
     rules = _rules(chosen, {spec.name: spec for spec in specs})
     recipe = replace(base, name=mixed_name(bits_per_weight), words=_words(chosen), rules=rules)
-    plan = resolve(recipe, specs)
+    plan = resolve(recipe, config)
     assert all(plan.schemes[name] == scheme for name, scheme in chosen.items())
     return Allocation(recipe, plan.bits_per_weight, sum(item.kl[chosen[item.spec.name]] for item in measured))
 
@@ -204,7 +205,7 @@ def _extreme_bits(
 def _bits(spec: WeightSpec, chosen: Mapping[str, Integer | Lut], base: Recipe, scale_bits: int) -> int:
     if spec.name in chosen:
         return chosen[spec.name].bits(spec.shape, scale_bits)
-    return (base.norms if spec.role is Role.NORM else base.fallback).bits(spec.shape, scale_bits)
+    return (base.norms if spec.role.is_norm else base.fallback).bits(spec.shape, scale_bits)
 
 
 def _rules(chosen: Mapping[str, Integer | Lut], specs: Mapping[str, WeightSpec]) -> tuple[Rule, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calibration.folding import Folds, LayerFold, folded_moments, for_query_heads
+from calibration.folding import Folds, LayerFold, folded_moments, for_query_heads, has_gate
 from calibration.gptq import output_error
 from calibration.statistics import Moments, Statistics
 from elmexport.checkpoint.base import Checkpoint
@@ -25,7 +25,7 @@ _EXPONENTS = tuple(i / 10 for i in range(11))
 _SMALLEST = 1e-4  # of the largest activation: what a silent channel counts as
 _ROWS = 512  # output channels, evenly spread, on which an exponent is judged
 
-_FIELDS = {Role.ATTENTION_QKV: "qkv", Role.ATTENTION_OUT: "out", Role.FFN_GATE_UP: "gate_up", Role.FFN_DOWN: "down"}
+_FIELDS = {Role.ATTENTION_QKV: "qkv", Role.ATTENTION_OUT: "out", Role.FFN_GATE_UP: "gate_up", Role.FFN_UP: "gate_up", Role.FFN_DOWN: "down"}
 
 
 def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], statistics: Statistics) -> Folds:
@@ -34,19 +34,21 @@ def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], st
     Raises:
         ElmExportError: statistics without a linear of the model.
     """
-    config = checkpoint.config
+    dims = checkpoint.config.dims
     found: dict[int, dict[str, Tensor]] = {}
     for spec in checkpoint.specs.values():
         chosen, name = scheme(spec), _FIELDS.get(spec.role)
-        if name is None or spec.layer is None or not isinstance(chosen, Integer | Lut) or (name == "down" and not config.ffn_with_glu):
+        if name is None or spec.layer is None or not isinstance(chosen, Integer | Lut):
+            continue
+        if name == "down" and not has_gate(checkpoint, spec.layer):
             continue
         moments = statistics.moments(spec)
         if moments is None:
             raise ElmExportError(f"the calibration statistics lack {spec.name}; make them for this model with `elmexport calibrate`")
         shared = None
         if name == "out":
-            scales = config.layers[spec.layer].kv_heads * config.head_dim
-            shared = for_query_heads(torch.arange(scales), config, spec.layer)
+            scales = dims.layers[spec.layer].kv_heads * dims.head_dim
+            shared = for_query_heads(torch.arange(scales), dims, spec.layer)
         scale = awq_scale(checkpoint.tensor(spec.name), chosen, moments, shared)
         if scale is not None:
             found.setdefault(spec.layer, {})[name] = scale

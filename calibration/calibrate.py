@@ -91,15 +91,15 @@ def make_sample(
         ElmExportError: numbers that make no sense, a tokenizer of another model, or see `sample_windows`.
     """
     config = checkpoint.config
-    window = min(DEFAULT_WINDOW, config.max_context_length) if window is None else window
-    if not 2 <= window <= config.max_context_length:
-        raise ElmExportError(f"--window is {window}; {checkpoint.source.name} takes 2 to {config.max_context_length} tokens at once")
+    window = min(DEFAULT_WINDOW, config.dims.context) if window is None else window
+    if not 2 <= window <= config.dims.context:
+        raise ElmExportError(f"--window is {window}; {checkpoint.source.name} takes 2 to {config.dims.context} tokens at once")
     if tokens < 1:
         raise ElmExportError(f"--tokens is {tokens}; calibration reads at least 1 token ({DEFAULT_TOKENS:,} is the default)")
     if checkpoint.tokenizer_path is None:
         if texts:
             raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read the text with; pass one with --tokenizer PATH")
-        return random_windows(config.vocab_size, config.bos_token_id, tokens=tokens, window=window)
+        return random_windows(config.dims.vocab_size, config.bos_token_id, tokens=tokens, window=window)
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     check_vocabulary(tokenizer, config)
     words = ", ".join(path.name for path in text) if texts else "bundled calibration text"
@@ -125,7 +125,7 @@ def calibrate_checkpoint(
         for other in out.parent.iterdir() if out.parent.is_dir() else ():
             if other.name.startswith(prefix) and other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        work = FolderWork(folder, sample.window, checkpoint.config.model_dim)
+        work = FolderWork(folder, sample.window, checkpoint.config.dims.model_dim)
         statistics = collect(checkpoint, sample, hessian=hessian, work=work, progress=progress)
         # Within the folder, so that a kill leaves nothing else; the folder is on the disk of `out`.
         with complete_file(folder / "statistics.safetensors") as partial:

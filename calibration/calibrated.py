@@ -121,7 +121,7 @@ def save_weights(weights: WeightSet, out: Path) -> None:
 
 def _is_foldable(spec: WeightSpec) -> bool:
     """Whether it is the norm before the attention or the feed-forward network of a layer."""
-    return spec.role is Role.NORM and spec.name.endswith(("attn_norm.weight", "ffn_norm.weight"))
+    return spec.role in (Role.NORM_ATTENTION, Role.NORM_FFN)
 
 
 @torch.inference_mode()

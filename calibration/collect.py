@@ -24,7 +24,7 @@ from elmexport.errors import ElmExportError
 from elmexport.graph.interpret import Observer
 from elmexport.graph.ir import Graph, Node
 from elmexport.graph.layerwise import Stage, stages
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 
 BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
@@ -44,7 +44,7 @@ def collect(
     """
     progress = progress or SilentProgress()
     graph = trace(checkpoint.config, sample.window)
-    if int(sample.ids.max()) >= checkpoint.config.vocab_size:
+    if int(sample.ids.max()) >= checkpoint.config.dims.vocab_size:
         raise ElmExportError(
             f"token id {sample.ids.max()} is outside the vocabulary of {checkpoint.source.name}; use the model's tokenizer"
         )
@@ -128,7 +128,7 @@ class _Observer:
         norms = (node for node in graph.nodes if node.op == "rms_norm")
         self._norms = {node.inputs["x"]: node.weights["weight"].name for node in norms}
         self._attention = {node.inputs["qkv"]: node for node in stage.nodes if node.op == "attention"}
-        self._head_dim = graph.config.head_dim
+        self._head_dim = graph.dims.head_dim
 
     def __call__(self, node: Node, out: Tensor) -> None:
         self._peak(node, out)
@@ -178,7 +178,7 @@ def _cost(stage: Stage, graph: Graph, hessian: bool) -> int:
 
 
 def _merge(checkpoint: Checkpoint, sample: Sample, graph: Graph, hessian: bool, parts: list[Part]) -> Statistics:
-    counts = torch.bincount(torch.from_numpy(sample.ids).flatten(), minlength=checkpoint.config.vocab_size)
+    counts = torch.bincount(torch.from_numpy(sample.ids).flatten(), minlength=checkpoint.config.dims.vocab_size)
     norm_peaks: dict[str, float] = {}
     for part in parts:
         norm_peaks |= part.norm_peaks

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.graph.dims import ModelDims
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class FoldedCheckpoint(Checkpoint):
         """
         super().__init__(checkpoint.config, checkpoint.source, checkpoint.tokenizer_path)
         self._checkpoint = checkpoint
-        _check(checkpoint.config, folds)
+        _check(checkpoint, folds)
         self._folds = {layer: self._settled(layer, fold) for layer, fold in folds.items()}
 
     def input_scale(self, spec: WeightSpec) -> Tensor | None:
@@ -74,12 +74,12 @@ class FoldedCheckpoint(Checkpoint):
         match spec.role:
             case Role.ATTENTION_QKV:
                 return fold.qkv
-            case Role.FFN_GATE_UP:
+            case Role.FFN_GATE_UP | Role.FFN_UP:
                 return fold.gate_up
             case Role.FFN_DOWN:
                 return fold.down
             case Role.ATTENTION_OUT:
-                return None if fold.out is None else for_query_heads(fold.out, self.config, spec.layer)
+                return None if fold.out is None else for_query_heads(fold.out, self.config.dims, spec.layer)
         return None
 
     def moments(self, spec: WeightSpec, moments: Moments) -> Moments:
@@ -98,7 +98,7 @@ class FoldedCheckpoint(Checkpoint):
         if rows is None:
             return tensor
         tensor = tensor.to(torch.float32)
-        if spec.role is Role.NORM:
+        if spec.role.is_norm:
             # The division is within a rounding of float32 of the number of fp16 that the scale was adjusted to.
             return torch.where(rows == 1, tensor, (tensor / rows).to(torch.float16).to(torch.float32))
         return tensor / rows[:, None]
@@ -117,24 +117,25 @@ class FoldedCheckpoint(Checkpoint):
         fold = None if spec.layer is None else self._folds.get(spec.layer)
         if fold is None or spec.layer is None:
             return None
-        layer = self.config.layers[spec.layer]
-        match spec.role, spec.name.split(".")[-2]:
-            case Role.NORM, "attn_norm":
+        dims = self.config.dims
+        layer = dims.layers[spec.layer]
+        match spec.role:
+            case Role.NORM_ATTENTION:
                 return fold.qkv
-            case Role.NORM, "ffn_norm":
+            case Role.NORM_FFN:
                 return fold.gate_up
-            case Role.FFN_GATE_UP, _ if fold.down is not None:
+            case Role.FFN_GATE_UP if fold.down is not None:
                 return torch.cat((torch.ones(layer.ffn_dim), fold.down))
-            case Role.ATTENTION_QKV, _ if fold.out is not None:
-                return torch.cat((torch.ones((layer.query_heads + layer.kv_heads) * self.config.head_dim), fold.out))
+            case Role.ATTENTION_QKV if fold.out is not None:
+                return torch.cat((torch.ones((layer.query_heads + layer.kv_heads) * dims.head_dim), fold.out))
         return None
 
     def _settled(self, layer: int, fold: LayerFold) -> LayerFold:
         """`fold` with the scales of its norms adjusted."""
-        prefix = f"transformer.layers.{layer}"
+        norms = {spec.role: spec.name for spec in self.specs.values() if spec.layer == layer and spec.role.is_norm}
         return LayerFold(
-            None if fold.qkv is None else self._for_norm(f"{prefix}.attn_norm.weight", fold.qkv),
-            None if fold.gate_up is None else self._for_norm(f"{prefix}.ffn_norm.weight", fold.gate_up),
+            None if fold.qkv is None else self._for_norm(norms[Role.NORM_ATTENTION], fold.qkv),
+            None if fold.gate_up is None else self._for_norm(norms[Role.NORM_FFN], fold.gate_up),
             None if fold.down is None else fold.down.to(torch.float32),
             None if fold.out is None else fold.out.to(torch.float32),
         )
@@ -147,9 +148,9 @@ class FoldedCheckpoint(Checkpoint):
         return torch.where(usable, norm / folded, 1.0)
 
 
-def for_query_heads(scale: Tensor, config: OpenELMConfig, layer: int) -> Tensor:
+def for_query_heads(scale: Tensor, dims: ModelDims, layer: int) -> Tensor:
     """Scales of `out`'s input channels `[query heads * head_dim]` from those of the KV heads `[KV heads * head_dim]`."""
-    return scale.view(config.layers[layer].kv_heads, 1, config.head_dim).expand(-1, config.num_gqa_groups, -1).reshape(-1)
+    return scale.view(dims.layers[layer].kv_heads, 1, dims.head_dim).expand(-1, dims.layers[layer].queries_per_kv_head, -1).reshape(-1)
 
 
 def folded_moments(moments: Moments, scale: Tensor) -> Moments:
@@ -161,14 +162,20 @@ def folded_moments(moments: Moments, scale: Tensor) -> Moments:
     return Moments(moments.tokens, moments.mean_square / scale.square(), mean_abs, hessian)
 
 
-def _check(config: OpenELMConfig, folds: Folds) -> None:
+def has_gate(checkpoint: Checkpoint, layer: int) -> bool:
+    """Whether the feed-forward network of `layer` is a gated one, whose product is linear in `up`."""
+    return any(spec.layer == layer and spec.role is Role.FFN_GATE_UP for spec in checkpoint.specs.values())
+
+
+def _check(checkpoint: Checkpoint, folds: Folds) -> None:
+    dims = checkpoint.config.dims
     for layer, fold in folds.items():
-        if not 0 <= layer < len(config.layers):
-            raise ElmExportError(f"a fold names layer {layer}; the model has layers 0 to {len(config.layers) - 1}")
-        if fold.down is not None and not config.ffn_with_glu:
-            raise ElmExportError("the inputs of ffn.down cannot be rescaled in a model without a gate (ffn_with_glu is false)")
-        dims = config.layers[layer]
-        lengths = {"qkv": config.model_dim, "gate_up": config.model_dim, "down": dims.ffn_dim, "out": dims.kv_heads * config.head_dim}
+        if not 0 <= layer < len(dims.layers):
+            raise ElmExportError(f"a fold names layer {layer}; the model has layers 0 to {len(dims.layers) - 1}")
+        if fold.down is not None and not has_gate(checkpoint, layer):
+            raise ElmExportError("the inputs of ffn.down cannot be rescaled in a model without a gate")
+        sizes = dims.layers[layer]
+        lengths = {"qkv": dims.model_dim, "gate_up": dims.model_dim, "down": sizes.ffn_dim, "out": sizes.kv_heads * dims.head_dim}
         for name, length in lengths.items():
             scale = getattr(fold, name)
             if scale is None:

@@ -135,7 +135,7 @@ def _planned(
     progress: Progress,
     reference: Callable[[], Reference] | None,
 ) -> Prepared:
-    plan = resolve(recipe, checkpoint.config.weights())
+    plan = resolve(recipe, checkpoint.config)
     check_schemes(target, checkpoint, plan)
     if options.method != "mse" and any(isinstance(scheme, GgmlType) for scheme in plan.schemes.values()):
         raise ElmExportError(f"--quant {recipe.name} leaves the codes to ggml's own quantizer; leave --method out, see --imatrix")

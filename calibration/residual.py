@@ -7,7 +7,6 @@ import math
 from torch import Tensor
 
 from elmexport.graph.ir import Node
-from elmexport.weights import Role
 
 FP16_MAX = 65504.0
 # The stream may grow this many times beyond the peak that was measured before fp16 overflows.
@@ -24,7 +23,7 @@ class ResidualPeak:
 
     def __call__(self, node: Node, output: Tensor) -> None:
         # What is added counts as well as the sum: an addend can overflow before it is added.
-        if node.op == "add" or node.role in (Role.EMBEDDING, Role.ATTENTION_OUT, Role.FFN_DOWN):
+        if node.op == "add" or (node.role is not None and node.role.writes_to_stream):
             low, high = output.aminmax()
             self.value = max(self.value, -float(low), float(high))
 

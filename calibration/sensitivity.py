@@ -23,7 +23,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.evaluation.metrics import token_divergence
 from elmexport.graph.ir import Graph
 from elmexport.graph.layerwise import Stage, stages
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import Progress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import Integer, Lut

@@ -27,7 +27,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.graph.interpret import run_nodes
 from elmexport.graph.ir import Graph, Node
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import Progress
 from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
 from elmexport.quantization.recipes import Plan
@@ -68,7 +68,7 @@ def quantize_in_order(
     Raises:
         ElmExportError: ids outside the vocabulary, activations that are not finite, or weights that do not fit their scheme.
     """
-    if int(sample.ids.max()) >= checkpoint.config.vocab_size:
+    if int(sample.ids.max()) >= checkpoint.config.dims.vocab_size:
         raise ElmExportError(
             f"token id {sample.ids.max()} is outside the vocabulary of {checkpoint.source.name}; use the model's tokenizer"
         )
@@ -90,7 +90,7 @@ def quantize_in_order(
                 if node.op == "linear":
                     target, hessian = _target(node, weights[spec.name], exact, rounded, _gathered(piece, exact, rounded))
                     quantized = gptq(target, scheme, hessian, damped=None if damped is None else partial(damped, spec))
-                elif is_searched(scheme) and checkpoint.config.share_input_output_layers:
+                elif is_searched(scheme) and checkpoint.config.dims.tied:
                     quantized = quantize_table(weights[spec.name], scheme, head_moments(checkpoint, sample, progress))
                 else:
                     quantized = quantize(weights[spec.name], scheme)
@@ -185,14 +185,14 @@ def _run(graph: Graph, piece: _Piece, activations: Activations, weights: dict[st
     """Run `piece` over the whole text; its outputs join `activations`."""
     if not piece.outputs:
         return
-    config = graph.config
+    dims = graph.dims
     first = activations[next(iter(piece.inputs))]
     made: Activations = {}
     for rows in _batches(first):
         sequences, tokens = first[rows].shape[:2]
 
         def caches(layer: int, sequences: int = sequences, tokens: int = tokens) -> tuple[Tensor, Tensor]:
-            shape = (sequences, config.layers[layer].kv_heads, tokens, config.head_dim)
+            shape = (sequences, dims.layers[layer].kv_heads, tokens, dims.head_dim)
             return torch.empty(shape), torch.empty(shape)
 
         def keep(node: Node, out: Tensor, rows: slice = rows) -> None:

@@ -14,7 +14,7 @@ from calibration.second_moments import add_products, mirror
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.graph.layerwise import stages
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import Progress
 from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.quantization.schemes import Integer, Lut
@@ -51,7 +51,7 @@ def head_moments(checkpoint: Checkpoint, sample: Sample, progress: Progress) -> 
         weights = {spec.name: checkpoint.tensor(spec.name).to(torch.float32) for spec in stage.weights()}
         batches = [stage.run(weights, batch) for batch in batches]
         progress.advance(1)
-    dim = checkpoint.config.model_dim
+    dim = checkpoint.config.dims.model_dim
     sums = torch.zeros(dim, dim)
     for batch in batches:
         add_products(sums, batch.flatten(0, 1))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.errors import ElmExportError
+from elmexport.weights import Role
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; a reader refuses a newer one
@@ -150,6 +151,17 @@ class Artifact:
                 problems.append(problem)
         found = {path.relative_to(self.path).as_posix() for path in _files(self.path)} - {MANIFEST}
         return problems + [f"{name} is not in the manifest" for name in sorted(found - set(self.manifest["files"]))]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an artifact's files."""
+
+    name: str  # in the file
+    role: Role | None  # None for what is no weight of the model: tables of angles, masks, constants of the graph
+    scheme: str  # how it is stored, in the format's words: "Q4_0", "4-bit, blocks of 32", "float16"
+    shape: tuple[int, ...]  # logical, outermost axis first: [out, in] for a matrix
+    bytes: int  # in the file, scales included
 
 
 def file_sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.evaluation.self_check import Reference, reference_pass, self_check
 from elmexport.graph.rescale import rescale
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe, resolve
@@ -118,7 +118,7 @@ def export_checkpoint(
     options.check()
     recipe = read_recipe(chosen, quant)
     config = checkpoint.config
-    context = config.max_context_length if context is None else context
+    context = config.dims.context if context is None else context
     name = recipe.name
     if options.bits_per_weight is not None:
         name = mixed_name(options.bits_per_weight)
@@ -137,7 +137,7 @@ def export_checkpoint(
         return reference_pass(checkpoint, graph, tokenizer, progress)
 
     if not options.mixes:  # what a search for bits will choose is not known before it
-        chosen.check_plan(graph, resolve(recipe, config.weights()))
+        chosen.check_plan(graph, resolve(recipe, config))
     prepared = prepare(checkpoint, chosen, recipe, options, progress, reference)
     plan, recipe = prepared.plan, prepared.plan.recipe
     rescales, measures = recipe.activations.dtype == "fp16", options.calibrate != "none"
@@ -147,14 +147,12 @@ def export_checkpoint(
         reference()  # before anything is written
     alpha, calibration = _alpha(prepared.statistics, reference() if needs_peak else None) if rescales else (1.0, None)
     notes = [*prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
-    if context > config.max_context_length:
-        notes.append(
-            f"the model was trained on {config.max_context_length} tokens; what it says beyond them may be poor (context {context})"
-        )
+    if context > config.dims.context:
+        notes.append(f"the model was trained on {config.dims.context} tokens; what it says beyond them may be poor (context {context})")
 
     with artifact_folder(out, force=force) as folder:
         progress.stage(f"writing {target}", config.parameter_count)
-        job = ExportJob(checkpoint.source.name, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
+        job = ExportJob(checkpoint.source.name, config, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
         written = chosen.write(job, folder) or Written()
         notes += written.notes
         if options.mixes:

@@ -1,6 +1,6 @@
 """What an artifact holds: whether its files are those of its manifest, and its tensors as the format's own reader finds them.
 
-Each target package says how to list the tensors of its format: `targets/<target>/inspect.py` has `list_tensors(folder)`.
+Each target package says how to list the tensors of its format: `targets/<target>/inspect.py` has `list_tensors(folder, config)`.
 """
 
 from __future__ import annotations
@@ -10,20 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from elmexport.artifact import MANIFEST, Artifact
+from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.errors import ElmExportError
-from elmexport.weights import Role
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of an artifact's files."""
-
-    name: str  # in the file
-    role: Role | None  # None for what is no weight of the model: tables of angles, masks, constants of the graph
-    scheme: str  # how it is stored, in the format's words: "Q4_0", "4-bit, blocks of 32", "float16"
-    shape: tuple[int, ...]  # logical, outermost axis first: [out, in] for a matrix
-    bytes: int  # in the file, scales included
+from elmexport.models import config_from_dict
+from elmexport.models.base import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -58,28 +48,14 @@ def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
     Raises:
         ElmExportError: files that the format's reader cannot make sense of.
     """
-    return tuple(_reader(artifact.target)(artifact.path))
+    config = config_from_dict(artifact.manifest["model"]["config"], where=str(artifact.path / MANIFEST))
+    return tuple(_reader(artifact.target)(artifact.path, config))
 
 
-def role_of(name: str) -> Role | None:
-    """The role of a tensor that goes by one of Apple's names (the dots may have become underscores); None for any other."""
-    words = name.replace(".", "_")
-    return next((role for ending, role in _ENDINGS.items() if words.endswith(ending)), None)
-
-
-_ENDINGS = {
-    "token_embeddings_weight": Role.EMBEDDING,
-    "qkv_proj_weight": Role.ATTENTION_QKV,
-    "out_proj_weight": Role.ATTENTION_OUT,
-    "ffn_proj_1_weight": Role.FFN_GATE_UP,
-    "ffn_proj_2_weight": Role.FFN_DOWN,
-    "lm_head_weight": Role.LM_HEAD,
-    "norm_weight": Role.NORM,
-}
-
-
-def _reader(target: str) -> Callable[[Path], Iterable[StoredTensor]]:
+def _reader(target: str) -> Callable[[Path, ModelConfig], Iterable[StoredTensor]]:
     from elmexport.target import find_target
 
-    reader: Callable[[Path], Iterable[StoredTensor]] = import_module(f"{type(find_target(target)).__module__}.inspect").list_tensors
+    reader: Callable[[Path, ModelConfig], Iterable[StoredTensor]] = import_module(
+        f"{type(find_target(target)).__module__}.inspect"
+    ).list_tensors
     return reader

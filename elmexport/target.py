@@ -24,7 +24,7 @@ from elmexport.artifact import file_sha256
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Scheme
@@ -48,14 +48,11 @@ class ExportJob:
     """
 
     name: str  # display name for file names, "OpenELM-450M"
+    config: ModelConfig
     graph: Graph
     weights: PlannedWeights
     tokenizer: Tokenizer | None
     advance: Advance
-
-    @property
-    def config(self) -> OpenELMConfig:
-        return self.graph.config
 
     @property
     def recipe(self) -> Recipe:
@@ -123,7 +120,7 @@ class Target(ABC):
         return None
 
     @abstractmethod
-    def check(self, config: OpenELMConfig, context: int) -> None:
+    def check(self, config: ModelConfig, context: int) -> None:
         """Refuse, before any work, a model or context that the format cannot express.
 
         Raises:

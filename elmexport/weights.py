@@ -1,4 +1,4 @@
-"""What a weight tensor is, before anyone reads one: its name, shape, role and layer.
+"""Weight specifications: name, shape, role and layer of a model's tensors, before anyone reads one.
 
 Recipes, lowerings and checkpoints all speak of tensors through `WeightSpec`; roles are what quantization rules match on.
 """
@@ -11,20 +11,43 @@ from enum import StrEnum
 
 
 class Role(StrEnum):
-    """What a tensor does in the network."""
+    """Function of a tensor in the network; the values are the roles that recipe files name."""
 
     EMBEDDING = "embedding"
-    ATTENTION_QKV = "attention.qkv"
+    ATTENTION_Q = "attention.q"
+    ATTENTION_K = "attention.k"
+    ATTENTION_V = "attention.v"
+    ATTENTION_QKV = "attention.qkv"  # the three in one matrix, rows in this order
     ATTENTION_OUT = "attention.out"
-    FFN_GATE_UP = "ffn.gate_up"
+    FFN_GATE = "ffn.gate"
+    FFN_UP = "ffn.up"
+    FFN_GATE_UP = "ffn.gate_up"  # the two in one matrix, the gate's rows first
     FFN_DOWN = "ffn.down"
+    MOE_ROUTER = "moe.router"
+    MOE_EXPERTS_GATE_UP = "moe.experts.gate_up"
+    MOE_EXPERTS_DOWN = "moe.experts.down"
     LM_HEAD = "lm_head"
-    NORM = "norm"
+    NORM_ATTENTION = "norm.attention"  # before the attention
+    NORM_FFN = "norm.ffn"  # before the feed-forward network
+    NORM_QUERY = "norm.query"
+    NORM_KEY = "norm.key"
+    NORM_FINAL = "norm.final"
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the tensor is a norm's weight, a vector that is never quantized."""
+        return self.value.startswith("norm.")
+
+    @property
+    def writes_to_stream(self) -> bool:
+        """Whether the output of the tensor's node is added to the residual stream."""
+        return self in (Role.EMBEDDING, Role.ATTENTION_OUT, Role.FFN_DOWN, Role.MOE_EXPERTS_DOWN)
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One tensor of a model: `name` as in Apple's checkpoints, `shape` `[out, in]` for matrices, `layer` None outside the layers."""
+    """One tensor of a model: `name` as in the family's published checkpoints, `shape` `[out, in]` for matrices (`[experts, out, in]` for those of
+    experts), `layer` None outside the layers."""
 
     name: str
     shape: tuple[int, ...]

@@ -14,7 +14,7 @@ import pytest
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded; see elmexport.cli.main
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.clients import llama_cpp_tools as tools_of_llama_cpp
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.weights import Role
 
 
@@ -44,7 +44,7 @@ def random_checkpoint(config: OpenELMConfig, seed: int = 0, *, tokenizer_path: P
     arrays = {}
     for spec in config.weights():
         noise = generator.standard_normal(spec.shape, dtype=np.float32)
-        if spec.role is Role.NORM:
+        if spec.role.is_norm:
             arrays[spec.name] = 1 + np.float32(0.1) * noise
         else:
             gain = 2.0 if spec.role in (Role.EMBEDDING, Role.LM_HEAD) else 1.0

@@ -19,7 +19,7 @@ from elmexport.checkpoint.save import save_checkpoint
 from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.export import export, export_checkpoint
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.runtimes import open_artifact

@@ -9,14 +9,14 @@ from itertools import product
 import pytest
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.inspection import inspect_artifact, role_of
+from elmexport.inspection import inspect_artifact
 from elmexport.weights import Role
 from tests.conftest import ExportTo
 
 SCHEMES = {
     ("gguf", "int4", Role.ATTENTION_QKV): "Q4_0",
     ("gguf", "int4", Role.EMBEDDING): "Q8_0",
-    ("gguf", "fp16", Role.NORM): "F32",
+    ("gguf", "fp16", Role.NORM_FFN): "F32",
     ("gguf", "fp16", Role.FFN_DOWN): "F16",
     ("onnx", "int4", Role.ATTENTION_QKV): "int4 in blocks of 32",
     ("onnx", "int4", Role.EMBEDDING): "int8 in blocks of 32",
@@ -61,10 +61,3 @@ def test_coremltools_leaves_a_package_as_it_was(tiny: Checkpoint, export_to: Exp
     path = export_to(tiny, "coreml", "int4")
     coremltools.utils.load_spec(str(next(path.glob("*.mlpackage"))))
     assert inspect_artifact(path).problems == ()
-
-
-def test_roles_of_apple_s_names(tiny: Checkpoint) -> None:
-    for spec in tiny.config.weights():
-        assert role_of(spec.name) is spec.role
-        assert role_of(spec.name.replace(".", "_")) is spec.role
-    assert role_of("rope_cos") is None

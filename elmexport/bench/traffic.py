@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elmexport.artifact import MANIFEST, Artifact
-from elmexport.inspection import StoredTensor, list_tensors
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.artifact import MANIFEST, Artifact, StoredTensor
+from elmexport.inspection import list_tensors
+from elmexport.models import config_from_dict
 from elmexport.weights import Role
 
 _FP16, _FP32 = 2, 4  # bytes
@@ -47,7 +47,7 @@ def _weights(tensors: tuple[StoredTensor, ...]) -> int:
 
 
 def _cache(manifest: Mapping[str, Any]) -> int:
-    config = OpenELMConfig.from_dict(manifest["model"]["config"])
+    dims = config_from_dict(manifest["model"]["config"]).dims
     # llama.cpp's runtime keeps fp32 whatever the weights are; the others keep what they compute in.
     fp32 = manifest["target"] == "gguf" or manifest["quant"]["activations"] == "fp32"
-    return 2 * sum(layer.kv_heads for layer in config.layers) * config.head_dim * (_FP32 if fp32 else _FP16)
+    return 2 * sum(layer.kv_heads for layer in dims.layers) * dims.head_dim * (_FP32 if fp32 else _FP16)

@@ -1,4 +1,4 @@
-"""Where weights and tokenizers come from: `open_checkpoint` finds them by alias, hub id, folder or file."""
+"""Checkpoints: weights and tokenizers, found by alias, hub id, folder or file (`open_checkpoint`)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.checkpoint.safetensors import SafetensorsCheckpoint, has_weights
 from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import TINY_FOLDER, KnownModel, find_model, known_models
+from elmexport.models import find_family, find_model, known_models, read_config
+from elmexport.models.base import KnownModel, ModelConfig
 from elmexport.progress import Progress, SilentProgress
 
 NO_TOKENIZER = "none"  # --tokenizer none: go without, on purpose
@@ -31,8 +31,8 @@ def open_checkpoint(
     """Open a model: an alias (`tiny`, `270M`, `1.1B-Instruct`), a local folder, a CoreNet `.pt` file or the folder it lies in, or a hub id.
 
     `revision` pins a hub model to a branch, tag or commit. `tokenizer` is a file, a folder, a hub id, or "none"; where it is None, the
-    model's own is used, then Llama 2's, which every OpenELM model was trained with: from the cache for local files, else from its gated
-    hub repository. `random_weights` is a seed: the model's shapes with random values, nothing downloaded.
+    model's own is used, then the one that models of its family were trained with: from the cache for local files, else from its hub
+    repository. `random_weights` is a seed: the model's shapes with random values, nothing downloaded.
 
     Only headers are read; `tokenizer_path` of the result is None where no tokenizer was found (see `require_tokenizer`).
 
@@ -43,13 +43,13 @@ def open_checkpoint(
     progress = progress or SilentProgress()
     known = find_model(model)
     path = None if known else _local_path(model)
-    if revision is not None and (path is not None or random_weights is not None or (known and known.hub_id is None)):
+    if revision is not None and (path is not None or random_weights is not None or (known and known.folder is not None)):
         raise ElmExportError(f"--revision {revision} applies to models from the hub; {model!r} is not downloaded: leave --revision out")
     checkpoint: Checkpoint
     if random_weights is not None:
         checkpoint = _open_random(model, known, path, tokenizer, random_weights)
-    elif known and known.hub_id is None:
-        checkpoint = SafetensorsCheckpoint(TINY_FOLDER, known.config, Source(known.name, "embedded"), _chosen(tokenizer, TINY_FOLDER))
+    elif known and known.folder is not None:
+        checkpoint = SafetensorsCheckpoint(known.folder, known.config, Source(known.name, "embedded"), _chosen(tokenizer, known.folder))
     elif path is not None:
         checkpoint = _open_local(path, tokenizer)
     else:
@@ -59,26 +59,25 @@ def open_checkpoint(
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> Path:
-    """The tokenizer of `checkpoint`, for work that cannot go on without. Tries the gated Llama 2 repository as a last resort.
+    """The tokenizer of `checkpoint`, for work that cannot go on without. Tries the hub repository of the family's tokenizer as a last resort.
 
     Raises:
         ElmExportError: there is none, and how to get one.
     """
     if checkpoint.tokenizer_path is not None:
         return checkpoint.tokenizer_path
-    return _download_llama_tokenizer(checkpoint.source.name)
+    return _download_tokenizer(checkpoint.source.name, checkpoint.config)
 
 
 def _open_random(model: str, known: KnownModel | None, path: Path | None, tokenizer: str | None, seed: int) -> RandomCheckpoint:
     if known is not None:
-        folder = TINY_FOLDER if known.hub_id is None else None
-        return RandomCheckpoint(known.config, known.name, seed, _chosen(tokenizer, folder))
+        return RandomCheckpoint(known.config, known.name, seed, _chosen(tokenizer, known.folder))
     if path is None:
         raise ElmExportError(
             f"--random-weights needs shapes: {model!r} is neither a known model ({_aliases()}) nor a folder with a config.json"
         )
     folder = path if path.is_dir() else path.parent
-    return RandomCheckpoint(OpenELMConfig.from_file(folder / "config.json"), folder.resolve().name, seed, _chosen(tokenizer, folder))
+    return RandomCheckpoint(read_config(folder / "config.json"), folder.resolve().name, seed, _chosen(tokenizer, folder))
 
 
 def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
@@ -86,10 +85,16 @@ def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
         raise ElmExportError(f"{path} is a file of another kind; give --model the folder that holds it, or a CoreNet .pt file")
     folder = path if path.is_dir() else path.parent
     tokenizer_path = _chosen(tokenizer, folder)
-    if tokenizer_path is None and tokenizer is None:
+    checkpoint = _open_files(path, tokenizer_path)
+    repo = find_family(checkpoint.config.model_type).tokenizer_repo
+    if tokenizer_path is None and tokenizer is None and repo is not None:
         from elmexport.checkpoint.hub import cached_tokenizer
 
-        tokenizer_path = cached_tokenizer()
+        checkpoint.tokenizer_path = cached_tokenizer(repo)
+    return checkpoint
+
+
+def _open_files(path: Path, tokenizer_path: Path | None) -> Checkpoint:
     if path.is_file():
         return CoreNetCheckpoint(path, tokenizer_path)
     if not has_weights(path):
@@ -100,7 +105,7 @@ def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
             raise ElmExportError(
                 f"{path} holds {len(corenet)} .pt files ({', '.join(file.name for file in corenet)}); give --model one of them"
             )
-    config = OpenELMConfig.from_file(path / "config.json")
+    config = read_config(path / "config.json")
     return SafetensorsCheckpoint(path, config, Source(path.resolve().name, "local folder"), tokenizer_path)
 
 
@@ -111,15 +116,15 @@ def _open_hub(model: str, known: KnownModel | None, revision: str | None, tokeni
     snapshot = hub.download_description(repo, revision)
     name = repo.rpartition("/")[2]
     if not (snapshot / "config.json").is_file():
-        raise ElmExportError(f"hub repository {repo} holds no config.json, so it is no model; give --model an OpenELM model")
+        raise ElmExportError(f"hub repository {repo} holds no config.json, so it is no model; give --model a repository that does")
     # Everything that can fail cheaply comes before the gigabytes.
-    config = OpenELMConfig.from_file(snapshot / "config.json")
+    config = read_config(snapshot / "config.json")
     tokenizer_path = _chosen(tokenizer, snapshot)
     if tokenizer_path is None and tokenizer is None:
-        tokenizer_path = _download_llama_tokenizer(name)
+        tokenizer_path = _download_tokenizer(name, config)
     hub.download_weights(repo, snapshot, progress)
     if not has_weights(snapshot):
-        raise ElmExportError(f"hub repository {repo} holds no safetensors weights; give --model an OpenELM model that does")
+        raise ElmExportError(f"hub repository {repo} holds no safetensors weights; give --model one that does")
     return SafetensorsCheckpoint(snapshot, config, Source(name, f"hub:{repo}", snapshot.name), tokenizer_path)
 
 
@@ -150,16 +155,29 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
 
 
-def _download_llama_tokenizer(model: str) -> Path:
-    from elmexport.checkpoint.hub import LLAMA_TOKENIZER_REPO, download_tokenizer
+def _download_tokenizer(model: str, config: ModelConfig) -> Path:
+    from elmexport.checkpoint.hub import download_tokenizer
 
+    family = find_family(config.model_type)
+    fix = f"give --tokenizer PATH ({family.tokenizer_words}: tokenizer.model or tokenizer.json), or --tokenizer HUB-ID, or --tokenizer {NO_TOKENIZER} to go without"
+    if family.tokenizer_repo is None:
+        raise MissingDependencyError(f"{model} comes without a tokenizer; {fix}")
     try:
-        return download_tokenizer()
+        return download_tokenizer(family.tokenizer_repo)
     except ElmExportError as error:
         raise MissingDependencyError(
-            f"{model} comes without a tokenizer; OpenELM uses the Llama 2 tokenizer, and it could not be had from {LLAMA_TOKENIZER_REPO}: {error}. "
-            f"Or give --tokenizer PATH (a Llama 2 tokenizer.model or tokenizer.json), or --tokenizer HUB-ID, or --tokenizer {NO_TOKENIZER} to go without"
+            f"{model} comes without a tokenizer; {family.name} uses {family.tokenizer_words}, and it could not be had from {family.tokenizer_repo}: "
+            f"{error}. Or {fix}"
         ) from None
+
+
+def is_local(model: KnownModel) -> bool:
+    """Whether the weights of `model` lie on this machine already. Looks at the hub's cache folder only; no network."""
+    if model.hub_id is None:
+        return True
+    from elmexport.checkpoint.hub import cached_weights
+
+    return cached_weights(model.hub_id)
 
 
 def _local_path(model: str) -> Path | None:
@@ -188,4 +206,4 @@ def _aliases() -> str:
     return ", ".join(known.alias for known in known_models())
 
 
-__all__ = ["Checkpoint", "open_checkpoint", "require_tokenizer"]
+__all__ = ["Checkpoint", "is_local", "open_checkpoint", "require_tokenizer"]

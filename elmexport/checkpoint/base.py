@@ -1,4 +1,4 @@
-"""The contract of a checkpoint: a configuration, tensors read one at a time, and where they came from.
+"""Checkpoint contract: a configuration, tensors read one at a time, and where they came from.
 
 What is not here: how each kind is found and opened (`elmexport.checkpoint.open_checkpoint`).
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ class Source:
 
 
 class Checkpoint(ABC):
-    """A model's weights under Apple's names, lazily readable.
+    """Weights of a model under the names of its family's published checkpoints, lazily readable.
 
     Opening one reads headers only; `tensor` reads one tensor and keeps nothing.
     """
 
-    def __init__(self, config: OpenELMConfig, source: Source, tokenizer_path: Path | None = None) -> None:
+    def __init__(self, config: ModelConfig, source: Source, tokenizer_path: Path | None = None) -> None:
         self.config = config
         self.source = source
         self.tokenizer_path = tokenizer_path  # tokenizer.model or tokenizer.json, None where there is none

@@ -1,4 +1,4 @@
-"""A CoreNet checkpoint: the `.pt` file that Apple's training code writes, with CoreNet's key names.
+"""Checkpoint file of training code: the `.pt` file that CoreNet, Apple's training code, writes, with names of its own.
 
 Only tensors are ever unpickled (`weights_only=True`): a file with code in it is refused. The file is mapped, not read, so tensors cost memory
 only while they are in use. CoreNet's YAML configuration is not read: `config.json` beside the file, or the shapes, say which model it is.
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from elmexport.checkpoint.base import Source
 from elmexport.checkpoint.stored import StoredCheckpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import KnownModel, known_models
+from elmexport.models import families, find_family, read_config
+from elmexport.models.base import Family, KnownModel, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ _DTYPE_NAMES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32
 
 
 class CoreNetCheckpoint(StoredCheckpoint):
-    """Tensors of one mapped `.pt` file, under Apple's Hugging Face names."""
+    """Tensors of one mapped `.pt` file, under the names of the family's published checkpoints."""
 
     def __init__(self, path: Path, tokenizer_path: Path | None = None) -> None:
         """Open `path`.
@@ -34,45 +34,48 @@ class CoreNetCheckpoint(StoredCheckpoint):
         Raises:
             ElmExportError: a file with code in it, damaged, holding no tensors, or of a model that is not known and has no config.json.
         """
-        self._tensors = {apple_name(name): tensor for name, tensor in _load_state(path).items()}
+        state = _load_state(path)
+        config, known, family = _find_config(path, state)
+        assert family.trained_name is not None
+        self._tensors = {family.trained_name(name): tensor for name, tensor in state.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
-        known = next((model for model in known_models() if fits(model.config, shapes)), None)
-        config = _find_config(path, known)
         dtypes = {
             name: _DTYPE_NAMES.get(str(tensor.dtype), str(tensor.dtype).removeprefix("torch.")) for name, tensor in self._tensors.items()
         }
-        name = path.stem if known is None or known.config.layers != config.layers else known.name
+        name = path.stem if known is None or known.config.dims.layers != config.dims.layers else known.name
         super().__init__(config, Source(name, "CoreNet checkpoint"), tokenizer_path, shapes, dtypes)
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name]
 
 
-def apple_name(name: str) -> str:
-    """The Hugging Face name of a CoreNet tensor: `layers.0.ffn.proj_1.weight` is `transformer.layers.0.ffn.proj_1.weight` there.
+def _find_config(path: Path, state: Mapping[str, torch.Tensor]) -> tuple[ModelConfig, KnownModel | None, Family]:
+    """The configuration of the tensors `state`, the known model whose tensors they are (None where there is none), and their family."""
+    beside = path.parent / "config.json"
+    config = read_config(beside) if beside.is_file() else None
+    candidates = [family for family in families() if family.trained_name is not None]
+    if config is not None:
+        family = find_family(config.model_type)
+        if family.trained_name is None:
+            raise ElmExportError(f"{path}: {family.name} models are not read from `.pt` files; give --model a folder with safetensors")
+        candidates = [family]
+    for family in candidates:
+        assert family.trained_name is not None
+        shapes = {family.trained_name(name): tuple(tensor.shape) for name, tensor in state.items()}
+        known = next((model for model in family.known_models() if fits(model.config, shapes)), None)
+        if config is not None:
+            return config, known, family
+        if known is not None:
+            return known.config, known, family
+    names = ", ".join(dict.fromkeys(model.name.removesuffix("-Instruct") for family in candidates for model in family.known_models()))
+    raise ElmExportError(
+        f"{path}: its tensors do not fit any known model ({names}); put the model's config.json (the fields of the published ones) beside the file"
+    )
 
-    Source: the module names of CoreNet's `GeneralGPTModel`; its `classifier` is the Hugging Face model's `lm_head`. `module.` is what
-    data-parallel training puts in front.
-    """
-    name = name.removeprefix("module.")
-    return "lm_head.weight" if name == "classifier.weight" else f"transformer.{name}"
 
-
-def fits(config: OpenELMConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def fits(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the tensors in `shapes` are exactly those of `config`."""
     return {spec.name: spec.shape for spec in config.weights()} == dict(shapes)
-
-
-def _find_config(path: Path, known: KnownModel | None) -> OpenELMConfig:
-    beside = path.parent / "config.json"
-    if beside.is_file():
-        return OpenELMConfig.from_file(beside)
-    if known is not None:
-        return known.config
-    names = ", ".join(dict.fromkeys(model.name.removesuffix("-Instruct") for model in known_models()))
-    raise ElmExportError(
-        f"{path}: its tensors do not fit any known model ({names}); put the model's config.json (the fields of Apple's published ones) beside the file"
-    )
 
 
 def _load_state(path: Path) -> dict[str, torch.Tensor]:
@@ -102,9 +105,9 @@ def _load_state(path: Path) -> dict[str, torch.Tensor]:
         state = state["model_state_dict"]
     if not isinstance(state, dict) or not state:
         raise ElmExportError(
-            f"{path} holds a {type(state).__name__}, not a state dictionary of named tensors; use a CoreNet OpenELM checkpoint"
+            f"{path} holds a {type(state).__name__}, not a state dictionary of named tensors; use a checkpoint that CoreNet wrote"
         )
     odd = [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if odd:
-        raise ElmExportError(f"{path} holds entries that are not tensors: {', '.join(odd[:5])}; use a CoreNet OpenELM checkpoint")
+        raise ElmExportError(f"{path} holds entries that are not tensors: {', '.join(odd[:5])}; use a checkpoint that CoreNet wrote")
     return state

@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 from elmexport.checkpoint.safetensors import INDEX, SINGLE
 from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.models.zoo import known_models
+from elmexport.models import known_models
 from elmexport.progress import Progress
 
 T = TypeVar("T")
 
-LLAMA_TOKENIZER_REPO = "meta-llama/Llama-2-7b-hf"  # the vocabulary of every OpenELM model, behind Meta's licence
 SMALL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
 WEIGHT_FILES = (SINGLE, "model-*-of-*.safetensors")
 
@@ -67,12 +66,12 @@ def cached_weights(repo: str) -> bool:
     return config is not None and _complete(config.parent)
 
 
-def cached_tokenizer(repo: str = LLAMA_TOKENIZER_REPO) -> Path | None:
+def cached_tokenizer(repo: str) -> Path | None:
     """The tokenizer file of `repo` in the cache, None where there is none. No network."""
     return next((path for name in TOKENIZER_FILES if (path := _cached(repo, name)) is not None), None)
 
 
-def download_tokenizer(repo: str = LLAMA_TOKENIZER_REPO) -> Path:
+def download_tokenizer(repo: str) -> Path:
     """The tokenizer file of `repo`, from the cache or the hub.
 
     Raises:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.weights import Role
+from elmexport.models.base import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ _SCHEME = "random weights, scheme 1"  # to be raised with any change of the valu
 class RandomCheckpoint(Checkpoint):
     """bfloat16 tensors: matrices N(0, 1 / inputs), norm weights 1 + 0.1 N(0, 1)."""
 
-    def __init__(self, config: OpenELMConfig, name: str, seed: int, tokenizer_path: Path | None = None) -> None:
+    def __init__(self, config: ModelConfig, name: str, seed: int, tokenizer_path: Path | None = None) -> None:
         """
         Raises:
             ElmExportError: a negative seed.
@@ -48,7 +47,7 @@ class RandomCheckpoint(Checkpoint):
         spec = self.specs[name]
         with torch.inference_mode(False):  # the mode is each thread's own: a tensor made in it could not be filled by the others
             out = torch.empty(spec.size, dtype=torch.bfloat16)
-        mean, std = (1.0, 0.1) if spec.role is Role.NORM else (0.0, spec.shape[-1] ** -0.5)
+        mean, std = (1.0, 0.1) if spec.role.is_norm else (0.0, spec.shape[-1] ** -0.5)
 
         def fill(chunk: int) -> None:
             key = hashlib.sha256(f"{self.seed} {name} {chunk}".encode()).digest()

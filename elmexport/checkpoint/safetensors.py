@@ -1,4 +1,4 @@
-"""A checkpoint folder in Apple's layout: `config.json` with `model.safetensors`, or with shards and `model.safetensors.index.json`."""
+"""Checkpoint folder in Hugging Face's layout: `config.json` with `model.safetensors`, or with shards and `model.safetensors.index.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from elmexport.checkpoint.base import Source
 from elmexport.checkpoint.stored import StoredCheckpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 class SafetensorsCheckpoint(StoredCheckpoint):
     """Tensors in one or more safetensors files, mapped one at a time."""
 
-    def __init__(self, folder: Path, config: OpenELMConfig, source: Source, tokenizer_path: Path | None = None) -> None:
+    def __init__(self, folder: Path, config: ModelConfig, source: Source, tokenizer_path: Path | None = None) -> None:
         """Read the headers of the files in `folder`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Write a checkpoint in the layout of Apple's published models, so that any client of those (mlx-lm, transformers) can open it."""
+"""Write a checkpoint folder in Hugging Face's layout, so that any client of the published models (mlx-lm, transformers) can open it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.safetensors import INDEX, SINGLE
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 
 if TYPE_CHECKING:
     import torch
 
 
-def save_checkpoint(folder: Path, config: OpenELMConfig, tensors: Mapping[str, torch.Tensor], *, shards: int = 1) -> None:
-    """Write `config.json` and `tensors` (Apple's names) into `folder`: one file, or `shards` files of about equal tensor count and an index.
+def save_checkpoint(folder: Path, config: ModelConfig, tensors: Mapping[str, torch.Tensor], *, shards: int = 1) -> None:
+    """Write `config.json` and `tensors` (the names of `config.weights()`) into `folder`: one file, or `shards` files of about equal tensor count and an index.
 
     The folder is made if need be; files of the same name are replaced.
     """

@@ -1,4 +1,4 @@
-"""What checkpoints that lie in files have in common, whatever the file format: dtype checks, tied heads, identity.
+"""Stored checkpoints, whatever the file format: dtype checks, tied heads stored twice, identity.
 
 The formats are `safetensors.py` and `corenet.py`.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
+from elmexport.weights import Role
 
 DTYPES = ("BF16", "F16", "F32")  # safetensors' names
-HEAD, EMBEDDING = "lm_head.weight", "transformer.token_embeddings.weight"
 
 
 class StoredCheckpoint(Checkpoint):
@@ -24,13 +24,13 @@ class StoredCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        config: OpenELMConfig,
+        config: ModelConfig,
         source: Source,
         tokenizer_path: Path | None,
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, str],
     ) -> None:
-        """`shapes` and `dtypes` (safetensors' names) of every stored tensor, under Apple's names.
+        """`shapes` and `dtypes` (safetensors' names) of every stored tensor, under the names of `config.weights()`.
 
         Raises:
             ElmExportError: a dtype that is not a float of 16 or 32 bits.
@@ -49,8 +49,9 @@ class StoredCheckpoint(Checkpoint):
 
     def check(self) -> None:
         """As `Checkpoint.check`; a tied model that stores its head all the same passes if the head equals the embedding."""
-        if self.config.share_input_output_layers and HEAD in self._shapes and self._shapes[HEAD] == self._shapes.get(EMBEDDING):
-            self._drop_equal_head()
+        head = self.config.head_name
+        if self.config.dims.tied and head in self._shapes and self._shapes[head] == self._shapes.get(self._embedding):
+            self._drop_equal_head(head)
         super().check()
 
     def identity(self) -> str:
@@ -72,18 +73,22 @@ class StoredCheckpoint(Checkpoint):
             digest.update(tensor.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _drop_equal_head(self) -> None:
+    @property
+    def _embedding(self) -> str:
+        return next(name for name, spec in self.specs.items() if spec.role is Role.EMBEDDING)
+
+    def _drop_equal_head(self, head: str) -> None:
         # Some tools write a tied head out as a tensor of its own. Equal, it says nothing new; different, the file and its config.json
         # describe two models, and guessing which one was meant would be wrong half of the time.
         import torch
 
-        if not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
+        if not torch.equal(self.read(head), self.read(self._embedding)):
             raise ElmExportError(
-                f"{self.source.name}: config.json says that the output layer shares the embedding (share_input_output_layers is true), but "
-                f"the weights hold an {HEAD} that differs from {EMBEDDING}; set share_input_output_layers to false if the "
-                "stored head is the right one, else remove it from the weights"
+                f"{self.source.name}: config.json says that the output layer shares the embedding ({self.config.tied_key} is true), but the weights "
+                f"hold an {head} that differs from {self._embedding}; set {self.config.tied_key} to false if the stored head is the right one, "
+                "else remove it from the weights"
             )
-        del self._shapes[HEAD]
+        del self._shapes[head]
 
 
 def _some(problems: list[str], count: int = 5) -> str:

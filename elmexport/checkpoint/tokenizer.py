@@ -1,7 +1,7 @@
-"""One `Tokenizer` over the two files that hold OpenELM's vocabulary: SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
+"""Tokenizers: one `Tokenizer` over SentencePiece's `tokenizer.model` and Hugging Face's `tokenizer.json`.
 
 Both give the same ids for the same text. Special tokens spelled out in a text ("</s>") are plain text, never control tokens. Not covered:
-chat templates (OpenELM has none) and vocabularies of other kinds than SentencePiece's BPE with byte fallback.
+chat templates and vocabularies of other kinds than SentencePiece's BPE with byte fallback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # the first found is used
 UNREACHABLE_SCORE = -1e9  # below every merge's: what Llama's own vocabulary gives to pieces that must not be merged into
@@ -97,7 +97,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id, self.eos_id, self.unk_id = processor.bos_id(), processor.eos_id(), processor.unk_id()
         for label, token_id in (("BOS", self.bos_id), ("EOS", self.eos_id), ("unknown", self.unk_id)):
             if token_id < 0:
-                raise ElmExportError(f"{path} has no {label} token; OpenELM needs one: use the Llama 2 tokenizer")
+                raise ElmExportError(
+                    f"{path} has no {label} token, and one is needed; use the tokenizer that the model was trained with (--tokenizer PATH)"
+                )
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         ids: list[int] = self._processor.encode(text)
@@ -138,7 +140,7 @@ class JsonTokenizer(Tokenizer):
         if model.get("type") != "BPE" or not model.get("byte_fallback"):
             raise ElmExportError(
                 f"{path} holds a {model.get('type')} vocabulary{'' if model.get('byte_fallback') else ' without byte fallback'}; "
-                "OpenELM uses SentencePiece BPE with byte fallback: use the Llama 2 tokenizer"
+                "only SentencePiece BPE with byte fallback is supported: use the tokenizer that the model was trained with (--tokenizer PATH)"
             )
         self._tokenizer.encode_special_tokens = True  # "</s>" typed by a user is text
         self._tokenizer.no_truncation()
@@ -150,7 +152,9 @@ class JsonTokenizer(Tokenizer):
     def _id(self, text: str, label: str) -> int:
         token_id = self._tokenizer.token_to_id(text)
         if token_id is None:
-            raise ElmExportError(f"{self.path} has no {label} token {text!r}; OpenELM needs one: use the Llama 2 tokenizer")
+            raise ElmExportError(
+                f"{self.path} has no {label} token {text!r}, and one is needed; use the tokenizer that the model was trained with (--tokenizer PATH)"
+            )
         return int(token_id)
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
@@ -237,16 +241,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return JsonTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: OpenELMConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """Refuse a tokenizer that belongs to another model. Fewer pieces than `vocab_size` are allowed: embeddings are often padded.
 
     Raises:
         ElmExportError: more pieces than the embedding has rows, or other BOS or EOS ids than the configuration's.
     """
     fix = "use the tokenizer that the model was trained with (--tokenizer PATH)"
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size > config.dims.vocab_size:
         raise ElmExportError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, more than the {config.vocab_size} rows of the model's embedding; {fix}"
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, more than the {config.dims.vocab_size} rows of the model's embedding; {fix}"
         )
     for label, found, wanted in (("BOS", tokenizer.bos_id, config.bos_token_id), ("EOS", tokenizer.eos_id, config.eos_token_id)):
         if found != wanted:

@@ -26,7 +26,8 @@ def inspect(
     Example:
       elmexport inspect OpenELM-tiny-gguf-int4 --tensors
     """
-    from elmexport.inspection import StoredTensor, inspect_artifact
+    from elmexport.artifact import StoredTensor
+    from elmexport.inspection import inspect_artifact
 
     def row(tensor: StoredTensor) -> tuple[str, ...]:
         return tensor.name, tensor.role or "-", tensor.scheme, "x".join(map(str, tensor.shape)) or "scalar", f"{tensor.bytes:,}"

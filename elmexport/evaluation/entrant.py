@@ -16,7 +16,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import ModelFacts, Subject
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import config_from_dict
 from elmexport.progress import Progress
 from elmexport.runtimes import artifact_kind, open_as
 from elmexport.runtimes.base import Runtime
@@ -115,7 +115,7 @@ def _named_checkpoint(artifact: Path, manifest: Any, progress: Progress | None) 
         return open_checkpoint(source.removeprefix("hub:"), revision=revision, tokenizer=NO_TOKENIZER, progress=progress)
     seed = re.fullmatch(r"random weights, seed (\d+)", source)
     if seed is not None:
-        config = OpenELMConfig.from_dict(_fact(artifact, manifest, "model", "config"), where=str(artifact / MANIFEST))
+        config = config_from_dict(_fact(artifact, manifest, "model", "config"), where=str(artifact / MANIFEST))
         return RandomCheckpoint(config, name.removesuffix(f"-random{seed[1]}"), int(seed[1]))
     raise ElmExportError(
         f"{artifact} was exported from {name}, a {source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
@@ -125,7 +125,7 @@ def _named_checkpoint(artifact: Path, manifest: Any, progress: Progress | None) 
 def _checkpoint_entrant(checkpoint: Checkpoint, path: str, context: int | None, *, rounded: bool = False) -> Entrant:
     """`rounded`: weights to fp16 first, which makes it the fp16 reference."""
     identity = checkpoint.identity()
-    context = checkpoint.config.max_context_length if context is None else context
+    context = checkpoint.config.dims.context if context is None else context
     words = "weights rounded to fp16, computed in float32" if rounded else "weights as stored, computed in float32"
     subject = Subject(
         label=f"{checkpoint.source.name} {FP16}" if rounded else checkpoint.source.name,

@@ -66,7 +66,7 @@ class _Observer:
 @torch.inference_mode()
 def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | None, progress: Progress) -> Reference:
     """Run the checkpoint in float32 on the bundled text, its weights streamed through `graph` one tensor at a time."""
-    ids, text = sample_ids(tokenizer, checkpoint.config.vocab_size, min(TOKENS, graph.context))
+    ids, text = sample_ids(tokenizer, checkpoint.config.dims.vocab_size, min(TOKENS, graph.context))
     observer = _Observer(graph)
     progress.stage("reference pass", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
 

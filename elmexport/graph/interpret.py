@@ -25,7 +25,7 @@ class Caches:
 
     def __init__(self, graph: Graph, batch: int = 1, dtype: torch.dtype = torch.float32, context: int | None = None) -> None:
         context = graph.context if context is None else context
-        shapes = [(batch, layer.kv_heads, context, graph.config.head_dim) for layer in graph.config.layers]
+        shapes = [(batch, layer.kv_heads, context, graph.dims.head_dim) for layer in graph.dims.layers]
         self.keys = [torch.zeros(shape, dtype=dtype) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype) for shape in shapes]
 

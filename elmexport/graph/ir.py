@@ -1,4 +1,4 @@
-"""The traced graph: a flat list of op-vocabulary nodes that knows every tensor's name, shape and role, and holds no weight."""
+"""Traced graph: a flat list of op-vocabulary nodes that knows every tensor's name, shape and role, and holds no weight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.graph.dims import ModelDims
 from elmexport.weights import Role, WeightSpec
 
 BATCH, TOKENS = "batch", "tokens"
@@ -53,7 +53,7 @@ class Graph:
     `[batch, tokens, D]`.
     """
 
-    config: OpenELMConfig
+    dims: ModelDims
     context: int
     nodes: tuple[Node, ...]
     values: dict[str, Value] = field(repr=False)
@@ -73,9 +73,20 @@ class Graph:
         return any(node.role is Role.LM_HEAD for node in self.nodes)
 
     @cached_property
+    def attentions(self) -> tuple[Node, ...]:
+        """The attention nodes, in the order of the layers."""
+        return tuple(node for node in self.nodes if node.op == "attention")
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary embedding, the same in every layer."""
+        (theta,) = {float(node.attrs["rope_theta"]) for node in self.attentions}
+        return theta
+
+    @cached_property
     def kv_heads(self) -> dict[int, int]:
         """KV heads of each layer that is here, by its number."""
-        return {node.layer: node.attrs["kv_heads"] for node in self.nodes if node.op == "attention" and node.layer is not None}
+        return {node.layer: node.attrs["kv_heads"] for node in self.attentions if node.layer is not None}
 
     def weight_specs(self) -> Iterator[WeightSpec]:
         """Every distinct weight, in the order of first use."""

@@ -37,10 +37,10 @@ class Stage:
         `weights` holds the tensors of `weights()` by name, in the dtype to compute in. `observe` is called with every node and its first
         output.
         """
-        config = self.graph.config
+        dims = self.graph.dims
 
         def caches(layer: int) -> tuple[Tensor, Tensor]:
-            shape = (x.shape[0], config.layers[layer].kv_heads, x.shape[1], config.head_dim)
+            shape = (x.shape[0], dims.layers[layer].kv_heads, x.shape[1], dims.head_dim)
             return torch.empty(shape, dtype=x.dtype), torch.empty(shape, dtype=x.dtype)
 
         return run_nodes(self.nodes, {self.source: x}, lambda spec: weights[spec.name], caches, 0, result=self.result, observe=observe)

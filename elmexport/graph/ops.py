@@ -1,8 +1,7 @@
-"""The op vocabulary: everything an OpenELM forward pass is made of, as `torch.library` custom ops.
+"""Op vocabulary: everything that a forward pass is made of, as `torch.library` custom ops.
 
 Each op has an eager implementation, which is the numerical reference (it computes in the dtype of its inputs), and a fake one, so that
-`torch.export` traces a model without weights. A target is a table of lowerings from these ops. Formulas follow `modeling_openelm.py`
-of the published checkpoints.
+`torch.export` traces a model without weights. A target is a table of lowerings from these ops.
 
 Shapes: `batch` B, `tokens` T, model dimension D, context C (length of the static cache), query heads H, KV heads K, head dimension d.
 """

@@ -1,6 +1,6 @@
 """Residual rescaling: the whole residual stream times a power of two, exact and free at run time.
 
-OpenELM's residual stream grows into the hundreds of thousands, beyond fp16's 65504. RMSNorm undoes any scale of its input, so scaling
+A residual stream may grow into the hundreds of thousands, beyond fp16's 65504. RMSNorm undoes any scale of its input, so scaling
 what is added to the stream (embeddings, every `attention.out` and `ffn.down`) by `alpha`, and each norm's eps by `alpha²`, leaves the
 logits as they were while the stream shrinks by `alpha`. The head, tied or not, keeps its scale.
 """
@@ -12,9 +12,6 @@ from dataclasses import replace
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph, Node
-from elmexport.weights import Role
-
-_WRITES_TO_STREAM = (Role.EMBEDDING, Role.ATTENTION_OUT, Role.FFN_DOWN)
 
 
 def rescale(graph: Graph, alpha: float) -> Graph:
@@ -29,7 +26,7 @@ def rescale(graph: Graph, alpha: float) -> Graph:
 
 
 def _rescale_node(node: Node, alpha: float) -> Node:
-    if node.role in _WRITES_TO_STREAM:
+    if node.role is not None and node.role.writes_to_stream:
         return replace(node, weight_scale=node.weight_scale * alpha)
     if node.op == "rms_norm":  # the q/k norms live inside `attention` and see projections, whose scale has not changed
         return replace(node, attrs=node.attrs | {"eps": node.attrs["eps"] * alpha**2})

@@ -1,38 +1,45 @@
-"""From the model to a `Graph`: `torch.export` on meta tensors, then a walk over the exported nodes.
+"""Tracing: a model's module to a `Graph`, by `torch.export` on meta tensors and a walk over the exported nodes.
 
 No weight is ever allocated, so the 3B model traces in the memory of its Python objects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import Dim, export
 from torch.fx import Node as FxNode
 
 from elmexport.errors import ElmExportError
+from elmexport.graph.dims import ModelDims
 from elmexport.graph.ir import BATCH, TOKENS, Graph, Node, Value
 from elmexport.graph.ops import NAMESPACE
-from elmexport.models.openelm import OpenELM
-from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.weights import Role, WeightSpec
 
 
-def trace(config: OpenELMConfig, context: int | None = None) -> Graph:
-    """Trace one forward pass over a cache of `context` tokens (the model's `max_context_length` where None).
+def trace_module(
+    make: Callable[[], nn.Module], dims: ModelDims, specs: Iterable[WeightSpec], context: int | None = None, *, prefix: str = ""
+) -> Graph:
+    """Trace one forward pass of the module that `make` gives over a cache of `context` tokens (`dims.context` where None).
+
+    `specs` are the module's parameters; `prefix` is what their names begin with, left out of the names of nodes.
 
     Raises:
-        ElmExportError: `context` is not in 1 … `rope_max_length`.
+        ElmExportError: `context` is not in 1 … `dims.max_context`.
     """
-    context = config.max_context_length if context is None else context
-    if not 1 <= context <= config.rope_max_length:
-        raise ElmExportError(f"context is {context}; this model takes 1 to {config.rope_max_length} tokens (rope_max_length)")
+    context = dims.context if context is None else context
+    if not 1 <= context <= dims.max_context:
+        raise ElmExportError(
+            f"context is {context}; this model takes 1 to {dims.max_context} tokens, as far as its position embedding reaches"
+        )
     with torch.device("meta"):
-        model = OpenELM(config)
+        model = make()
         # Sizes that no dimension of the model can be mistaken for; both are declared dynamic.
         ids = torch.zeros(2, min(3, context), dtype=torch.int64)
-        caches = [torch.zeros(2, layer.kv_heads, context, config.head_dim) for layer in config.layers]
+        caches = [torch.zeros(2, layer.kv_heads, context, dims.head_dim) for layer in dims.layers]
         position = torch.zeros((), dtype=torch.int64)
     batch, tokens = Dim(BATCH, min=1), Dim(TOKENS, min=1, max=max(2, context))
     cache_dims = [{0: batch} for _ in caches]
@@ -42,23 +49,26 @@ def trace(config: OpenELMConfig, context: int | None = None) -> Graph:
         dynamic_shapes=({0: batch, 1: tokens} if context > 1 else {0: batch}, None, cache_dims, cache_dims),
         strict=False,
     )
-    return _Builder(config, context, program).build()
+    return _Builder(dims, specs, context, prefix, program).build()
 
 
 class _Builder:
     """Turns an `ExportedProgram` over the op vocabulary into a `Graph`."""
 
-    def __init__(self, config: OpenELMConfig, context: int, program: torch.export.ExportedProgram) -> None:
-        self.config, self.context, self.program = config, context, program
-        self.specs = {spec.name: spec for spec in config.weights()}
+    def __init__(
+        self, dims: ModelDims, specs: Iterable[WeightSpec], context: int, prefix: str, program: torch.export.ExportedProgram
+    ) -> None:
+        self.dims, self.context, self.prefix, self.program = dims, context, prefix, program
+        self.specs = {spec.name: spec for spec in specs}
         self.weight_of = program.graph_signature.inputs_to_parameters  # placeholder name to parameter name
         self.symbols: dict[str, str] = {}
         self.names: dict[FxNode, str] = {}
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
+        self.layers: dict[str, int | None] = {}  # of the node that makes each value
 
     def build(self) -> Graph:
-        layers = self.config.num_transformer_layers
+        layers = len(self.dims.layers)
         names = ["ids", "position", *(f"k_cache.{i}" for i in range(layers)), *(f"v_cache.{i}" for i in range(layers))]
         outputs: tuple[FxNode, ...] = ()
         for fx in self.program.graph.nodes:
@@ -73,7 +83,7 @@ class _Builder:
                 self._node(fx)
         found = [self.names[fx] for fx in outputs]
         return Graph(
-            self.config, self.context, tuple(self.nodes), self.values, found[0], tuple(found[1 : 1 + layers]), tuple(found[1 + layers :])
+            self.dims, self.context, tuple(self.nodes), self.values, found[0], tuple(found[1 : 1 + layers]), tuple(found[1 + layers :])
         )
 
     def _define(self, fx: FxNode, name: str) -> None:
@@ -98,8 +108,8 @@ class _Builder:
         layer, role = (None, None) if first is None else (first.layer, first.role)
         if op == "linear" and role is Role.EMBEDDING:
             role = Role.LM_HEAD  # the tied head borrows the embedding table
-        if layer is None and op in ("add", "swiglu", "silu", "attention"):
-            layer = max((node.layer for node in self.nodes if node.layer is not None), default=0)
+        if first is None or op == "attention":  # the layer that it continues
+            layer = max((found for name in inputs.values() if (found := self.layers.get(name)) is not None), default=None)
         name = self._name(op, layer, role, first)
         outputs = [name]
         if op == "attention":
@@ -110,6 +120,7 @@ class _Builder:
                 self._define(user, outputs[which])
         else:
             self._define(fx, name)
+        self.layers |= dict.fromkeys(outputs, layer)
         self.nodes.append(Node(op, name, inputs, weights, attrs, tuple(outputs), layer, role if op in ("linear", "embed") else None))
 
     def _name(self, op: str, layer: int | None, role: Role | None, weight: WeightSpec | None) -> str:
@@ -117,6 +128,6 @@ class _Builder:
         if role is Role.LM_HEAD:
             return "lm_head"
         if weight is not None and op != "attention":
-            return weight.name.removeprefix("transformer.").removesuffix(".weight")
+            return weight.name.removeprefix(self.prefix).removesuffix(".weight")
         taken = sum(node.op == op and node.layer == layer for node in self.nodes)
         return f"layers.{layer}.{op}" + (f".{taken}" if taken else "")

@@ -28,7 +28,7 @@ scheme = "int4-block32"
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -36,6 +36,8 @@ from types import UnionType
 from typing import Any
 
 from elmexport.errors import ElmExportError
+from elmexport.graph.dims import ModelDims
+from elmexport.models.base import ModelConfig
 from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.layers import Layers, parse_layers
 from elmexport.quantization.schemes import FLOAT_BITS, Float, Scheme, find_scheme, scheme_name
@@ -68,34 +70,13 @@ class Rule:
     min_gqa: int | None = None
     imatrix: bool | None = None
 
-    def matches(self, spec: WeightSpec, model: ModelFacts) -> bool:
+    def matches(self, spec: WeightSpec, dims: ModelDims) -> bool:
         """Whether the rule is for `spec`; one that is for exports with an importance matrix only counts after `Recipe.given`."""
         if self.imatrix or (self.roles is not None and spec.role not in self.roles):
             return False
-        if self.min_gqa is not None and model.gqa < self.min_gqa:
+        if self.min_gqa is not None and dims.layers[0].queries_per_kv_head < self.min_gqa:
             return False
-        return self.layers is None or (spec.layer is not None and self.layers.contains(spec.layer, model.layers))
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What rules ask of a model as a whole: its number of layers, and the query heads for each KV head of the first."""
-
-    layers: int
-    gqa: int
-
-    @classmethod
-    def of(cls, specs: Iterable[WeightSpec]) -> ModelFacts:
-        layers, rows, queries = 0, 0, 0
-        for spec in specs:
-            if spec.layer is not None:
-                layers = max(layers, spec.layer + 1)
-            if spec.layer == 0 and spec.role is Role.ATTENTION_QKV:
-                rows = spec.shape[0]
-            if spec.layer == 0 and spec.role is Role.ATTENTION_OUT:
-                queries = spec.shape[1]
-        # The rows of the fused projection are those of queries, keys and values.
-        return cls(layers, 2 * queries // (rows - queries) if rows > queries else 1)
+        return self.layers is None or (spec.layer is not None and self.layers.contains(spec.layer, len(dims.layers)))
 
 
 @dataclass(frozen=True)
@@ -149,21 +130,19 @@ class Plan:
     bits_per_weight: float
 
 
-def resolve(recipe: Recipe, specs: Iterable[WeightSpec]) -> Plan:
-    """Give every tensor its scheme.
+def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
+    """Give every tensor of `model` its scheme.
 
     Raises:
         ElmExportError: no rule matches a tensor.
     """
-    specs = list(specs)
-    model = ModelFacts.of(specs)
     schemes: dict[str, Scheme] = {}
     fallbacks: list[tuple[str, str]] = []
     bits = weights = 0
-    for spec in specs:
+    for spec in model.weights():
         scheme: Scheme = recipe.norms
-        if spec.role is not Role.NORM:
-            rule = next((rule for rule in recipe.rules if rule.matches(spec, model)), None)
+        if not spec.role.is_norm:
+            rule = next((rule for rule in recipe.rules if rule.matches(spec, model.dims)), None)
             if rule is None:
                 raise ElmExportError(
                     f"recipe {recipe.name}: no rule matches {spec.name} ({spec.role}); end the recipe with a rule that has no roles"
@@ -208,7 +187,7 @@ def _rule(data: Mapping[str, Any], where: str) -> Rule:
     _check_keys(data, _RULE_KEYS, f"{where}, rule", required={"scheme"})
     roles = None
     if "roles" in data:
-        known = {str(role): role for role in Role if role is not Role.NORM}
+        known = {str(role): role for role in Role if not role.is_norm}
         unknown = [role for role in data["roles"] if role not in known]
         if unknown:
             raise ElmExportError(f"{where}: unknown role {unknown[0]!r}; known: {', '.join(known)} (norms are never quantized)")

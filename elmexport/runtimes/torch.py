@@ -12,7 +12,7 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.graph.interpret import Caches, interpret
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
 
@@ -36,7 +36,7 @@ class TorchRuntime(Runtime):
         """
         super().__init__()
         self.graph = trace(checkpoint.config, context)
-        self.vocab_size, self.context = checkpoint.config.vocab_size, self.graph.context
+        self.vocab_size, self.context = checkpoint.config.dims.vocab_size, self.graph.context
         self._weights = {name: _rounded(name, checkpoint.tensor(name), rounded_to).to(dtype) for name in checkpoint.specs}
         self._dtype, self._caches = dtype, Caches(self.graph, dtype=dtype)
 

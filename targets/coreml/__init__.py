@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
 from elmexport.target import Checked, ExportJob, Target, Written
@@ -79,8 +79,8 @@ class CoreMLTarget(Target):
             )
         return super().adapt(recipe)
 
-    def check(self, config: OpenELMConfig, context: int) -> None:
-        self.form.check(config, context)
+    def check(self, config: ModelConfig, context: int) -> None:
+        self.form.check(config.dims, context)
 
     def check_plan(self, graph: Graph, plan: Plan) -> None:
         self.form.check_plan(graph, plan)

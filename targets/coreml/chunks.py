@@ -85,7 +85,7 @@ def _most_tables(spec: WeightSpec, group: int, parts: int) -> int:
 
 def _table_bytes(graph: Graph) -> int:
     """What every package holds beside weights: cosines and sines for queries and for keys, places of tokens and of the cache."""
-    return 4 * graph.context * graph.config.head_dim * 2 + 2 * graph.context * 4 + 6 * _BLOB + 64
+    return 4 * graph.context * graph.dims.head_dim * 2 + 2 * graph.context * 4 + 6 * _BLOB + 64
 
 
 def _too_large(graph: Graph, plan: Plan, max_bytes: float, layer: int, size: int) -> ElmExportError:

@@ -15,8 +15,8 @@ from typing import ClassVar
 from elmexport import __version__
 from elmexport.contracts.coreml import METADATA_PREFIX
 from elmexport.errors import ElmExportError
+from elmexport.graph.dims import ModelDims
 from elmexport.graph.ir import Graph
-from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.recipes import Plan
 from elmexport.target import ExportJob, Written
 from targets.coreml.chunks import MEGABYTE
@@ -44,15 +44,15 @@ class Form(ABC):
         found = files(type(self).__module__.rpartition(".")[0]).joinpath("recipes", f"{quant}.toml")
         return found if found.is_file() else None
 
-    def check(self, config: OpenELMConfig, context: int) -> None:
+    def check(self, dims: ModelDims, context: int) -> None:
         """Refuse settings, contexts and models that the form cannot express.
 
         Raises:
             ElmExportError: what is refused, and what to do instead.
         """
         self.check_settings()
-        _check_cache(config, context)
-        self.check_sizes(config, context)
+        _check_cache(dims, context)
+        self.check_sizes(dims, context)
 
     def check_settings(self) -> None:  # noqa: B027  (optional: a form may take all)
         """Refuse settings that have no use with the form.
@@ -61,7 +61,7 @@ class Form(ABC):
             ElmExportError: which one.
         """
 
-    def check_sizes(self, config: OpenELMConfig, context: int) -> None:  # noqa: B027  (optional: GPUs have no such limits)
+    def check_sizes(self, dims: ModelDims, context: int) -> None:  # noqa: B027  (optional: GPUs have no such limits)
         """Refuse dimensions that the unit does not take.
 
         Raises:
@@ -85,18 +85,18 @@ class Form(ABC):
         """Write the package or packages, and the files beside them, into `folder`."""
 
 
-def _check_cache(config: OpenELMConfig, context: int) -> None:
+def _check_cache(dims: ModelDims, context: int) -> None:
     if context % CONTEXT_MULTIPLE:
-        below = min(context, config.rope_max_length) // CONTEXT_MULTIPLE * CONTEXT_MULTIPLE
+        below = min(context, dims.max_context) // CONTEXT_MULTIPLE * CONTEXT_MULTIPLE
         above = below + CONTEXT_MULTIPLE
-        allowed = [str(value) for value in (below, above) if 0 < value <= config.rope_max_length]
+        allowed = [str(value) for value in (below, above) if 0 < value <= dims.max_context]
         raise ElmExportError(
             f"context is {context}; the cache of a Core ML model must hold a multiple of {CONTEXT_MULTIPLE} tokens: "
             f"pass --context {' or '.join(allowed) or CONTEXT_MULTIPLE}"
         )
-    if config.head_dim % CONTEXT_MULTIPLE:
+    if dims.head_dim % CONTEXT_MULTIPLE:
         raise ElmExportError(
-            f"head_dim is {config.head_dim}; the cache of a Core ML model takes multiples of {CONTEXT_MULTIPLE}: export this model to onnx or gguf"
+            f"head_dim is {dims.head_dim}; the cache of a Core ML model takes multiples of {CONTEXT_MULTIPLE}: export this model to onnx or gguf"
         )
 
 

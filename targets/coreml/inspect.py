@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 
-from elmexport.inspection import StoredTensor, role_of
+from elmexport.artifact import StoredTensor
 from elmexport.mil.program import Blob, Operation, load_program
+from elmexport.models.base import ModelConfig
+from elmexport.weights import Role
 
 # What is added to a tensor's name where its rows are cut into parts, where it is seen as a table, and where it is a constant.
 _SUFFIX = re.compile(r"(_part\d+)?(_rows)?(_const)?$")
 
 
-def list_tensors(folder: Path) -> Iterator[StoredTensor]:
+def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
     """Every tensor in the weight files of the folder's `.mlpackage`s, in the order of use.
 
     A tensor that several functions share is listed once; a compressed one is one entry, scales included; one that was cut into parts is an
@@ -24,6 +26,7 @@ def list_tensors(folder: Path) -> Iterator[StoredTensor]:
     Raises:
         ElmExportError: not a package, or a damaged one.
     """
+    roles = {spec.name.replace(".", "_"): spec.role for spec in config.weights()}  # as `packing.identifier` names them
     for package in sorted(folder.glob("*.mlpackage")):
         seen: set[tuple[int, ...]] = set()
         for function in load_program(package).functions.values():
@@ -32,14 +35,14 @@ def list_tensors(folder: Path) -> Iterator[StoredTensor]:
                 stored = tuple(blob.offset for blob in blobs.values())
                 if stored and stored not in seen:
                     seen.add(stored)
-                    yield _tensor(operation, blobs)
+                    yield _tensor(operation, blobs, roles)
 
 
-def _tensor(operation: Operation, blobs: dict[str, Blob]) -> StoredTensor:
+def _tensor(operation: Operation, blobs: dict[str, Blob], roles: Mapping[str, Role]) -> StoredTensor:
     name, kind = operation.outputs[0]
     size = sum(prod(blob.shape) * int(re.sub(r"\D", "", blob.dtype)) // 8 for blob in blobs.values())
     shape = tuple(axis for axis in kind.shape if axis is not None)
-    return StoredTensor(_SUFFIX.sub(r"\1", name), role_of(_SUFFIX.sub("", name)), _scheme(operation.type, kind.dtype, blobs), shape, size)
+    return StoredTensor(_SUFFIX.sub(r"\1", name), roles.get(_SUFFIX.sub("", name)), _scheme(operation.type, kind.dtype, blobs), shape, size)
 
 
 def _scheme(operation: str, dtype: str, blobs: dict[str, Blob]) -> str:

@@ -15,10 +15,10 @@ def cache_shape(graph: Graph) -> tuple[int, int, int, int]:
 
     Layers have different numbers of KV heads, and states of different shapes do not compile on every chip: all lie on one axis.
     """
-    return 1, sum(graph.kv_heads.values()), graph.context, graph.config.head_dim
+    return 1, sum(graph.kv_heads.values()), graph.context, graph.dims.head_dim
 
 
 def query_groups(graph: Graph) -> list[int]:
     """The numbers of query heads that read one KV head, each once; layers may differ."""
-    counts = (node.attrs["query_heads"] // node.attrs["kv_heads"] for node in graph.nodes if node.op == "attention")
+    counts = (node.attrs["query_heads"] // node.attrs["kv_heads"] for node in graph.attentions)
     return list(dict.fromkeys(counts))

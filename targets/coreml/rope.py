@@ -10,7 +10,6 @@ from coremltools.converters.mil.mil import Builder as mb
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.graph.ops import rope_angles
 from targets.coreml.packing import Var
@@ -31,8 +30,8 @@ class RotaryTables:
 
     @cached_property
     def _angles(self) -> tuple[Tensor, Tensor]:
-        head_dim = self._graph.config.head_dim
-        cosines, sines = rope_angles(torch.arange(self._graph.context), head_dim, _base(self._graph), torch.float64)
+        head_dim = self._graph.dims.head_dim
+        cosines, sines = rope_angles(torch.arange(self._graph.context), head_dim, self._graph.rope_theta, torch.float64)
         sines[:, : head_dim // 2] *= -1
         return cosines, sines
 
@@ -44,20 +43,6 @@ def rotate(x: Var, cosines: Var, sines: Var) -> Var:
     """
     first, second = mb.split(x=x, num_splits=2, axis=3)
     return mb.add(x=mb.mul(x=x, y=cosines), y=mb.mul(x=mb.concat(values=[second, first], axis=3), y=sines))
-
-
-def _base(graph: Graph) -> float:
-    """The base of the angles.
-
-    Raises:
-        ElmExportError: layers have different ones.
-    """
-    bases = {float(node.attrs["rope_theta"]) for node in graph.nodes if node.op == "attention"}
-    if len(bases) != 1:
-        raise ElmExportError(
-            f"layers rotate by different bases ({', '.join(map(str, sorted(bases)))}); Core ML packages hold tables of one"
-        )
-    return bases.pop()
 
 
 def _halves(table: Tensor) -> NDArray[np.float16]:

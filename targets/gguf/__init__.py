@@ -1,4 +1,4 @@
-"""The GGUF target: a self-contained file, or several, for llama.cpp's `openelm` architecture.
+"""GGUF target: a self-contained file, or several, for llama.cpp.
 
 Covered: every type that people ask of `llama-quantize` down to Q2_K, importance matrices, chat templates, split files. Not covered: the
 types below that, and those of mixtures of experts.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import Scheme
@@ -71,21 +71,10 @@ class GgufTarget(Target):
 
         return None if scheme in TYPES else "stores fp32, fp16, bf16, int4-block32, int8-block32, and ggml's own types"
 
-    def check(self, config: OpenELMConfig, context: int) -> None:
-        # What llama.cpp's loader of `openelm` takes for granted: it reads no output.weight, and requires both norms and the gate.
-        refused = [
-            f"{field} is false ({reason})"
-            for field, reason in (
-                ("share_input_output_layers", "the output head is always the embedding table"),
-                ("normalize_qk_projections", "queries and keys always pass a norm"),
-                ("ffn_with_glu", "the feed-forward network always has a gate"),
-            )
-            if not getattr(config, field)
-        ]
-        if refused:
-            raise ElmExportError(
-                f"llama.cpp's openelm architecture cannot express this model: {'; '.join(refused)}. Export it to onnx instead"
-            )
+    def check(self, config: ModelConfig, context: int) -> None:
+        from targets.gguf.families import architecture
+
+        architecture(config).check(config)
         _ = self._limit, self._template
         if self._importance is not None:
             from targets.gguf.lowering import matrices

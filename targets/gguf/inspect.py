@@ -5,23 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from elmexport.artifact import StoredTensor
 from elmexport.errors import ElmExportError
-from elmexport.inspection import StoredTensor
-from elmexport.weights import Role
-
-# By the last word of llama.cpp's names before ".weight"; every other tensor of the architecture is a norm.
-_ROLES = {
-    "token_embd": Role.EMBEDDING,
-    "attn_qkv": Role.ATTENTION_QKV,
-    "attn_output": Role.ATTENTION_OUT,
-    "ffn_gate": Role.FFN_GATE_UP,
-    "ffn_up": Role.FFN_GATE_UP,
-    "ffn_down": Role.FFN_DOWN,
-    "output": Role.LM_HEAD,
-}
+from elmexport.models.base import ModelConfig
+from targets.gguf.families import architecture
 
 
-def list_tensors(folder: Path) -> Iterator[StoredTensor]:
+def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
     """Every tensor of the folder's `.gguf` files, in file order.
 
     Raises:
@@ -29,6 +19,7 @@ def list_tensors(folder: Path) -> Iterator[StoredTensor]:
     """
     from gguf import GGUFReader
 
+    roles = {name: role for role, names in architecture(config).tensors.items() for name in names}
     for path in sorted(folder.glob("*.gguf")):
         try:
             tensors = GGUFReader(path).tensors
@@ -38,4 +29,4 @@ def list_tensors(folder: Path) -> Iterator[StoredTensor]:
             word = tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]
             # GGUF stores the innermost axis first.
             shape = tuple(int(axis) for axis in reversed(tensor.shape))
-            yield StoredTensor(tensor.name, _ROLES.get(word, Role.NORM), tensor.tensor_type.name, shape, int(tensor.n_bytes))
+            yield StoredTensor(tensor.name, roles.get(word), tensor.tensor_type.name, shape, int(tensor.n_bytes))

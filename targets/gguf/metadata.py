@@ -58,7 +58,7 @@ def write_metadata(
     if is_float(job.recipe):
         writer.add_file_type(number)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    write_tokenizer(writer, job.tokenizer, job.config.vocab_size, chat_template)
+    write_tokenizer(writer, job.tokenizer, job.graph.dims.vocab_size, chat_template)
     if is_float(job.recipe):
         return
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -78,18 +78,17 @@ def is_float(recipe: Recipe) -> bool:
 
 
 def _write_hyperparameters(writer: GGUFWriter, graph: Graph) -> None:
-    """`openelm.*`, read off the graph: sizes of every layer, and the constants that its ops carry."""
-    config = graph.config
-    attention = next(node for node in graph.nodes if node.op == "attention")
-    writer.add_block_count(config.num_transformer_layers)
+    """`<architecture>.*`, read off the graph: sizes of every layer, and the constants that its ops carry."""
+    dims = graph.dims
+    writer.add_block_count(len(dims.layers))
     writer.add_context_length(graph.context)
-    writer.add_embedding_length(config.model_dim)
+    writer.add_embedding_length(dims.model_dim)
     # Lists even where all layers are alike, as the converter does. gguf writes Python's integers as INT32.
-    writer.add_feed_forward_length([layer.ffn_dim for layer in config.layers])
-    writer.add_head_count([layer.query_heads for layer in config.layers])
-    writer.add_head_count_kv([layer.kv_heads for layer in config.layers])
-    writer.add_rope_freq_base(attention.attrs["rope_theta"])
-    writer.add_layer_norm_rms_eps(attention.attrs["eps"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_feed_forward_length([layer.ffn_dim for layer in dims.layers])
+    writer.add_head_count([layer.query_heads for layer in dims.layers])
+    writer.add_head_count_kv([layer.kv_heads for layer in dims.layers])
+    writer.add_rope_freq_base(graph.rope_theta)
+    writer.add_layer_norm_rms_eps(graph.attentions[0].attrs["eps"])
+    writer.add_rope_dimension_count(dims.head_dim)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)

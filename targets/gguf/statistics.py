@@ -16,14 +16,14 @@ from calibration.statistics import MEAN_SQUARE, Facts, Statistics
 from calibration.work import complete_file
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.base import ModelConfig
 from targets.gguf import GgufTarget
 from targets.gguf.imatrix import read_imatrix
 from targets.gguf.lowering import matrices
 
 
-def write_imatrix(statistics: Statistics, config: OpenELMConfig, path: Path, *, datasets: Sequence[str] | None = None) -> None:
+def write_imatrix(statistics: Statistics, config: ModelConfig, path: Path, *, datasets: Sequence[str] | None = None) -> None:
     """Write `statistics` to `path` in llama.cpp's GGUF form, `datasets` as the texts' names (those of the statistics where None).
 
     Raises:

@@ -16,6 +16,7 @@ from elmexport.errors import ElmExportError
 from elmexport.quantization.ggml import GgmlType
 from elmexport.target import ExportJob
 from targets.gguf import ggml
+from targets.gguf.families import Architecture, architecture
 from targets.gguf.imatrix import ImportanceMatrix
 from targets.gguf.lowering import Entry, lower
 from targets.gguf.metadata import describe, file_name, is_float, write_metadata
@@ -51,7 +52,8 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
         MissingDependencyError: a type that needs ggml, which is not installed.
     """
     facts = describe(job.name, job.config.parameter_count)
-    tensors = _tensors(job)
+    kind = architecture(job.config)
+    tensors = _tensors(job, kind)
     shards = _split(tensors, limit)
     stem = file_name(facts, job.recipe)
     names = [stem] if len(shards) == 1 else [f"{stem}-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
@@ -60,7 +62,7 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
     writers = []
     try:
         for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
-            writer = GGUFWriter(path, "openelm")
+            writer = GGUFWriter(path, kind.name)
             writers.append(writer)
             if i == 0:
                 write_metadata(writer, facts, job, imatrix, chat_template)
@@ -80,13 +82,13 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
     return paths
 
 
-def _tensors(job: ExportJob) -> list[_Tensor]:
+def _tensors(job: ExportJob, kind: Architecture) -> list[_Tensor]:
     """Every tensor, in the order of llama.cpp's files.
 
     The converter goes by the checkpoint's names, the quantizer by the layer and its own names.
     """
     tensors = []
-    for entry in lower(job.graph):
+    for entry in lower(job.graph, kind):
         stored = GGMLQuantizationType[TYPES[job.weights.scheme(entry.spec)]]
         shape = quant_shape_to_byte_shape(entry.part_shape, stored)
         tensors += [_Tensor(name, entry, stored, shape) for name in entry.names]

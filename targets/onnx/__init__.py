@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
 from elmexport.target import ExportJob, Target
 from elmexport.weights import Role
@@ -42,10 +42,10 @@ class OnnxTarget(Target):
                 return None if symmetric or role is not Role.EMBEDDING else "stores asymmetric integers in every matrix but the embedding"
         return f"stores fp32, fp16, and integers in blocks of {', '.join(map(str, BLOCKS))}"
 
-    def check(self, config: OpenELMConfig, context: int) -> None:
-        if config.head_dim % HEAD_MULTIPLE:
+    def check(self, config: ModelConfig, context: int) -> None:
+        if config.dims.head_dim % HEAD_MULTIPLE:
             raise ElmExportError(
-                f"head_dim is {config.head_dim}; onnxruntime's attention takes multiples of {HEAD_MULTIPLE}. Export this model with another target"
+                f"head_dim is {config.dims.head_dim}; onnxruntime's attention takes multiples of {HEAD_MULTIPLE}. Export this model with another target"
             )
 
     def write(self, job: ExportJob, folder: Path) -> None:

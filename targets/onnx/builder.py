@@ -1,6 +1,6 @@
 """A thin layer over onnx-ir: named nodes, and initializers whose bytes go straight into one external data file.
 
-Nothing here knows of OpenELM. Small constants stay inside the `.onnx` file, as readers' shape inference needs them.
+Nothing here knows of models. Small constants stay inside the `.onnx` file, as readers' shape inference needs them.
 """
 
 from __future__ import annotations

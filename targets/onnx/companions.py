@@ -27,7 +27,7 @@ def write_companions(job: ExportJob, model: Path, folder: Path) -> None:
 def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
     """onnxruntime-genai's description of a decoder. Head counts differ from layer to layer: it reads them off the graph and takes these
     only where a graph leaves them open, so the largest stand here."""
-    config = job.config
+    config, dims = job.config, job.graph.dims
     return {
         "model": {
             "type": "decoder",
@@ -35,15 +35,15 @@ def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
             "eos_token_id": config.eos_token_id,
             "pad_token_id": config.eos_token_id,
             "context_length": job.graph.context,
-            "vocab_size": config.vocab_size,
+            "vocab_size": dims.vocab_size,
             "decoder": {
                 "filename": filename,
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-                "head_size": config.head_dim,
-                "hidden_size": config.model_dim,
-                "num_attention_heads": max(layer.query_heads for layer in config.layers),
-                "num_key_value_heads": max(layer.kv_heads for layer in config.layers),
-                "num_hidden_layers": config.num_transformer_layers,
+                "head_size": dims.head_dim,
+                "hidden_size": dims.model_dim,
+                "num_attention_heads": max(layer.query_heads for layer in dims.layers),
+                "num_key_value_heads": max(layer.kv_heads for layer in dims.layers),
+                "num_hidden_layers": len(dims.layers),
                 "inputs": {
                     "input_ids": INPUT_IDS,
                     "attention_mask": ATTENTION_MASK,

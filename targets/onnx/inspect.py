@@ -7,8 +7,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elmexport.artifact import StoredTensor
 from elmexport.errors import ElmExportError
-from elmexport.inspection import StoredTensor, role_of
+from elmexport.models.base import ModelConfig
+from elmexport.weights import Role
 
 if TYPE_CHECKING:
     import onnx
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 _CODES, _SCALES, _ZEROS, _TRANSPOSED = ".codes", ".scales", ".zeros", ".transposed"
 
 
-def list_tensors(folder: Path) -> Iterator[StoredTensor]:
+def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
     """Every initializer of the folder's `.onnx` files, in file order; a quantized matrix is one entry, scales included.
 
     Raises:
@@ -26,15 +28,16 @@ def list_tensors(folder: Path) -> Iterator[StoredTensor]:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+    roles = {spec.name: spec.role for spec in config.weights()}
     for path in sorted(folder.rglob("*.onnx")):
         try:
             graph = onnx.load(path, load_external_data=False).graph
         except DecodeError as error:
             raise ElmExportError(f"{path} is not an ONNX file, or is damaged ({error}); export it again") from None
-        yield from _of_graph(graph)
+        yield from _of_graph(graph, roles)
 
 
-def _of_graph(graph: onnx.GraphProto) -> Iterator[StoredTensor]:
+def _of_graph(graph: onnx.GraphProto, roles: Mapping[str, Role]) -> Iterator[StoredTensor]:
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     blocks = {node.input[1]: {a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"}
     blocks |= {node.input[0]: {a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "GatherBlockQuantized"}
@@ -47,12 +50,12 @@ def _of_graph(graph: onnx.GraphProto) -> Iterator[StoredTensor]:
             else:
                 scheme, shape, turned = _standard(tensor, initializers[weight + _SCALES])
             scheme += (" with zero points" if len(parts) == 3 else "") + (", transposed" if turned else "")
-            yield StoredTensor(weight, role_of(weight), scheme, shape, sum(map(_bytes, parts)))
+            yield StoredTensor(weight, roles.get(weight), scheme, shape, sum(map(_bytes, parts)))
         elif name.endswith(_TRANSPOSED):
             weight = name.removesuffix(_TRANSPOSED)
-            yield StoredTensor(weight, role_of(weight), f"{_dtype(tensor)} transposed", tuple(reversed(tensor.dims)), _bytes(tensor))
+            yield StoredTensor(weight, roles.get(weight), f"{_dtype(tensor)} transposed", tuple(reversed(tensor.dims)), _bytes(tensor))
         elif _matrix_of(name) + _CODES not in initializers:
-            yield StoredTensor(name, role_of(name), _dtype(tensor), tuple(tensor.dims), _bytes(tensor))
+            yield StoredTensor(name, roles.get(name), _dtype(tensor), tuple(tensor.dims), _bytes(tensor))
 
 
 def _contrib(codes: onnx.TensorProto, attributes: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:

@@ -60,7 +60,7 @@ class Lowering:
     opset, ir_version = OPSET, IR_VERSION
 
     def __init__(self, job: ExportJob, builder: GraphBuilder) -> None:
-        self.job, self.graph, self.config, self.builder = job, job.graph, job.config, builder
+        self.job, self.graph, self.dims, self.builder = job, job.graph, job.graph.dims, builder
         self.dtype, self.numpy_dtype = _DTYPES[job.recipe.activations.dtype]
         self.values: dict[str, ir.Value] = {}
         self.matrices: dict[str, ir.Value | Blocks] = {}  # as written, for the tied head to share
@@ -77,15 +77,15 @@ class Lowering:
     # Inputs and outputs
 
     def _inputs(self) -> None:
-        build, d = self.builder, self.config.head_dim
+        build, d = self.builder, self.dims.head_dim
         ids = build.input(INPUT_IDS, ir.DataType.INT64, (BATCH, SEQUENCE))
         mask = build.input(ATTENTION_MASK, ir.DataType.INT64, (BATCH, TOTAL))
-        for i in range(len(self.config.layers)):
+        for i in range(len(self.dims.layers)):
             self.values[f"k_cache.{i}"] = build.input(past(i, "key"), self.dtype, self._cache_shape(i, PAST))
             self.values[f"v_cache.{i}"] = build.input(past(i, "value"), self.dtype, self._cache_shape(i, PAST))
         self.rows = Rows(build, ids, mask)
         self.values["ids"] = self.rows.ids
-        angles = rope_angles(torch.arange(self.graph.context), d, float(self.config.rope_freq_constant), torch.float64)
+        angles = rope_angles(torch.arange(self.graph.context), d, self.graph.rope_theta, torch.float64)
         self.cos, self.sin = (
             build.weight(name, table[:, : d // 2].numpy().astype(self.numpy_dtype))
             for name, table in zip(("cos_cache", "sin_cache"), angles, strict=True)
@@ -95,14 +95,14 @@ class Lowering:
         logits = self.values[self.graph.result]
         if self.dtype != ir.DataType.FLOAT:
             logits = self.builder.op("Cast", "logits.cast", logits, to=ir.DataType.FLOAT)
-        self.builder.output(logits, LOGITS, ir.DataType.FLOAT, (BATCH, 1, self.config.vocab_size))
-        for i in range(len(self.config.layers)):
+        self.builder.output(logits, LOGITS, ir.DataType.FLOAT, (BATCH, 1, self.dims.vocab_size))
+        for i in range(len(self.dims.layers)):
             shape = self._cache_shape(i, TOTAL)
             self.builder.output(self.values[self.graph.present_keys[i]], present(i, "key"), self.dtype, shape)
             self.builder.output(self.values[self.graph.present_values[i]], present(i, "value"), self.dtype, shape)
 
     def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
-        return (BATCH, self.config.layers[layer].kv_heads, length, self.config.head_dim)
+        return (BATCH, self.dims.layers[layer].kv_heads, length, self.dims.head_dim)
 
     # Weights
 
@@ -203,7 +203,7 @@ class Lowering:
         self.values[node.outputs[0]] = values[-1]
 
     def attention(self, node: Node) -> None:
-        build, d = self.builder, self.config.head_dim
+        build, d = self.builder, self.dims.head_dim
         query_heads, kv_heads = node.attrs["query_heads"], node.attrs["kv_heads"]
         qkv: list[ir.Value | None] = [self.values[node.inputs["qkv"]], None, None]
         if "q_norm" in node.weights or "k_norm" in node.weights:  # the norms need heads; without them the op takes the three in one
@@ -227,7 +227,7 @@ class Lowering:
         """RMS norm of each head of `x` `[batch, tokens, heads * d]`, where the model has that norm."""
         if which not in node.weights:
             return x
-        build, d = self.builder, self.config.head_dim
+        build, d = self.builder, self.dims.head_dim
         name = f"{node.name}.{which}"
         split = build.op("Reshape", f"{name}.heads", x, build.constant("heads_shape", np.array([0, 0, -1, d], np.int64)))
         normed = self._normalize(name, split, node.weights[which], node.attrs["eps"])

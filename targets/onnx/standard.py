@@ -29,7 +29,7 @@ class StandardLowering(Lowering):
     _dequantized: ir.Value | None = None
 
     def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
-        return (BATCH, self.config.layers[layer].kv_heads, self.graph.context, self.config.head_dim)
+        return (BATCH, self.dims.layers[layer].kv_heads, self.graph.context, self.dims.head_dim)
 
     # Weights
 
@@ -81,7 +81,7 @@ class StandardLowering(Lowering):
         self.values[node.outputs[0]] = self.builder.op("Add", node.name, *(self.values[node.inputs[which]] for which in ("x", "y")))
 
     def attention(self, node: Node) -> None:
-        build, d = self.builder, self.config.head_dim
+        build, d = self.builder, self.dims.head_dim
         heads = {"q": node.attrs["query_heads"], "k": node.attrs["kv_heads"], "v": node.attrs["kv_heads"]}
         sizes = build.constant(f"split.{heads['q']}.{heads['k']}", np.array([count * d for count in heads.values()], np.int64))
         split = build.node(

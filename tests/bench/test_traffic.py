@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFReader
 
 from elmexport.bench.traffic import Traffic, traffic
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import random_checkpoint
 

@@ -40,11 +40,11 @@ def random_costs(checkpoint: MemoryCheckpoint, roles: set[Role], seed: int) -> l
 @pytest.mark.parametrize("bits", [5.6, 6.5, 8.0])
 def test_close_to_the_best_of_all_mixes(small_checkpoint: MemoryCheckpoint, seed: int, bits: float) -> None:
     """Between scipy's optimum of the linear relaxation, where schemes may be blended, and that plus what one matrix can save."""
-    costs, specs = random_costs(small_checkpoint, set(Role) - {Role.NORM}, seed), list(small_checkpoint.specs.values())
-    found = allocate(costs, specs, BASE, bits)
+    costs, specs = random_costs(small_checkpoint, {role for role in Role if not role.is_norm}, seed), list(small_checkpoint.specs.values())
+    found = allocate(costs, small_checkpoint.config, BASE, bits)
     assert found.bits_per_weight <= bits
     options = [(i, scheme.bits(item.spec.shape, 32), value) for i, item in enumerate(costs) for scheme, value in item.kl.items()]
-    budget = sum(bits * spec.size - (32 * spec.size if spec.role is Role.NORM else 0) for spec in specs)
+    budget = sum(bits * spec.size - (32 * spec.size if spec.role.is_norm else 0) for spec in specs)
     relaxed = linprog(
         [value for *_, value in options],
         A_ub=[[size for _, size, _ in options]],
@@ -58,19 +58,19 @@ def test_close_to_the_best_of_all_mixes(small_checkpoint: MemoryCheckpoint, seed
 
 
 def test_more_bits_never_cost_more(small_checkpoint: MemoryCheckpoint) -> None:
-    costs = random_costs(small_checkpoint, set(Role) - {Role.NORM}, 0)
-    found = [allocate(costs, small_checkpoint.specs.values(), BASE, bits) for bits in (5.2, 5.6, 6.0, 7.0, 8.0, 10.0)]
+    costs = random_costs(small_checkpoint, {role for role in Role if not role.is_norm}, 0)
+    found = [allocate(costs, small_checkpoint.config, BASE, bits) for bits in (5.2, 5.6, 6.0, 7.0, 8.0, 10.0)]
     assert [a.predicted_kl for a in found] == sorted((a.predicted_kl for a in found), reverse=True)
     assert found[-1].predicted_kl == pytest.approx(sum(min(item.kl.values()) for item in costs))
 
 
 def test_the_recipe_can_be_written_and_read(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
-    costs = random_costs(small_checkpoint, set(Role) - {Role.NORM}, 1)
-    recipe = allocate(costs, small_checkpoint.specs.values(), BASE, 6.5).recipe
+    costs = random_costs(small_checkpoint, {role for role in Role if not role.is_norm}, 1)
+    recipe = allocate(costs, small_checkpoint.config, BASE, 6.5).recipe
     write_recipe(recipe, tmp_path / "recipe.toml", "for a test")
     read = load_recipe(tmp_path / "recipe.toml")
     assert read == recipe
-    plan, again = (resolve(r, small_checkpoint.specs.values()) for r in (recipe, read))
+    plan, again = (resolve(r, small_checkpoint.config) for r in (recipe, read))
     assert plan.schemes == again.schemes
     assert len(recipe.rules) > 3
 

@@ -19,9 +19,8 @@ from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.graph.interpret import Caches, interpret
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.weights import Role
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.calibration.moments_reference import watch
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
@@ -74,7 +73,7 @@ def test_equals_numpy(small_config: OpenELMConfig, options: dict[str, Any]) -> N
         assert np.abs((moments.hessian.numpy() - expected) / scale).max() < 2e-5, name
     np.testing.assert_allclose(found.facts.residual_peaks, seen.stream, rtol=1e-5)
     assert found.residual_peak == pytest.approx(max(seen.stream), rel=1e-5)
-    assert set(found.facts.norm_peaks) == set(seen.norms) == {s.name for s in checkpoint.config.weights() if s.role is Role.NORM}
+    assert set(found.facts.norm_peaks) == set(seen.norms) == {s.name for s in checkpoint.config.weights() if s.role.is_norm}
     for name, peak in seen.norms.items():
         assert found.facts.norm_peaks[name] == pytest.approx(peak, rel=2e-5), name
     assert found.token_counts is not None
@@ -92,7 +91,7 @@ def test_hessians_are_symmetric_and_positive(small_checkpoint: MemoryCheckpoint,
 
 
 def test_weights_that_multiply_nothing_have_no_moments(small_config: OpenELMConfig, statistics: Statistics) -> None:
-    norms = [spec for spec in small_config.weights() if spec.role is Role.NORM]
+    norms = [spec for spec in small_config.weights() if spec.role.is_norm]
     assert norms and all(statistics.moments(spec) is None for spec in norms)
     untied = random_checkpoint(replace(small_config, share_input_output_layers=False, num_transformer_layers=5))
     found = collect(untied, sample_of(untied.config, windows=1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from calibration.folding import FoldedCheckpoint, LayerFold, folded_moments, for_query_heads
 from calibration.statistics import Moments
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import reference_logits
 

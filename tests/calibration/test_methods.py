@@ -15,7 +15,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.graph.interpret import Caches, interpret
 from elmexport.graph.ir import Node
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
 from elmexport.quantization.schemes import Integer, Lut, find_scheme
 from tests.quantization.test_quantize import Channels

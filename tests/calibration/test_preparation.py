@@ -16,7 +16,7 @@ from calibration.statistics import Statistics
 from calibration.text import Sample
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.self_check import reference_pass
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import QuantizedTensor, quantize
 from elmexport.quantization.recipes import Recipe, Rule

@@ -15,7 +15,7 @@ from calibration.sequential import RIDGE, quantize_in_order
 from calibration.text import Sample, bundled_text, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
-from elmexport.graph.trace import trace
+from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
@@ -27,7 +27,7 @@ from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
 def plan_of(checkpoint: Checkpoint, *rules: Rule) -> Plan:
     recipe = Recipe("test", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules)
-    return resolve(recipe, checkpoint.specs.values())
+    return resolve(recipe, checkpoint.config)
 
 
 def test_the_target_is_the_least_squares_solution(small_checkpoint: MemoryCheckpoint) -> None:
@@ -81,7 +81,7 @@ def test_gptq_below_mse_below_rtn_on_text_that_was_not_used(tiny: Checkpoint) ->
     assert tiny.tokenizer_path is not None
     prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=1280, window=256)
     probe = Probe(tiny, prose)
-    plan = resolve(find_target("gguf").recipe("int4"), tiny.specs.values())
+    plan = resolve(find_target("gguf").recipe("int4"), tiny.config)
     schemes = {name: scheme for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)}
 
     def cost(method: str) -> float:

@@ -15,7 +15,7 @@ from calibration.collect import collect
 from calibration.statistics import METADATA_KEY, Statistics, load_statistics
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.calibration.test_collect import sample_of
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 

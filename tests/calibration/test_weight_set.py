@@ -29,7 +29,7 @@ NORM = "transformer.layers.1.attn_norm.weight"
 def plan(small_checkpoint: MemoryCheckpoint) -> Plan:
     rules = (*(Rule(find_scheme(name), frozenset({role})) for role, name in ROLES.items()), Rule(find_scheme("int8-block32")))
     return resolve(
-        Recipe("mix", "all kinds", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules), small_checkpoint.specs.values()
+        Recipe("mix", "all kinds", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules), small_checkpoint.config
     )
 
 
@@ -80,7 +80,7 @@ def test_weights_of_another_plan_are_refused(path: Path, small_checkpoint: Memor
     rules = (Rule(find_scheme("int8-channel")),)
     recipe = Recipe("other", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, rules)
     with pytest.raises(ElmExportError, match=r"holds .* as int4-asym-block32, while --quant other stores it as int8-channel"):
-        WeightSet.load(path).check(small_checkpoint, resolve(recipe, small_checkpoint.specs.values()))
+        WeightSet.load(path).check(small_checkpoint, resolve(recipe, small_checkpoint.config))
 
 
 def test_damaged_and_foreign_files_are_refused(path: Path, tmp_path: Path) -> None:

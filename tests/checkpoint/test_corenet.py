@@ -15,8 +15,8 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.corenet import fits
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import find_model
+from elmexport.models import find_model
+from elmexport.models.openelm.config import OpenELMConfig
 
 State = dict[str, torch.Tensor]
 

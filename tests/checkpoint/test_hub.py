@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 
 from elmexport.checkpoint import hub as hub_module
-from elmexport.checkpoint import open_checkpoint
+from elmexport.checkpoint import is_local, open_checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import TINY_FOLDER, find_model
+from elmexport.models import find_model
+from elmexport.models.openelm.catalog import TINY_FOLDER
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.hub_server import HubServer
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
@@ -238,6 +239,6 @@ def test_cached(hub: HubServer, client: Client, monkeypatch: pytest.MonkeyPatch)
     assert model is not None and model.hub_id is not None
     hub.push(model.hub_id, TINY_FOLDER)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(client.home / "hub"))
-    assert not model.cached()
+    assert not is_local(model)
     client.open("270M")
-    assert model.cached()
+    assert is_local(model)

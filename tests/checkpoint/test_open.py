@@ -10,7 +10,7 @@ import pytest
 
 from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 
 
 @pytest.fixture

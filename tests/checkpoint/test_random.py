@@ -8,7 +8,7 @@ import torch
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.random import CHUNK, RandomCheckpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 
 
 def test_deterministic_whatever_the_order(small_config: OpenELMConfig) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 
 Tensors = dict[str, torch.Tensor]
 NORM = "transformer.layers.2.attn_norm.weight"

@@ -23,8 +23,9 @@ from elmexport.checkpoint.tokenizer import (
     load_tokenizer,
 )
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import TINY_FOLDER, find_model
+from elmexport.models import find_model
+from elmexport.models.openelm.catalog import TINY_FOLDER
+from elmexport.models.openelm.config import OpenELMConfig
 
 MODEL = TINY_FOLDER / "tokenizer.model"
 TEXTS = ["Hello world", "", " ", "  two  spaces ", "héllo ☃ 𝔘 日本語", "\n\nnew\tline", "</s> <s> <unk> <0x41>", "a" * 50, "1234.5"]
@@ -155,7 +156,7 @@ def test_missing_and_damaged_files(tmp_path: Path, json_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"byte_fallback": False}, "holds a BPE vocabulary without byte fallback; OpenELM uses SentencePiece BPE"),
+        ({"byte_fallback": False}, "holds a BPE vocabulary without byte fallback; only SentencePiece BPE"),
         ({"type": "WordLevel"}, "holds a WordLevel vocabulary"),
     ],
 )

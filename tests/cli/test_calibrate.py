@@ -15,7 +15,7 @@ from calibration.statistics import load_statistics
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from targets.gguf.imatrix import read_imatrix
 from tests.cli.conftest import Run
 from tests.memory_checkpoint import random_checkpoint

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run
 
 PROMPT = "It was a dark"

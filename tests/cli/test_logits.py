@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elmexport.cli.logits import read_ids
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes import open_artifact
 from tests.cli.conftest import Run
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.weights import Role
 
 Weights = dict[str, NDArray[np.float32]]
@@ -46,7 +46,7 @@ def _onnx(folder: Path, config: OpenELMConfig) -> Weights:
         return numpy_helper.to_array(tensors[name if name in tensors else reshaped[name]])
 
     # Matrices come in forward order, so their names do not matter.
-    specs = [spec for spec in config.weights() if spec.role not in (Role.NORM, Role.EMBEDDING)]
+    specs = [spec for spec in config.weights() if not spec.role.is_norm and spec.role is not Role.EMBEDDING]
     table = next(spec for spec in config.weights() if spec.role is Role.EMBEDDING)
     matmuls = [node for node in graph.node if node.op_type == "MatMulNBits"]
     if config.share_input_output_layers:
@@ -104,7 +104,7 @@ def _gguf(folder: Path, config: OpenELMConfig) -> Weights:
 
     weights: Weights = {}
     for spec in config.weights():
-        if spec.role is Role.NORM:
+        if spec.role.is_norm:
             continue
         if spec.layer is None:
             names = ["token_embd.weight" if spec.role is Role.EMBEDDING else "output.weight"]

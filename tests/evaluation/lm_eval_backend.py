@@ -16,7 +16,7 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from transformers import LlamaTokenizer
 
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.evaluation.huggingface import ReferenceModel
 
 ROWS = Path(__file__).parent / "data"

@@ -18,7 +18,7 @@ from elmexport.evaluation.lm import RuntimeLM
 from elmexport.evaluation.results import TaskResult
 from elmexport.evaluation.tasks.documents import build_documents, task_result
 from elmexport.evaluation.tasks.suite import FOLDERS, load_suites
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes.torch import TorchRuntime
 from tests.evaluation.lm_eval_backend import ROWS, SUBJECTS, backend, stock_results
 from tests.evaluation.wide import Wide

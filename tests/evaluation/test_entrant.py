@@ -19,7 +19,7 @@ from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.entrant import artifact_entrant, find_reference
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes.torch import TorchRuntime
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint

@@ -13,7 +13,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.evaluate import Settings, evaluate
 from elmexport.evaluation.results import Report
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.conftest import ExportTo
 from tests.evaluation.lm_eval_backend import ROWS
 

@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.lm import RuntimeLM
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes.torch import TorchRuntime
 from tests.evaluation.lm_eval_backend import backend
 from tests.evaluation.wide import Wide

@@ -10,7 +10,7 @@ from elmexport.evaluation.tasks.documents import build_documents
 from elmexport.evaluation.tasks.presets import chosen_tasks, preset, published
 from elmexport.evaluation.tasks.subset import subset
 from elmexport.evaluation.tasks.suite import FOLDERS, METRICS, load_suites
-from elmexport.models.zoo import known_models
+from elmexport.models import known_models
 from tests.evaluation.lm_eval_backend import ROWS
 
 

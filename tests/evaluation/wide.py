@@ -12,7 +12,7 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.lm import RuntimeLM
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes.torch import TorchRuntime
 from tests.evaluation.lm_eval_backend import backend
 from tests.memory_checkpoint import random_checkpoint

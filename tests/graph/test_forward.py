@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from elmexport.graph.interpret import Caches, interpret
 from elmexport.graph.ir import Graph, Node
-from elmexport.graph.trace import trace
-from elmexport.models.openelm import OpenELM
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
+from elmexport.models.openelm.module import OpenELM
 from elmexport.weights import Role
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import reference_logits

@@ -15,8 +15,8 @@ from elmexport.graph.interpret import Caches, run_nodes
 from elmexport.graph.ir import IDS, Graph
 from elmexport.graph.partition import partition
 from elmexport.graph.rescale import rescale
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.graph.test_forward import OPTIONS, Forward, token_ids
 from tests.memory_checkpoint import random_checkpoint
 
@@ -66,7 +66,7 @@ def test_one_value_goes_from_part_to_part(graph: Graph, starts: Sequence[int]) -
     outside = {"position", *(f"{kind}_cache.{i}" for kind in "kv" for i in range(5))}
     for part, following in pairwise(parts):
         assert following.source == part.result
-        assert graph.values[part.result].shape == ("batch", "tokens", graph.config.model_dim)
+        assert graph.values[part.result].shape == ("batch", "tokens", graph.dims.model_dim)
     for part in parts:
         made = {name for node in part.nodes for name in node.outputs}
         assert {name for node in part.nodes for name in node.inputs.values()} - made - outside == {part.source}

@@ -11,8 +11,8 @@ import torch
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Node
 from elmexport.graph.rescale import rescale
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.weights import Role
 from tests.graph.test_forward import Forward, token_ids
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint

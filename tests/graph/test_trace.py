@@ -11,8 +11,8 @@ import pytest
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import BATCH, TOKENS, Graph
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.weights import Role
 
 # The fields of the published config.json files in which the sizes differ, and the parameters that Apple states.

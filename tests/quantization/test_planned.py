@@ -22,7 +22,7 @@ def planned(checkpoint: MemoryCheckpoint, scheme: str, **changed: np.ndarray) ->
     """`checkpoint` with some arrays replaced, everything but norms in `scheme`."""
     recipe = Recipe("test", "for tests", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, (Rule(find_scheme(scheme)),))
     copy = MemoryCheckpoint(checkpoint.config, checkpoint.arrays | changed)
-    return PlannedWeights(copy, resolve(recipe, checkpoint.config.weights()))
+    return PlannedWeights(copy, resolve(recipe, checkpoint.config))
 
 
 def with_value(checkpoint: MemoryCheckpoint, value: float) -> dict[str, np.ndarray]:

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.recipes import Recipe, load_recipe, resolve
 from elmexport.quantization.schemes import scheme_name
-from elmexport.weights import Role
 
 TEXT = """
 name = "mixed"
@@ -49,7 +48,7 @@ def load(tmp_path: Path, text: str) -> Recipe:
 
 
 def schemes(recipe: Recipe, config: OpenELMConfig) -> dict[str, str]:
-    return {name: scheme_name(scheme) for name, scheme in resolve(recipe, config.weights()).schemes.items()}
+    return {name: scheme_name(scheme) for name, scheme in resolve(recipe, config).schemes.items()}
 
 
 def test_the_first_matching_rule_decides(tmp_path: Path, small_config: OpenELMConfig) -> None:
@@ -71,13 +70,13 @@ def test_a_layer_range_does_not_match_tensors_outside_layers(tmp_path: Path, sma
 
 def test_norms_are_never_quantized(tmp_path: Path, small_config: OpenELMConfig) -> None:
     found = schemes(load(tmp_path, TEXT), small_config)
-    assert {found[spec.name] for spec in small_config.weights() if spec.role is Role.NORM} == {"fp32"}
+    assert {found[spec.name] for spec in small_config.weights() if spec.role.is_norm} == {"fp32"}
 
 
 def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, small_config: OpenELMConfig) -> None:
     config = replace(small_config, ffn_dim_divisor=8, ffn_multipliers=(0.5, 1.0, 1.5, 1.25, 2.0))  # layer 3: 240, not a multiple of 32
     assert config.layers[3].ffn_dim == 240
-    plan = resolve(load(tmp_path, TEXT), config.weights())
+    plan = resolve(load(tmp_path, TEXT), config)
     name = "transformer.layers.3.ffn.proj_2.weight"
     assert scheme_name(plan.schemes[name]) == "fp16"
     assert plan.fallbacks == ((name, "rows of 240 values do not divide into blocks of 32: kept as fp16"),)
@@ -85,8 +84,8 @@ def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, sm
 
 def test_bits_per_weight(tmp_path: Path, small_config: OpenELMConfig) -> None:
     plain = TEXT[: TEXT.index("[[rule]]")] + '[[rule]]\nscheme = "int4-block32"\n'
-    plan = resolve(load(tmp_path, plain), small_config.weights())
-    matrices = sum(spec.size for spec in small_config.weights() if spec.role is not Role.NORM)
+    plan = resolve(load(tmp_path, plain), small_config)
+    matrices = sum(spec.size for spec in small_config.weights() if not spec.role.is_norm)
     norms = small_config.parameter_count - matrices
     assert plan.bits_per_weight == pytest.approx((4.5 * matrices + 32 * norms) / small_config.parameter_count)
 
@@ -96,7 +95,7 @@ def test_no_rule_matches(tmp_path: Path, small_config: OpenELMConfig) -> None:
     with pytest.raises(
         ElmExportError, match=r"recipe mixed: no rule matches transformer\.layers\.2\.attn\.qkv_proj\.weight \(attention\.qkv\)"
     ):
-        resolve(recipe, small_config.weights())
+        resolve(recipe, small_config)
 
 
 def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:

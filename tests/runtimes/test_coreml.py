@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.mil.executor import MilModel
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtime

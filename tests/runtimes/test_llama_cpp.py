@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import llama_cpp as module
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime

@@ -10,7 +10,7 @@ from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import SentencePieceTokenizer, StreamDecoder
 from elmexport.errors import ElmExportError
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
 from tests.conftest import ExportTo
 

@@ -1,25 +1,30 @@
-"""OpenELM's tables as presets, its published figures, and what is evaluated where nothing is asked for."""
+"""Task presets and published figures, of the model families' own tables, and the default task."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
 from elmexport.errors import ElmExportError
+from elmexport.models import families
 
 DEFAULT_TASK = "cloze"  # needs no download
 
 
 @cache
 def _tables() -> Mapping[str, Any]:
-    return tomllib.loads(files(__package__).joinpath("openelm.toml").read_text(encoding="utf-8"))
+    """By the preset's name: `fewshot` (tasks and their number of examples) and `published` (figures by model and task, per cent)."""
+    tables: dict[str, Any] = {}
+    for family in families():
+        if family.published is not None:
+            tables |= tomllib.loads(family.published.read_text(encoding="utf-8"))
+    return tables
 
 
 def preset(name: str) -> dict[str, int | None]:
-    """The tasks of one of OpenELM's tables and their few-shot settings.
+    """The tasks of one of the published tables and their few-shot settings.
 
     Raises:
         ElmExportError: no such preset.
@@ -30,7 +35,7 @@ def preset(name: str) -> dict[str, int | None]:
 
 
 def published(model: str, task: str, fewshot: int) -> float | None:
-    """Apple's own figure for a model, per cent; None where no table has this task with so many examples."""
+    """The published figure for a model, per cent; None where no table has this task with so many examples."""
     for table in _tables().values():
         if table["fewshot"].get(task) == fewshot and task in table["published"].get(model, {}):
             return float(table["published"][model][task])

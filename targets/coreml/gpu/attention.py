@@ -27,7 +27,7 @@ class FusedAttention:
 
     def __init__(self, graph: Graph, file: WeightFile, inputs: Mapping[str, Var]) -> None:
         self.graph, self.file = graph, file
-        self.size = graph.config.head_dim
+        self.size = graph.dims.head_dim
         self.given_mask = inputs[CAUSAL_MASK]
         self.states = (inputs[KEY_CACHE], inputs[VALUE_CACHE])
         self.caches = [mb.read_state(input=state) for state in self.states]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.graph.ir import Graph
-from elmexport.models.zoo import find_model
+from elmexport.models import find_model
 
 DESCRIPTIONS = {
     INPUT_IDS: "Token ids [1, T], BOS first; T is any number from 1 to the context",

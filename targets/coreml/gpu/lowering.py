@@ -60,7 +60,7 @@ class GpuLowering:
 
 def _embed(lowering: GpuLowering, node: Node) -> Var:
     spec = node.weights["table"]
-    tied = any(spec in other.weights.values() for other in lowering.graph.nodes if other is not node)
+    tied = lowering.graph.dims.tied
     matrix = lowering.file.matrix(spec, 1, 1.0 if tied else node.weight_scale)
     rows = mb.gather(x=lowering.constant(*matrix.parts), indices=lowering.ids, axis=0)
     return times(rows, matrix.factor * node.weight_scale if tied else matrix.factor)

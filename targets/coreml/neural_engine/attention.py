@@ -23,7 +23,7 @@ class HeadwiseAttention:
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, cache: Cache) -> None:
         self.graph, self.tokens, self.file, self.cache = graph, tokens, file, cache
         tables = RotaryTables(graph)
-        self.query_rope = self._rope("query", tables, graph.config.head_dim**-0.5)
+        self.query_rope = self._rope("query", tables, graph.dims.head_dim**-0.5)
         self.key_rope = self._rope("key", tables, 1.0)
         self.masks = self._masks()
 
@@ -35,21 +35,21 @@ class HeadwiseAttention:
         key = rotate(head_norm(key, node, "k_norm", self.file), *self.key_rope)
         keys, values = self.cache.append(key, value)
         group = heads // kv_heads
-        rows = mb.reshape(x=query, shape=[1, kv_heads, group * self.tokens, self.graph.config.head_dim])
+        rows = mb.reshape(x=query, shape=[1, kv_heads, group * self.tokens, self.graph.dims.head_dim])
         outputs = [_attend(head_of(rows, head), keys[head], values[head], self.masks[group]) for head in range(kv_heads)]
         out = outputs[0] if kv_heads == 1 else mb.concat(values=outputs, axis=1)
         return self._join_heads(out, heads)
 
     def _split_heads(self, x: Var, heads: int) -> Var:
         """`[1, heads, T, d]` of `[1, heads d, 1, T]`."""
-        size = self.graph.config.head_dim
+        size = self.graph.dims.head_dim
         if self.tokens == 1:
             return mb.reshape(x=x, shape=[1, heads, 1, size])
         return mb.transpose(x=mb.reshape(x=x, shape=[1, heads, size, self.tokens]), perm=[0, 1, 3, 2])
 
     def _join_heads(self, x: Var, heads: int) -> Var:
         """`[1, heads d, 1, T]` of `[1, K, G T, d]`."""
-        size = self.graph.config.head_dim
+        size = self.graph.dims.head_dim
         if self.tokens > 1:
             x = mb.transpose(x=mb.reshape(x=x, shape=[1, heads, self.tokens, size]), perm=[0, 1, 3, 2])
         return mb.reshape(x=x, shape=[1, heads * size, 1, self.tokens])

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from elmexport.contracts.coreml import CHAIN_MANIFEST, Interface
 from elmexport.errors import ElmExportError
+from elmexport.graph.dims import ModelDims
 from elmexport.graph.ir import Graph
 from elmexport.graph.partition import partition
 from elmexport.mil.coremltools_import import quiet_coremltools
-from elmexport.models.openelm_config import OpenELMConfig
 from elmexport.quantization.recipes import Plan
 from elmexport.target import ExportJob, Written
 from targets.coreml.chunks import plan_cuts
@@ -33,17 +33,17 @@ class NeuralEngineForm(Form):
     def prompt_tokens(self, context: int) -> int:
         return min(PREFILL_TOKENS, context) if self.prefill is None else self.prefill
 
-    def check_sizes(self, config: OpenELMConfig, context: int) -> None:
-        self._check_tokens(config, context)
-        widths = {"model_dim": config.model_dim}
-        for i, layer in enumerate(config.layers):
-            widths[f"the query, key and value projection of layer {i}"] = (layer.query_heads + 2 * layer.kv_heads) * config.head_dim
+    def check_sizes(self, dims: ModelDims, context: int) -> None:
+        self._check_tokens(dims, context)
+        widths = {"model_dim": dims.model_dim}
+        for i, layer in enumerate(dims.layers):
+            widths[f"the query, key and value projection of layer {i}"] = (layer.query_heads + 2 * layer.kv_heads) * dims.head_dim
             widths[f"the feed-forward width of layer {i}"] = layer.ffn_dim
         for what, width in widths.items():
             if width > MAX_DIM:
                 raise ElmExportError(f"{what} is {width}; the Neural Engine takes at most {MAX_DIM}: export this model to onnx or gguf")
 
-    def _check_tokens(self, config: OpenELMConfig, context: int) -> None:
+    def _check_tokens(self, dims: ModelDims, context: int) -> None:
         prefill = self.prompt_tokens(context)
         if prefill > context:
             raise ElmExportError(
@@ -55,7 +55,7 @@ class NeuralEngineForm(Form):
             raise ElmExportError(
                 f"--prefill is {prefill}; the Neural Engine keeps tokens in units of {PREFILL_MULTIPLE}: pass --prefill {' or '.join(allowed) or PREFILL_MULTIPLE}"
             )
-        group = max(layer.query_heads // layer.kv_heads for layer in config.layers)
+        group = max(layer.queries_per_kv_head for layer in dims.layers)
         if prefill * group > MAX_DIM:
             raise ElmExportError(
                 f"--prefill is {prefill}, with {group} queries for each key; the Neural Engine takes at most {MAX_DIM} queries at once: pass "

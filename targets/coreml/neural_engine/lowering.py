@@ -33,7 +33,7 @@ def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> 
     if graph.is_first:
         inputs = {INPUT_IDS: mb.TensorSpec((1, tokens), dtype=types.int32)}
     else:
-        inputs = {HIDDEN: mb.TensorSpec((1, 1, tokens, graph.config.model_dim), dtype=types.fp16)}
+        inputs = {HIDDEN: mb.TensorSpec((1, 1, tokens, graph.dims.model_dim), dtype=types.fp16)}
     inputs[POSITION] = mb.TensorSpec((1,), dtype=types.int32)
     if tokens > 1 and graph.is_last:
         inputs[LAST_TOKEN] = mb.TensorSpec((1,), dtype=types.int32)
@@ -76,7 +76,7 @@ class NeuralEngineLowering:
 def _embed(lowering: NeuralEngineLowering, node: Node) -> Vars:
     """Rows of a table that may lie in several parts, because no dimension may exceed the Neural Engine's largest."""
     spec = node.weights["table"]
-    tied = lowering.graph.config.share_input_output_layers
+    tied = lowering.graph.dims.tied
     matrix = lowering.file.matrix(spec, 1, 1.0 if tied else node.weight_scale)
     ids = mb.squeeze(x=lowering.inputs[INPUT_IDS], axes=[0])
     rows = _gather(lowering, matrix, ids)
@@ -106,7 +106,7 @@ def _gather(lowering: NeuralEngineLowering, matrix: Matrix, ids: Var) -> Var:
 
 def _linear(lowering: NeuralEngineLowering, node: Node) -> Vars:
     # Gate and up are two convolutions: nothing has to cut their output, and the 3B model's would be too wide as one.
-    gated = node.role is Role.FFN_GATE_UP and lowering.graph.config.ffn_with_glu
+    gated = node.role is Role.FFN_GATE_UP
     matrix = lowering.file.matrix(node.weights["weight"], 2 if gated else 1, node.weight_scale)
     x = lowering.input(node)
     if node.role is Role.LM_HEAD and lowering.picked is not None:

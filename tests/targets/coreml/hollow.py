@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.planned import TORCH_DTYPES, PlannedWeights
 from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.quantization.recipes import resolve
@@ -75,7 +75,7 @@ def hollow_package(folder: Path, config: OpenELMConfig, quant: str, monkeypatch:
     target = CoreMLTarget(**settings)
     target.check(config, config.max_context_length)
     graph = trace(config, config.max_context_length)
-    weights = HollowWeights(resolve(target.recipe(quant), config.weights()))
+    weights = HollowWeights(resolve(target.recipe(quant), config))
     folder.mkdir()
     target.write(ExportJob("model", graph, weights, None, lambda _: None), folder)
     return folder

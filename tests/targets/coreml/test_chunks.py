@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import find_model
+from elmexport.models import find_model, trace
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
 from elmexport.quantization.recipes import Plan, resolve
@@ -30,7 +29,7 @@ from targets.coreml.packing import WeightFile
 
 
 def plan_of(config: OpenELMConfig, quant: str) -> Plan:
-    return resolve(CoreMLTarget().recipe(quant), config.weights())
+    return resolve(CoreMLTarget().recipe(quant), config)
 
 
 def weights_of_zeros(scheme: Scheme) -> PlannedWeights:
@@ -77,8 +76,8 @@ def test_a_tensor_takes_no_more_bytes_than_planned(tmp_path: Path, role: Role, s
 
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
 @given(data=st.data())
-def test_fewest_packages_and_the_most_equal_ones(graph: Graph, quant: str, data: st.DataObject) -> None:
-    plan = plan_of(graph.config, quant)
+def test_fewest_packages_and_the_most_equal_ones(small_config: OpenELMConfig, graph: Graph, quant: str, data: st.DataObject) -> None:
+    plan = plan_of(small_config, quant)
     sizes = package_sizes(graph, plan)
     layers = len(graph.kv_heads)
     limit = data.draw(st.integers(max(sizes[i, i + 1] for i in range(layers)), sizes[0, layers] + 1))
@@ -101,8 +100,8 @@ def graph(small_config: OpenELMConfig) -> Graph:
     return trace(small_config)
 
 
-def test_a_package_of_all_layers_has_a_tied_table_once(graph: Graph) -> None:
-    config = graph.config
+def test_a_package_of_all_layers_has_a_tied_table_once(small_config: OpenELMConfig, graph: Graph) -> None:
+    config = small_config
     sizes = package_sizes(graph, plan_of(config, "fp16"))
     table = config.vocab_size * config.model_dim * 2
     whole, layers = sizes[0, 5], 5
@@ -111,9 +110,9 @@ def test_a_package_of_all_layers_has_a_tied_table_once(graph: Graph) -> None:
 
 
 def test_an_untied_head_lies_in_the_last_package(small_config: OpenELMConfig, graph: Graph) -> None:
-    untied = trace(replace(small_config, share_input_output_layers=False))
+    config = replace(small_config, share_input_output_layers=False)
     table = small_config.vocab_size * small_config.model_dim * 2
-    ours, tied = (package_sizes(g, plan_of(g.config, "fp16")) for g in (untied, graph))
+    ours, tied = (package_sizes(g, plan_of(c, "fp16")) for g, c in ((trace(config), config), (graph, small_config)))
     assert ours[0, 5] - tied[0, 5] == pytest.approx(table, abs=1000)
     assert {bounds: ours[bounds] for bounds in ours if bounds != (0, 5)} == {bounds: tied[bounds] for bounds in tied if bounds != (0, 5)}
 
@@ -134,8 +133,8 @@ def test_packages_of_the_published_sizes(model: str, quant: str, megabytes: int,
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4"])
-def test_a_limit_below_one_layer_is_refused_with_the_smallest_that_works(graph: Graph, quant: str) -> None:
-    plan = plan_of(graph.config, quant)
+def test_a_limit_below_one_layer_is_refused_with_the_smallest_that_works(small_config: OpenELMConfig, graph: Graph, quant: str) -> None:
+    plan = plan_of(small_config, quant)
     with pytest.raises(ElmExportError, match=rf"--max-package-mb is 0\.1, and layer \d.* takes [\d.]+ MB in {quant}") as error:
         plan_cuts(graph, plan, 0.1 * MEGABYTE)
     least = re.search(r"pass --max-package-mb ([\d.]+) or more", str(error.value))
@@ -145,7 +144,7 @@ def test_a_limit_below_one_layer_is_refused_with_the_smallest_that_works(graph: 
         plan_cuts(graph, plan, (float(least[1]) - 0.01) * MEGABYTE)
 
 
-def test_the_refusal_names_what_goes_with_the_layer(graph: Graph) -> None:
-    wide = trace(replace(graph.config, vocab_size=20000))
+def test_the_refusal_names_what_goes_with_the_layer(small_config: OpenELMConfig) -> None:
+    wide = replace(small_config, vocab_size=20000)
     with pytest.raises(ElmExportError, match=r"layer [04] with the (embedding|head) alone"):
-        plan_cuts(wide, plan_of(wide.config, "fp16"), 1)
+        plan_cuts(trace(wide), plan_of(wide, "fp16"), 1)

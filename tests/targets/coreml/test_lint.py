@@ -17,7 +17,7 @@ from benchmarks.coreml_stock import export_stock
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.cli.main import app
 from elmexport.errors import ElmExportError
-from elmexport.models.zoo import known_models
+from elmexport.models import known_models
 from targets.coreml.lint import LintResult, lint
 from targets.coreml.rules import RULES, Severity
 from tests.conftest import ExportTo

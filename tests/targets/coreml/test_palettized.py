@@ -27,8 +27,8 @@ from calibration.weight_set import WeightSet
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.self_check import reference_pass
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import trace
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import PalettizedTensor, quantize
 from elmexport.quantization.recipes import resolve
@@ -68,7 +68,7 @@ def dequantized(checkpoint: MemoryCheckpoint, schemes: Mapping[str, str], *, cal
         moments = reference_pass(checkpoint, graph, tokenizer, SilentProgress()).moments
     weights: Weights = {}
     for spec in checkpoint.config.weights():
-        if spec.role is not Role.NORM:
+        if not spec.role.is_norm:
             scheme = find_scheme(schemes.get(spec.role, schemes["rest"]))
             assert isinstance(scheme, Integer | Lut)
             weights[spec.name] = quantize(checkpoint.tensor(spec.name), scheme, "mse", moments and moments(spec)).dequantize().numpy()
@@ -91,7 +91,7 @@ def assert_holds(artifact: Path, checkpoint: Checkpoint, expected: Weights) -> i
 
 def assert_computes(artifact: Path, checkpoint: MemoryCheckpoint, expected: Weights, ids: NDArray[np.int64]) -> None:
     """The executor without rounding agrees with float64 on the palettized weights: norms and RoPE tables in fp16 are what is left."""
-    norms = {spec.name: checkpoint.arrays[spec.name] for spec in checkpoint.config.weights() if spec.role is Role.NORM}
+    norms = {spec.name: checkpoint.arrays[spec.name] for spec in checkpoint.config.weights() if spec.role.is_norm}
     arrays = {**expected, **{name: norm.astype(np.float16).astype(np.float32) for name, norm in norms.items()}}
     reference = reference_logits(checkpoint.config, arrays, ids)
     assert kl(reference, open_runtime(artifact, precision="fp32").logits(ids)).max() < 1e-5
@@ -205,7 +205,7 @@ def test_statistics_weigh_the_k_means(small_checkpoint: MemoryCheckpoint, export
     statistics.save(tmp_path / "statistics.safetensors")
     options = WeightOptions(calibrate=tmp_path / "statistics.safetensors")
     artifact = export_to(small_checkpoint, "coreml", "lut4", weights=options)
-    plan = resolve(CoreMLTarget().recipe("lut4"), small_checkpoint.config.weights())
+    plan = resolve(CoreMLTarget().recipe("lut4"), small_checkpoint.config)
     expected, plain = {}, {}
     for name, scheme in plan.schemes.items():
         spec, weight = small_checkpoint.specs[name], small_checkpoint.tensor(name)
@@ -225,7 +225,7 @@ def test_gptq_s_tables_are_those_of_the_artifact(
     options = WeightOptions(method="gptq", tokens=1024, save_weights_to=tmp_path / "weights.safetensors")
     artifact = export_to(small_checkpoint, "coreml", "lut4", weights=options, verify=True)
     weights = WeightSet.load(tmp_path / "weights.safetensors")
-    found = {spec.name: weights.get(spec) for spec in small_checkpoint.config.weights() if spec.role is not Role.NORM}
+    found = {spec.name: weights.get(spec) for spec in small_checkpoint.config.weights() if not spec.role.is_norm}
     assert {type(weight) for name, weight in found.items() if small_checkpoint.specs[name].layer is not None} == {PalettizedTensor}
     assert_holds(artifact, small_checkpoint, {name: weight.dequantize().numpy() for name, weight in found.items()})
 

@@ -11,9 +11,8 @@ import torch
 
 from elmexport.contracts.coreml import Interface
 from elmexport.errors import ElmExportError
-from elmexport.graph.trace import trace
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import find_model
+from elmexport.models import find_model, trace
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.recipes import load_recipe
 from elmexport.quantization.schemes import Float
 from elmexport.weights import WeightSpec

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from calibration.preparation import WeightOptions
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import Integer
 from elmexport.target import find_target
-from elmexport.weights import Role
 from targets.gguf import ALIASES, GgufTarget
 from targets.gguf.metadata import describe, file_name
 from tests.conftest import ExportTo, SmallArtifact
@@ -93,7 +92,7 @@ def test_float_tensors_are_the_checkpoints(exported: Exported, small_checkpoint:
     assert found.keys() == names.keys()  # so there is no output.weight
     for theirs, (ours, rows) in names.items():
         kind, value = found[theirs]
-        norm = small_checkpoint.specs[ours].role is Role.NORM
+        norm = small_checkpoint.specs[ours].role.is_norm
         assert kind == ("F32" if norm else QUANTS[quant]), theirs
         wanted = torch.from_numpy(small_checkpoint.arrays[ours][rows]).to(torch.float32 if norm else FLOATS[quant]).to(torch.float32)
         assert np.array_equal(value, wanted.numpy()), theirs
@@ -102,7 +101,7 @@ def test_float_tensors_are_the_checkpoints(exported: Exported, small_checkpoint:
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_quantized_tensors_are_bit_identical_to_our_own(export_to: ExportTo, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     found = tensors_of(export_to(small_checkpoint, "gguf", quant, weights=WeightOptions(calibrate="none")))
-    plan = resolve(GgufTarget().recipe(quant), small_checkpoint.config.weights())
+    plan = resolve(GgufTarget().recipe(quant), small_checkpoint.config)
     for theirs, (ours, rows) in expected_names(small_checkpoint.config).items():
         scheme = plan.schemes[ours]
         kind, value = found[theirs]

@@ -18,8 +18,8 @@ from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.checkpoint.safetensors import SafetensorsCheckpoint
 from elmexport.checkpoint.tokenizer import Piece, PieceKind, SentencePieceTokenizer, Tokenizer
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import TINY_FOLDER
+from elmexport.models.openelm.catalog import TINY_FOLDER
+from elmexport.models.openelm.config import OpenELMConfig
 from targets.gguf.tokenizer import write_tokenizer
 from tests.checkpoint.test_tokenizer import write_json
 from tests.conftest import ExportTo

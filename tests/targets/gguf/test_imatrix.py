@@ -11,7 +11,7 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.target import find_target
 from targets.gguf.imatrix import read_imatrix
 from targets.gguf.lowering import matrices

@@ -16,7 +16,7 @@ from pytest import TempPathFactory
 from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.checkpoint.safetensors import SafetensorsCheckpoint
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from targets.gguf import LLAMA_CPPS
 from tests.clients.llama_cpp_tools import LlamaCppTools
 from tests.conftest import ExportTo

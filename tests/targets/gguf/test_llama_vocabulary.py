@@ -17,7 +17,7 @@ from gguf import GGUFReader
 from sentencepiece import sentencepiece_model_pb2
 
 from calibration.text import bundled_text
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from tests.clients.llama_cpp_tools import LlamaCppTools
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint

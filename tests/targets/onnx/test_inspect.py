@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from elmexport.inspection import inspect_artifact
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
 from tests.conftest import ExportTo, SmallArtifact

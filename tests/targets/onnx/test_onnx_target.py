@@ -24,7 +24,7 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.export import export_checkpoint
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.quantize import QuantizedTensor
 from elmexport.quantization.recipes import resolve
@@ -184,7 +184,7 @@ def test_dequantized_weights_are_ours(small_config: OpenELMConfig, export_to: Ex
     checkpoint = wide_checkpoint(small_config, share_input_output_layers=tied)
     folder = export_to(checkpoint, "onnx", quant, weights=WeightOptions(calibrate="none"))
     found = quantized_weights("onnx", folder, checkpoint.config)
-    weights = PlannedWeights(checkpoint, resolve(find_target("onnx").recipe(quant), checkpoint.config.weights()))
+    weights = PlannedWeights(checkpoint, resolve(find_target("onnx").recipe(quant), checkpoint.config))
     quantized = {name: tensor for name, spec in checkpoint.specs.items() if isinstance(tensor := weights.get(spec), QuantizedTensor)}
     assert len(quantized) == 4 * checkpoint.config.num_transformer_layers + (1 if tied else 2)
     assert found.keys() == quantized.keys()
@@ -239,7 +239,7 @@ def test_logits_are_those_of_the_quantized_weights(small_config: OpenELMConfig, 
 
 def stored_bits(config: OpenELMConfig, quant: str) -> float:
     """Bits of codes, scales, zero points, norms and floats, by the scheme of each tensor."""
-    return resolve(find_target("onnx").recipe(quant), config.weights()).bits_per_weight * config.parameter_count
+    return resolve(find_target("onnx").recipe(quant), config).bits_per_weight * config.parameter_count
 
 
 @pytest.mark.parametrize("ops", ["fast", "standard"])

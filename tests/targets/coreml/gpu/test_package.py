@@ -15,7 +15,7 @@ import torch
 from calibration.preparation import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import Float, Integer, PerBlock
@@ -102,7 +102,7 @@ def test_attention_is_fused_and_projections_are_linear(package: PackageOf, small
 @pytest.mark.parametrize("quant", QUANTS)
 def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     found = package(quant)
-    plan = resolve(CoreMLTarget(device="gpu").recipe(quant), small_checkpoint.config.weights())
+    plan = resolve(CoreMLTarget(device="gpu").recipe(quant), small_checkpoint.config)
     for spec in small_checkpoint.config.weights():
         scheme, weight = plan.schemes[spec.name], small_checkpoint.tensor(spec.name)
         values = found.weight("main", spec.name)

@@ -24,7 +24,7 @@ from elmexport.errors import ElmExportError
 from elmexport.export import export_checkpoint
 from elmexport.inspection import inspect_artifact
 from elmexport.mil.executor import MilModel, States
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.coreml import open_runtime
 from elmexport.runtimes.generation import generate

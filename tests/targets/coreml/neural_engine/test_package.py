@@ -17,7 +17,8 @@ import torch
 from calibration.preparation import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig
+from elmexport.models import read_config
+from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import Float, Integer, PerChannel
@@ -119,7 +120,7 @@ def test_obeys_the_rules_of_the_neural_engine(
 @pytest.mark.parametrize("quant", QUANTS)
 def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     found = package(quant)
-    plan = resolve(CoreMLTarget().recipe(quant), small_checkpoint.config.weights())
+    plan = resolve(CoreMLTarget().recipe(quant), small_checkpoint.config)
     for spec in small_checkpoint.config.weights():
         scheme, weight = plan.schemes[spec.name], small_checkpoint.tensor(spec.name)
         values = found.weight("decode", spec.name)
@@ -163,7 +164,7 @@ def test_the_functions_share_one_copy_of_every_weight(
         prefill, decode = ({value.blobFileValue.offset for value in found.blobs(name)} for name in FUNCTIONS)
         assert decode <= prefill  # prefill has one constant more: the offsets of its tokens
         specs = list(checkpoint.config.weights())
-        plan = resolve(CoreMLTarget().recipe(quant), specs)
+        plan = resolve(CoreMLTarget().recipe(quant), checkpoint.config)
         bits = sum(plan.schemes[spec.name].bits(spec.shape) for spec in specs)
         tables = sum(
             found.array(value).nbytes for value in found.blobs("decode") if len(shape(value.type)) == 4 and shape(value.type)[:2] == (1, 1)
@@ -288,7 +289,7 @@ def digests(artifact: Path) -> dict[str, str]:
 def test_files_of_the_artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
     artifact = export_to(small_checkpoint, "coreml", "int8")
     assert {path.name for path in artifact.iterdir()} == {"small-int8.mlpackage", "config.json", "manifest.json", "tokenizer.model"}
-    assert OpenELMConfig.from_file(artifact / "config.json") == OpenELMConfig.from_dict(small_checkpoint.config.to_dict())
+    assert read_config(artifact / "config.json") == OpenELMConfig.from_dict(small_checkpoint.config.to_dict())
 
 
 @pytest.mark.parametrize(

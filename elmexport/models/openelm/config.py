@@ -1,4 +1,4 @@
-"""OpenELM's configuration: every field of Apple's `config.json`, and the per-layer dimensions that follow from it.
+"""OpenELM configuration: every field of Apple's `config.json`, and the per-layer dimensions that follow from it.
 
 Layer-wise scaling gives each layer its own number of query heads, KV heads and its own FFN width. They are computed here, once, as
 Apple's configuration class computes them (`configuration_openelm.py` of the published models), and checked against the lists that a
@@ -7,17 +7,20 @@ checkpoint's file carries. No torch in here: listing models must be instant.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from numbers import Real
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.errors import ElmExportError
+from elmexport.graph.dims import LayerDims, ModelDims
+from elmexport.models.base import ModelConfig
 from elmexport.weights import Role, WeightSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 RMS_NORM_EPS = 1e-6  # a constant of Apple's OpenELMRMSNorm, not a field of the file
 ACTIVATIONS = ("swish", "silu")
@@ -35,21 +38,17 @@ def make_divisible(value: float, divisor: int) -> int:
 
 
 @dataclass(frozen=True)
-class LayerDims:
-    """Sizes of one transformer layer."""
-
-    query_heads: int
-    kv_heads: int
-    ffn_dim: int
-
-
-@dataclass(frozen=True)
-class OpenELMConfig:
+class OpenELMConfig(ModelConfig):
     """The fields of Apple's `config.json` that describe the network, with the defaults of Apple's class.
 
     `qkv_multipliers` and `ffn_multipliers` are a number (every layer alike), two numbers (interpolated linearly over the layers and
     rounded to two decimals) or one number per layer.
     """
+
+    model_type: ClassVar[str] = "openelm"
+    name_prefix: ClassVar[str] = "transformer."
+    head_name: ClassVar[str] = "lm_head.weight"
+    tied_key: ClassVar[str] = "share_input_output_layers"
 
     vocab_size: int = 32000
     max_context_length: int = 2048
@@ -76,11 +75,8 @@ class OpenELMConfig:
         """Read the known keys of `data`, check them, and check the per-layer lists it may carry.
 
         Raises:
-            ElmExportError: another model type, an unusable value, or per-layer lists that contradict the multipliers.
+            ElmExportError: an unusable value, or per-layer lists that contradict the multipliers.
         """
-        model_type = data.get("model_type", "openelm")
-        if model_type != "openelm":
-            raise ElmExportError(f"{where}: model_type is {model_type!r}; elmexport exports 'openelm' models")
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in data.items() if key in known and value is not None}
         for key in ("qkv_multipliers", "ffn_multipliers"):
@@ -91,23 +87,6 @@ class OpenELMConfig:
         config._check_lists(data, where)
         return config
 
-    @classmethod
-    def from_file(cls, path: Path) -> OpenELMConfig:
-        """Read `config.json`.
-
-        Raises:
-            ElmExportError: no such file, not JSON, or see `from_dict`.
-        """
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ElmExportError(f"{path}: no such file; a checkpoint folder holds config.json beside its weights") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ElmExportError(f"{path}: not valid JSON ({error}); download the file again") from None
-        if not isinstance(data, dict):
-            raise ElmExportError(f"{path}: holds a JSON {type(data).__name__}, not an object; download the file again")
-        return cls.from_dict(data, where=str(path))
-
     def to_dict(self) -> dict[str, Any]:
         """Apple's `config.json`, per-layer lists expanded, in the order of the published files (alphabetical)."""
         data: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -117,7 +96,7 @@ class OpenELMConfig:
         data["num_query_heads"] = [layer.query_heads for layer in self.layers]
         data["num_kv_heads"] = [layer.kv_heads for layer in self.layers]
         data["architectures"] = ["OpenELMForCausalLM"]
-        data["model_type"] = "openelm"
+        data["model_type"] = self.model_type
         data["use_cache"] = True
         return dict(sorted(data.items()))
 
@@ -132,6 +111,23 @@ class OpenELMConfig:
         heads = [dim // self.head_dim for dim in query_dims]
         return tuple(LayerDims(q, q // self.num_gqa_groups, f) for q, f in zip(heads, ffn_dims, strict=True))
 
+    @cached_property
+    def dims(self) -> ModelDims:
+        return ModelDims(
+            vocab_size=self.vocab_size,
+            model_dim=self.model_dim,
+            head_dim=self.head_dim,
+            layers=self.layers,
+            context=self.max_context_length,
+            max_context=self.rope_max_length,
+            tied=self.share_input_output_layers,
+        )
+
+    def module(self) -> nn.Module:
+        from elmexport.models.openelm.module import OpenELM
+
+        return OpenELM(self)
+
     def weights(self) -> Iterator[WeightSpec]:
         """Every tensor of the model under Apple's names, in the order in which a forward pass first uses them."""
         dim = self.model_dim
@@ -140,23 +136,19 @@ class OpenELMConfig:
             prefix = f"transformer.layers.{i}"
             query = layer.query_heads * self.head_dim
             qkv = (layer.query_heads + 2 * layer.kv_heads) * self.head_dim
-            up = layer.ffn_dim * (2 if self.ffn_with_glu else 1)
-            yield WeightSpec(f"{prefix}.attn_norm.weight", (dim,), Role.NORM, i)
+            up, up_role = (2 * layer.ffn_dim, Role.FFN_GATE_UP) if self.ffn_with_glu else (layer.ffn_dim, Role.FFN_UP)
+            yield WeightSpec(f"{prefix}.attn_norm.weight", (dim,), Role.NORM_ATTENTION, i)
             yield WeightSpec(f"{prefix}.attn.qkv_proj.weight", (qkv, dim), Role.ATTENTION_QKV, i)
             if self.normalize_qk_projections:
-                yield WeightSpec(f"{prefix}.attn.q_norm.weight", (self.head_dim,), Role.NORM, i)
-                yield WeightSpec(f"{prefix}.attn.k_norm.weight", (self.head_dim,), Role.NORM, i)
+                yield WeightSpec(f"{prefix}.attn.q_norm.weight", (self.head_dim,), Role.NORM_QUERY, i)
+                yield WeightSpec(f"{prefix}.attn.k_norm.weight", (self.head_dim,), Role.NORM_KEY, i)
             yield WeightSpec(f"{prefix}.attn.out_proj.weight", (dim, query), Role.ATTENTION_OUT, i)
-            yield WeightSpec(f"{prefix}.ffn_norm.weight", (dim,), Role.NORM, i)
-            yield WeightSpec(f"{prefix}.ffn.proj_1.weight", (up, dim), Role.FFN_GATE_UP, i)
+            yield WeightSpec(f"{prefix}.ffn_norm.weight", (dim,), Role.NORM_FFN, i)
+            yield WeightSpec(f"{prefix}.ffn.proj_1.weight", (up, dim), up_role, i)
             yield WeightSpec(f"{prefix}.ffn.proj_2.weight", (dim, layer.ffn_dim), Role.FFN_DOWN, i)
-        yield WeightSpec("transformer.norm.weight", (dim,), Role.NORM)
+        yield WeightSpec("transformer.norm.weight", (dim,), Role.NORM_FINAL)
         if not self.share_input_output_layers:
-            yield WeightSpec("lm_head.weight", (self.vocab_size, dim), Role.LM_HEAD)
-
-    @cached_property
-    def parameter_count(self) -> int:
-        return sum(spec.size for spec in self.weights())
+            yield WeightSpec(self.head_name, (self.vocab_size, dim), Role.LM_HEAD)
 
     def _per_layer(self, multipliers: Multipliers, name: str) -> tuple[float, ...]:
         count = self.num_transformer_layers

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elmexport.errors import ElmExportError
-from elmexport.models.openelm_config import OpenELMConfig, make_divisible
+from elmexport.models import config_from_dict, read_config
+from elmexport.models.openelm.config import OpenELMConfig, make_divisible
 from elmexport.weights import Role
 
 # From the config.json of the published models: layers, model_dim, head_dim, parameters, num_query_heads (four to a KV head) as (heads, layers)
@@ -165,7 +166,7 @@ def test_make_divisible(value: float, divisor: int) -> None:
 )
 def test_unusable_values(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ElmExportError, match=message):
-        OpenELMConfig.from_dict(apple("270M") | change)
+        config_from_dict(apple("270M") | change)
 
 
 @pytest.mark.parametrize("key", ["num_query_heads", "num_kv_heads"])
@@ -182,12 +183,12 @@ def test_lists_that_contradict_name_the_layer(key: str) -> None:
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(ElmExportError, match=r"no such file; a checkpoint folder holds config.json"):
-        OpenELMConfig.from_file(path)
+        read_config(path)
     path.write_text("{")
     with pytest.raises(ElmExportError, match="not valid JSON"):
-        OpenELMConfig.from_file(path)
+        read_config(path)
     path.write_text("[]")
     with pytest.raises(ElmExportError, match="holds a JSON list, not an object"):
-        OpenELMConfig.from_file(path)
+        read_config(path)
     path.write_text(json.dumps(apple("3B")))
-    assert OpenELMConfig.from_file(path).parameter_count == 3_036_647_424
+    assert read_config(path).parameter_count == 3_036_647_424

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from elmexport.checkpoint import open_checkpoint
-from elmexport.models.openelm_config import OpenELMConfig
-from elmexport.models.zoo import TINY_FOLDER, find_model, known_models
+from elmexport.checkpoint import is_local, open_checkpoint
+from elmexport.models import find_model, known_models, read_config
+from elmexport.models.openelm.catalog import TINY_FOLDER
 
 PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "3B": 3_036_647_424}
 
@@ -37,14 +37,14 @@ def test_unknown_alias() -> None:
 
 def test_tiny_is_its_file() -> None:
     model = find_model("Tiny")
-    assert model is not None and model.cached()
-    assert model.config.to_dict() == OpenELMConfig.from_file(TINY_FOLDER / "config.json").to_dict()
+    assert model is not None and is_local(model)
+    assert model.config.to_dict() == read_config(TINY_FOLDER / "config.json").to_dict()
     assert open_checkpoint("tiny").source.origin == "embedded"
 
 
 def test_listing_and_opening_import_no_torch() -> None:
     code = (
-        "import sys; from elmexport.checkpoint import open_checkpoint; from elmexport.models.zoo import known_models; "
-        "[(m.parameters, m.cached()) for m in known_models()]; open_checkpoint('tiny'); print('torch' in sys.modules)"
+        "import sys; from elmexport.checkpoint import is_local, open_checkpoint; from elmexport.models import known_models; "
+        "[(m.parameters, is_local(m)) for m in known_models()]; open_checkpoint('tiny'); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

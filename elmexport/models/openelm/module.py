@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from elmexport.graph import ops
-from elmexport.models.openelm_config import RMS_NORM_EPS, LayerDims, OpenELMConfig
+from elmexport.graph.dims import LayerDims
+from elmexport.models.openelm.config import RMS_NORM_EPS, OpenELMConfig
 
 
 class Weight(nn.Module):
@@ -24,7 +25,7 @@ class Weight(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: OpenELMConfig, layer: LayerDims) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.layer, self.rope_theta = layer, float(config.rope_freq_constant)
         self.qkv_proj = Weight((layer.query_heads + 2 * layer.kv_heads) * config.head_dim, config.model_dim)
         self.out_proj = Weight(config.model_dim, layer.query_heads * config.head_dim)
         self.q_norm = Weight(config.head_dim) if config.normalize_qk_projections else None
@@ -40,7 +41,7 @@ class Attention(nn.Module):
             position,
             self.layer.query_heads,
             self.layer.kv_heads,
-            float(self.config.rope_freq_constant),
+            self.rope_theta,
             RMS_NORM_EPS,
         )
         return ops.linear(out, self.out_proj.weight), k_cache, v_cache
@@ -87,7 +88,6 @@ class OpenELM(nn.Module):
 
     def __init__(self, config: OpenELMConfig) -> None:
         super().__init__()
-        self.config = config
         self.transformer = Decoder(config)
         self.lm_head = None if config.share_input_output_layers else Weight(config.vocab_size, config.model_dim)
 

@@ -1,0 +1,96 @@
+"""Contract of a model family: its configuration class, and the row by which the registry knows it.
+
+No torch in here: listing models must be instant.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from elmexport.graph.dims import ModelDims
+from elmexport.weights import WeightSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ModelConfig(ABC):
+    """Configuration of one model: what its `config.json` says.
+
+    Subclasses are frozen dataclasses; `dims` is a cached property of theirs.
+    """
+
+    model_type: ClassVar[str]  # of config.json
+    name_prefix: ClassVar[str]  # what all weight names begin with, left out of node names: "transformer."
+    head_name: ClassVar[str]  # of an LM head's tensor, also of one that a tied model stores all the same
+    tied_key: ClassVar[str]  # key of config.json that says whether the LM head is the embedding's table
+    bos_token_id: int
+    eos_token_id: int
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "config.json") -> Self:
+        """Read the family's keys of a `config.json`; `where` names the file in errors.
+
+        Raises:
+            ElmExportError: a missing or unusable value, or a model that the family's module does not cover.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The family's `config.json`, as its published models have it."""
+
+    @property
+    @abstractmethod
+    def dims(self) -> ModelDims:
+        """Sizes of the model."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[WeightSpec]:
+        """Every tensor of the model, in the order in which a forward pass first uses them."""
+
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The forward pass in the op vocabulary (`elmexport.graph.ops`).
+
+        `module(ids, position, k_caches, v_caches)` returns logits and the updated caches; parameters go by the names of `weights`.
+        """
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters, a tied embedding counted once."""
+        return sum(spec.size for spec in self.weights())
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A model that `--model` takes by alias."""
+
+    alias: str  # "1.1B-Instruct", as `elmexport models` prints it
+    name: str  # display name, used in file names: "OpenELM-1_1B-Instruct"
+    hub_id: str | None  # "apple/OpenELM-1_1B-Instruct"; None for one that is embedded
+    config: ModelConfig
+    folder: Path | None = None  # of the weights that come with elmexport
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, a tied embedding counted once."""
+        return self.config.parameter_count
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the registry: a model family, and everything about it that is no op, weight or dimension."""
+
+    name: str  # "OpenELM", as messages and pages call it
+    config: type[ModelConfig]
+    known_models: Callable[[], tuple[KnownModel, ...]]
+    tokenizer_words: str  # "the Llama 2 tokenizer"
+    tokenizer_repo: str | None  # hub repository of the tokenizer, for checkpoints that come without one
+    published: Traversable | None = None  # TOML file of published evaluation figures, see `elmexport.evaluation.tasks.presets`
+    trained_name: Callable[[str], str] | None = None  # a tensor's name in the files of the family's own training code, to that of `weights`
