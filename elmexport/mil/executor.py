@@ -8,6 +8,7 @@ own. Mode `fp32` rounds nothing. Values are held as float32, int32 or bool tenso
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,16 +117,18 @@ class MilModel:
         # An output may be a view of a state or an input, which the caller changes next.
         return {name: value.clone() for name, value in results.items() if value is not None}
 
-    def narrow(self, axes: Places, function: str | None = None) -> None:
-        """Let `function` run on less: inputs and states may then be shorter along `axes`, and of any length along those of declared length 1
-        (see `elmexport.mil.narrowing`).
+    def narrowed(self, axes: Places, function: str | None = None) -> MilModel:
+        """The same model, its weights shared, whose `function` can run on less: inputs and states may be shorter along `axes`, and of any
+        length along those of declared length 1 (see `elmexport.mil.narrowing`).
 
         Raises:
             CannotNarrowError: the function needs an axis in full.
         """
         plan = narrow(self._plan(function), axes)
-        self._plans = {key: other for key, other in self._plans.items() if key[0] != plan.function.name}
-        self._plans[plan.function.name, None] = plan
+        model = copy(self)
+        model._plans = {key: other for key, other in self._plans.items() if key[0] != plan.function.name}
+        model._plans[plan.function.name, None] = plan
+        return model
 
     def _plan(self, function: str | None, outputs: Collection[str] | None = None) -> Plan:
         found = self.function(function)
@@ -159,6 +162,11 @@ class MilModel:
         if not kind.dtype.startswith("float"):
             return tensor.to(torch.int32)
         return tensor.half().float() if kind.dtype == "float16" and self.round_fp16 else tensor.to(torch.float32)
+
+
+def executor_name(precision: Precision) -> str:
+    """What runtimes call the executor."""
+    return "mil executor" if precision == "fp16" else f"mil executor, {precision}"
 
 
 def _execute(step: Step, values: list[Tensor | None], states: States, sizes: Sizes) -> None:

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.errors import ElmExportError
 from elmexport.mil.coremltools_import import quiet_coremltools
-from elmexport.mil.executor import MilModel, Precision
+from elmexport.mil.executor import MilModel, Precision, executor_name
 from elmexport.mil.program import Program
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
+from elmexport.runtimes.coreml_engines import copied_prefix
 
 CHUNK = 256  # tokens fed at once, so that the scores of long texts stay small
 
@@ -62,7 +63,7 @@ class _MilEngine:
     """The MIL executor. `fp32` rounds nothing."""
 
     def __init__(self, program: Program, precision: Precision) -> None:
-        self.name = "mil executor" if precision == "fp16" else "mil executor, fp32"
+        self.name = executor_name(precision)
         self.model = MilModel(program, precision=precision)
         self._states = self.model.make_states()
 
@@ -74,9 +75,7 @@ class _MilEngine:
     def batch(self, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
         """`[batch, tokens, vocab]` of `ids` `[batch, tokens]`, each row after the first `position` tokens."""
         batch, length = ids.shape
-        states = {name: state.new_zeros(batch, *state[..., : position + length, :].shape) for name, state in self._states.items()}
-        for name, state in states.items():
-            state[..., :position, :] = self._states[name][..., :position, :]
+        states = copied_prefix(self._states, batch, position, length)
         parts = []
         for start in range(0, length, CHUNK):
             part = torch.from_numpy(ids[:, None, start : start + CHUNK])

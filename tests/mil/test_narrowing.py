@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,7 @@ from coremltools.converters.mil.mil import types
 from elmexport.errors import ElmExportError
 from elmexport.mil.executor import MilModel
 from elmexport.mil.narrowing import CannotNarrowError
-from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
-from targets.coreml.neural_engine import cache
-from tests.conftest import ExportTo, SmallArtifact
-from tests.memory_checkpoint import MemoryCheckpoint
 from tests.mil.packages import function, write_package
-from tests.reference import kl
 
 FULL, LESS, CHANNELS = 6, 4, 5
 
@@ -62,7 +56,7 @@ def test_like_a_function_made_smaller(tmp_path: Path) -> None:
     less = made(tmp_path, "less", {"x": fp32(1, CHANNELS, 1, LESS)}, rows(LESS))
     x = torch.randn(1, CHANNELS, 1, FULL, generator=torch.Generator().manual_seed(0))
     before = output(full, x)
-    full.narrow({"places": [("x", 3)]})
+    full = full.narrowed({"places": [("x", 3)]})
     found = output(full, x[..., :LESS])
     assert found.shape == (1, 2, LESS, 2)
     torch.testing.assert_close(found, output(less, x[..., :LESS]), rtol=0, atol=1e-6)
@@ -83,7 +77,7 @@ def test_states_are_shortened_too(tmp_path: Path) -> None:
 
     full, less = (made(tmp_path, str(size), specs(size), body(size)) for size in (FULL, LESS))
     x, cache = torch.randn(3, CHANNELS), torch.randn(FULL, CHANNELS)
-    full.narrow({"context": [("cache", 0)]})
+    full = full.narrowed({"context": [("cache", 0)]})
     expected = output(less, x, {"cache": cache[:LESS]})
     torch.testing.assert_close(output(full, x, {"cache": cache[:LESS]}), expected, rtol=0, atol=1e-5)
     with pytest.raises(ElmExportError, match=f"axis 0 of 'cache' has {FULL + 1} entries; it takes .* from 1 to {FULL}"):
@@ -108,7 +102,7 @@ def test_states_are_shortened_too(tmp_path: Path) -> None:
 def test_refused_where_the_axis_is_needed_in_full(tmp_path: Path, build: Callable[..., Any], reason: str) -> None:
     model = made(tmp_path, "model", {"x": fp32(1, CHANNELS, 1, FULL)}, build)
     with pytest.raises(CannotNarrowError, match=f"axis 3 of x is needed in full: .*{reason}"):
-        model.narrow({"places": [("x", 3)]})
+        model.narrowed({"places": [("x", 3)]})
     with pytest.raises(ElmExportError, match="input 'x' of function 'main' has shape"):  # nothing has changed
         model.run({"x": torch.zeros(1, CHANNELS, 1, LESS)})
 
@@ -116,8 +110,8 @@ def test_refused_where_the_axis_is_needed_in_full(tmp_path: Path, build: Callabl
 def test_one_size_cannot_be_two(tmp_path: Path) -> None:
     model = made(tmp_path, "model", {"x": fp32(FULL), "y": fp32(FULL)}, lambda x, y: mb.add(x=x, y=y))
     with pytest.raises(CannotNarrowError, match="first and second are one size"):
-        model.narrow({"first": [("x", 0)], "second": [("y", 0)]})
-    model.narrow({"both": [("x", 0), ("y", 0)]})
+        model.narrowed({"first": [("x", 0)], "second": [("y", 0)]})
+    model = model.narrowed({"both": [("x", 0), ("y", 0)]})
     with pytest.raises(ElmExportError, match="axis 0 of 'y' has 5 entries; it takes as many as the other both"):
         model.run({"x": torch.zeros(4), "y": torch.zeros(5)})
 
@@ -125,7 +119,7 @@ def test_one_size_cannot_be_two(tmp_path: Path) -> None:
 def test_two_sizes_cannot_be_one(tmp_path: Path) -> None:
     model = made(tmp_path, "model", {"x": fp32(FULL), "y": fp32(FULL)}, lambda x, y: [mb.relu(x=x), mb.relu(x=y)])
     with pytest.raises(CannotNarrowError, match="the places of both are sizes of their own"):
-        model.narrow({"both": [("x", 0), ("y", 0)]})
+        model.narrowed({"both": [("x", 0), ("y", 0)]})
 
 
 def test_axes_that_are_joined(tmp_path: Path) -> None:
@@ -148,7 +142,7 @@ def test_axes_that_are_joined(tmp_path: Path) -> None:
 
     full = made(tmp_path, "full", specs(FULL, FULL + 1), body(FULL, FULL + 1))
     less = made(tmp_path, "less", specs(2, LESS), body(2, LESS))
-    full.narrow({"earlier": [("before", 0)], "new": [("x", 0)]})
+    full = full.narrowed({"earlier": [("before", 0)], "new": [("x", 0)]})
     x, before = torch.randn(LESS, CHANNELS), torch.randn(2, CHANNELS)
     found, expected = (output_of(model.run({"x": x, "before": before})) for model in (full, less))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
@@ -172,13 +166,13 @@ def test_one_entry_becomes_several(tmp_path: Path) -> None:
     singly = [model.run({"x": x, "which": one[None]}) for one in which]
     with pytest.raises(ElmExportError, match=r"'which' of function 'main' has shape \[4\]; it takes \[1\]"):
         model.run({"x": x, "which": which})
-    model.narrow({"rows": [("which", 0)]})
+    model = model.narrowed({"rows": [("which", 0)]})
     found = model.run({"x": x, "which": which})
     for name in ("first", "largest"):
         assert torch.equal(found[name], torch.cat([one[name] for one in singly]))
     reshapes, order = True, [0, 2, 3, 1]
     with pytest.raises(CannotNarrowError, match="axis 0 of which is needed in full: it goes through"):
-        made(tmp_path, "reshaped", specs, build).narrow({"rows": [("which", 0)]})
+        made(tmp_path, "reshaped", specs, build).narrowed({"rows": [("which", 0)]})
 
 
 def test_only_the_outputs_asked_for(tmp_path: Path) -> None:
@@ -219,47 +213,3 @@ def test_batches_are_runs_side_by_side(tmp_path: Path) -> None:
 def output_of(results: dict[str, torch.Tensor]) -> torch.Tensor:
     (result,) = results.values()
     return result
-
-
-needs_executor = pytest.mark.skipif(
-    sys.platform == "darwin", reason="on macOS Core ML itself runs the package, not the executor tested here"
-)
-
-
-@needs_executor
-def test_our_packages_are_narrowed(small_artifact: SmallArtifact) -> None:
-    for quant in ("fp16", "int4"):
-        runtime = open_runtime(small_artifact("coreml", quant))
-        assert isinstance(runtime, CoreMLRuntime)
-        assert runtime._engine.narrowed
-
-
-class ShiftedMask:
-    """The MIL builder, with a `greater` that lets each token see the one after it."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mb, name)
-
-    def greater(self, x: Any, y: Any) -> Any:
-        return mb.greater(x=x, y=mb.add(x=y, y=np.int32(1)))
-
-
-@needs_executor
-@pytest.mark.parametrize(("name", "value"), [("_HIDDEN", 0.0), ("mb", ShiftedMask())], ids=["hides nothing", "one too many"])
-def test_a_model_that_is_not_causal_is_run_in_full(
-    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
-) -> None:
-    """With a mask like these, what lies behind the last token counts: the padded chunk's results are the package's."""
-    monkeypatch.setattr(cache, name, value)
-    path = export_to(small_checkpoint, "coreml", "fp16")
-    runtime = open_runtime(path)
-    assert isinstance(runtime, CoreMLRuntime)
-    assert not runtime._engine.narrowed
-    (package,) = path.glob("*.mlpackage")
-    model, ids = MilModel(package), np.arange(3, 13)
-    padded = torch.from_numpy(np.pad(ids, (0, runtime.chunk - len(ids)))[None])
-    inputs = {"input_ids": padded, "position": torch.zeros(1, dtype=torch.int32), "last_token": torch.tensor([len(ids) - 1])}
-    expected = model.run(inputs, model.make_states(), "prefill")["logits"][0].numpy()
-    assert kl(expected, runtime.logits(ids, last=1)).max() < 1e-6
-    for row in runtime.continuations([ids[:4], ids[4:]], 0):
-        assert np.isfinite(row).all()

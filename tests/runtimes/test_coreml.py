@@ -21,11 +21,14 @@ from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.mil.executor import MilModel
+from elmexport.mil.executor import MilModel, Precision
+from elmexport.mil.program import Program
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtime
+from elmexport.runtimes.coreml_contract import Contract
+from elmexport.runtimes.coreml_engines import CoreMLEngine, NarrowedMilEngine, PaddedMilEngine
 from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
@@ -177,20 +180,24 @@ class CoreMLModel:
         return self.model.predict(inputs, state, self.function)
 
 
+def padded_engine(program: Program, contract: Contract, precision: Precision) -> PaddedMilEngine:
+    return PaddedMilEngine(MilModel(contract.with_scores(program), precision=precision), contract)
+
+
 @pytest.fixture(params=["executor", "executor at full sizes", "core ml"])
 def open_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Runtime]:
     """Opens an artifact in one of the ways in which packages are run."""
+    engines = {"executor": NarrowedMilEngine, "executor at full sizes": PaddedMilEngine, "core ml": CoreMLEngine}
 
     def call(path: Path) -> Runtime:
         if request.param == "core ml":
             monkeypatch.setattr("elmexport.runtimes.coreml.sys", SimpleNamespace(platform="darwin"))
             monkeypatch.setattr("coremltools.models.MLModel", CoreMLModel)
+        elif request.param == "executor at full sizes":
+            monkeypatch.setattr("elmexport.runtimes.coreml.open_mil_engine", padded_engine)
         runtime = open_artifact(path)
         assert isinstance(runtime, CoreMLRuntime)
-        if request.param == "executor":
-            assert runtime._engine.narrowed
-        elif request.param == "executor at full sizes":
-            runtime._engine.narrowed = False  # type: ignore[misc]
+        assert isinstance(runtime.engine(), engines[request.param])
         assert runtime.name == ("core ml" if request.param == "core ml" else "mil executor")
         return runtime
 

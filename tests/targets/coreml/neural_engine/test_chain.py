@@ -26,7 +26,8 @@ from elmexport.inspection import inspect_artifact
 from elmexport.mil.executor import MilModel, States
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import open_artifact
-from elmexport.runtimes.coreml import open_runtime
+from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
+from elmexport.runtimes.coreml_engines import Engine, NarrowedMilEngine
 from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.weights import Role
@@ -114,10 +115,16 @@ def test_logits_are_those_of_one_package_bit_for_bit(
         assert np.array_equal(ours, theirs)
 
 
+def open_engine(path: Path) -> Engine:
+    runtime = open_runtime(path)
+    assert isinstance(runtime, CoreMLRuntime)
+    return runtime.engine()
+
+
 @pytest.mark.slow
 def test_the_executor_follows_the_axes_of_a_chain(artifact: ArtifactOf) -> None:
     for kv in ("state", "io"):
-        assert open_runtime(artifact(3, kv=kv))._engine.narrowed  # or every prompt would cost a whole chunk and a whole cache
+        assert isinstance(open_engine(artifact(3, kv=kv)), NarrowedMilEngine)  # or every prompt would cost a whole chunk and a whole cache
 
 
 @pytest.mark.slow
