@@ -123,7 +123,7 @@ def test_a_model_without_a_tokenizer_is_not_exported_by_accident(
         raise MissingDependencyError("access to it is restricted")
 
     monkeypatch.setattr("elmexport.checkpoint.hub.download_tokenizer", refused)
-    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda: None)
+    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda repo: None)
     model, out = tmp_path / "model", tmp_path / "artifact"
     save_checkpoint(model, small_checkpoint.config, {name: torch.from_numpy(array) for name, array in small_checkpoint.arrays.items()})
     with pytest.raises(MissingDependencyError, match=r"model comes without a tokenizer.*or --tokenizer none to go without"):
