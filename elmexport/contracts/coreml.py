@@ -40,8 +40,11 @@ CHAIN_MANIFEST = "chain"  # the key in `manifest.json`
 
 @dataclass(frozen=True)
 class Interface:
-    """How a package is called. `prefill` tokens in one call of that function; `cache_io`: the cache is an input, and keys and values of the
-    tokens given are outputs; otherwise states hold it. `argmax`: the most likely token instead of logits."""
+    """Variant of a package's interface.
+
+    `prefill` is the number of tokens in one call of that function; `cache_io`: the cache is an input, and keys and values of the tokens given
+    are outputs; otherwise states hold it. `argmax`: the most likely token instead of logits.
+    """
 
     prefill: int
     cache_io: bool = False
@@ -65,7 +68,7 @@ def is_logits(name: str) -> bool:
 
 @dataclass(frozen=True)
 class PackageIndex:
-    """Which one of a model's packages a package is, as the JSON under `CHAIN_METADATA` says it: `{"index": 0, "files": ["a-1of2.mlpackage",
+    """Place of a package among a model's packages, as the JSON under `CHAIN_METADATA` says it: `{"index": 0, "files": ["a-1of2.mlpackage",
     …], "layers": [0, 9]}`, the files being all of them in the order in which they run, and the layers the first and the last of this one."""
 
     index: int

@@ -1,4 +1,4 @@
-"""Reads the weight file of a Core ML package ("MIL blob storage", version 2), mapped into memory and checked.
+"""The weight file of a Core ML package ("MIL blob storage", version 2): a reader that maps it into memory and checks it.
 
 The file is little-endian: a 64-byte header (count, version), then blobs at multiples of 64. A blob is 64 bytes of metadata (sentinel, type,
 size in bytes, offset of the data, padding in bits) and its data elsewhere. Types below a byte are packed from the lowest bit of a byte up.
@@ -28,7 +28,7 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class _Element:
-    """How a type of the file lies in it; `bits` below 8 are packed and give int8 or uint8."""
+    """Storage of an element type; `bits` below 8 are packed and give int8 or uint8."""
 
     code: int
     bits: int
@@ -54,7 +54,7 @@ _ELEMENTS: Mapping[str, _Element] = {
 
 
 class BlobFile:
-    """One weight file.
+    """A weight file, mapped into memory.
 
     Raises:
         ElmExportError: no such file, or not a weight file.
@@ -77,7 +77,7 @@ class BlobFile:
             raise self._damaged(f"storage version {version}, this reader knows {_VERSION}")
 
     def read(self, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """The blob at `offset` as an array of `shape`: a view of the file, or unpacked int8 or uint8 for a type below a byte.
+        """Read the blob at `offset` as an array of `shape`: a view of the file, or unpacked int8 or uint8 for a type below a byte.
 
         Raises:
             ElmExportError: nothing of that type and size lies there.
@@ -89,7 +89,11 @@ class BlobFile:
         return data.view(element.dtype).reshape(shape)
 
     def check(self, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
-        """`read` without reading."""
+        """Check that a blob of this type and shape lies at `offset`; `read` without reading.
+
+        Raises:
+            ElmExportError: as `read`.
+        """
         self._data(offset, dtype, shape)
 
     def _data(self, offset: int, dtype: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -113,7 +117,7 @@ class BlobFile:
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, signed: bool = False) -> NDArray[Any]:
-    """`count` integers of `bits` (1, 2, 3, 4 or 6) each from bytes filled from the lowest bit up; int8 if `signed`, else uint8."""
+    """Unpack `count` integers of `bits` (1, 2, 3, 4 or 6) each from bytes filled from the lowest bit up; int8 if `signed`, else uint8."""
     group = 1 if 8 % bits == 0 else 3  # bytes that hold a whole number of elements
     padded = np.zeros(-(-len(packed) // group) * group, np.uint8)
     padded[: len(packed)] = packed

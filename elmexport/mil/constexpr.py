@@ -26,7 +26,7 @@ def _per_block(grid: Tensor) -> Tensor:
 
 
 def blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
-    """`scale * (data - offset)`, one scale and offset for each block of `data`."""
+    """Dequantize: `scale * (data - offset)`, one scale and offset for each block of `data`."""
     values = _blocked(data, scale.shape).to(torch.float32)
     if offset is not None:
         values = values - _per_block(offset.to(torch.float32))
@@ -34,7 +34,7 @@ def blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = N
 
 
 def affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: Tensor) -> Tensor:
-    """`scale * (data - zero_point)`, both a scalar or a vector along `axis`."""
+    """Dequantize (iOS 16): `scale * (data - zero_point)`, both a scalar or a vector along `axis`."""
     shape = [1] * quantized_data.ndim
     shape[int(axis)] = -1
     zero, factor = (value.to(torch.float32).reshape(shape if value.ndim else ()) for value in (zero_point, scale))
@@ -42,7 +42,7 @@ def affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor,
 
 
 def lut_to_dense(indices: Tensor, lut: Tensor, shape: Tensor | None = None, vector_axis: Tensor | None = None) -> Tensor:
-    """Entries of lookup tables.
+    """Look indices up in tables (palettized weights).
 
     iOS 18: `lut` `[g0, g1, …, entries, vector]`, one table for each block of `indices`; vectors longer than one are laid along
     `vector_axis`. iOS 16 (`shape` given): one `lut` `[entries]`, `indices` packed bits.
@@ -62,7 +62,7 @@ def lut_to_dense(indices: Tensor, lut: Tensor, shape: Tensor | None = None, vect
 
 
 def sparse_to_dense(nonzero_data: Tensor, mask: Tensor, shape: Tensor | None = None) -> Tensor:
-    """Zeros but for `nonzero_data` where `mask` is 1; iOS 16 (`shape` given) packs the mask's bits."""
+    """Fill a sparse tensor: zeros but for `nonzero_data` where `mask` is 1; iOS 16 (`shape` given) packs the mask's bits."""
     if shape is not None:
         sizes = shape.tolist()
         mask = torch.from_numpy(unpack(mask.numpy(), 1, prod(sizes))).reshape(sizes)
@@ -90,7 +90,7 @@ def sparse_blockwise_shift_scale(
 
 
 def cast(source_val: Tensor, output_dtype: Any = None) -> Tensor:
-    """fp16 stored, fp32 wanted: the one cast that MIL has here."""
+    """Cast stored fp16 to fp32, the one cast that MIL has here: values are float32 already."""
     return source_val
 
 

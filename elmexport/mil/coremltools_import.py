@@ -1,4 +1,4 @@
-"""Imports coremltools without its warnings about parts that only exist on a Mac, which nothing here uses, and about the torch version."""
+"""Import of coremltools without its warnings about parts that only exist on a Mac, which nothing here uses, and about the torch version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elmexport.errors import MissingDependencyError
 
 @contextmanager
 def quiet_coremltools() -> Iterator[None]:
-    """For an import of anything from coremltools.
+    """Silence coremltools while something is imported from it.
 
     Raises:
         MissingDependencyError: it is not installed.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.mil.narrowing import narrow
-from elmexport.mil.plan import FAILURES, Places, Plan, Sizes, Step, make_plan
+from elmexport.mil.plan import FAILURES, AxisSizes, DynamicAxes, ExecutionPlan, Step, make_plan
 from elmexport.mil.program import MilFunction, Program, TensorType, load_program
 from elmexport.mil.weights import WeightStore
 
@@ -30,7 +30,10 @@ _NUMPY: Mapping[str, str] = {"float16": "f2", "float32": "f4", "bool": "?"}  # a
 
 
 class MilModel:
-    """The package at a path, or one already loaded. `budget` limits the bytes of decompressed weights kept in memory (default: a third of the machine's).
+    """A Core ML package that can be run.
+
+    `package` is its path, or the program already loaded. `budget` limits the bytes of decompressed weights kept in memory (default: a third of
+    the machine's).
 
     Raises:
         ElmExportError: not a package, a damaged one, or one without an mlprogram; on first use of a function also an unknown operation.
@@ -40,21 +43,21 @@ class MilModel:
         self.program = package if isinstance(package, Program) else load_program(package)
         self.round_fp16 = precision == "fp16"
         self._store = WeightStore(self.program.files, round_fp16=self.round_fp16, budget=budget)
-        self._plans: dict[tuple[str, frozenset[str] | None], Plan] = {}
+        self._plans: dict[tuple[str, frozenset[str] | None], ExecutionPlan] = {}
 
     def function(self, name: str | None = None) -> MilFunction:
         """The function called `name`, or the default one, with the types of its inputs, states and outputs."""
         return self.program.function(name)
 
     def make_states(self, function: str | None = None) -> States:
-        """States of zeros. They belong to the caller, and `run` updates them; functions with states of the same names can share them."""
+        """Make states of zeros. They belong to the caller, and `run` updates them; functions with states of the same names can share them."""
         states = self.function(function).states
         return {name: torch.zeros(_static(name, kind)) for name, kind in states.items()}
 
     def predict(
         self, inputs: Mapping[str, NDArray[Any]], states: States | None = None, function: str | None = None
     ) -> dict[str, NDArray[Any]]:
-        """`run` on and to arrays; outputs come in their declared types."""
+        """Run a function on numpy arrays; outputs come in their declared types. See `run`."""
         results = self.run({name: torch.from_numpy(np.array(value)) for name, value in inputs.items()}, states, function)
         kinds = self.function(function).output_types()
         return {name: value.numpy().astype(_NUMPY.get(kinds[name].dtype, "i4")) for name, value in results.items()}
@@ -68,7 +71,7 @@ class MilModel:
         *,
         outputs: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """Outputs by name, as float32, int32 or bool tensors; only `outputs` are computed if they are given.
+        """Run a function: outputs by name, as float32, int32 or bool tensors; only `outputs` are computed if they are given.
 
         Raises:
             ElmExportError: inputs or states that the function does not have, or of another shape; an operation that failed.
@@ -85,7 +88,7 @@ class MilModel:
         *,
         outputs: Collection[str] | None = None,
     ) -> dict[str, Tensor]:
-        """`run` on each entry of the first axis that `inputs` and `states` have here and outputs get, all at once; `shared` inputs are common.
+        """Run a function on a batch, the first axis that `inputs` and `states` have here and outputs get; `shared` inputs are common.
 
         Raises:
             ElmExportError: as `run`; also where operations take a Python number that differs from entry to entry.
@@ -99,7 +102,7 @@ class MilModel:
         states.update(after)
         return dict(results)
 
-    def _run(self, plan: Plan, inputs: Mapping[str, Tensor], states: States) -> dict[str, Tensor]:
+    def _run(self, plan: ExecutionPlan, inputs: Mapping[str, Tensor], states: States) -> dict[str, Tensor]:
         if missing := set(plan.function.states) - set(states):
             raise ElmExportError(f"function {plan.function.name!r} needs the states {', '.join(sorted(missing))}; make_states() gives them")
         sizes = _sizes(plan, inputs, states)
@@ -117,7 +120,7 @@ class MilModel:
         # An output may be a view of a state or an input, which the caller changes next.
         return {name: value.clone() for name, value in results.items() if value is not None}
 
-    def narrowed(self, axes: Places, function: str | None = None) -> MilModel:
+    def narrowed(self, axes: DynamicAxes, function: str | None = None) -> MilModel:
         """The same model, its weights shared, whose `function` can run on less: inputs and states may be shorter along `axes`, and of any
         length along those of declared length 1 (see `elmexport.mil.narrowing`).
 
@@ -130,7 +133,7 @@ class MilModel:
         model._plans[plan.function.name, None] = plan
         return model
 
-    def _plan(self, function: str | None, outputs: Collection[str] | None = None) -> Plan:
+    def _plan(self, function: str | None, outputs: Collection[str] | None = None) -> ExecutionPlan:
         found = self.function(function)
         key = found.name, None if outputs is None else frozenset(outputs)
         if key not in self._plans:
@@ -140,7 +143,7 @@ class MilModel:
                 self._plans[key] = self._plan(function).only(outputs)
         return self._plans[key]
 
-    def _checked(self, plan: Plan, inputs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+    def _checked(self, plan: ExecutionPlan, inputs: Mapping[str, Tensor], sizes: AxisSizes) -> dict[str, Tensor]:
         function = plan.function
         if set(inputs) != set(function.inputs):
             raise ElmExportError(f"function {function.name!r} takes the inputs {', '.join(function.inputs)}, not {', '.join(inputs)}")
@@ -165,11 +168,11 @@ class MilModel:
 
 
 def executor_name(precision: Precision) -> str:
-    """What runtimes call the executor."""
+    """Name of the executor as an engine."""
     return "mil executor" if precision == "fp16" else f"mil executor, {precision}"
 
 
-def _execute(step: Step, values: list[Tensor | None], states: States, sizes: Sizes) -> None:
+def _execute(step: Step, values: list[Tensor | None], states: States, sizes: AxisSizes) -> None:
     if step.state is not None:
         if step.write is not None:
             data = values[step.write] if isinstance(step.write, int) else step.write
@@ -201,8 +204,8 @@ def _execute(step: Step, values: list[Tensor | None], states: States, sizes: Siz
         values[slot] = None
 
 
-def _sizes(plan: Plan, inputs: Mapping[str, Tensor], states: States) -> Sizes:
-    """Of the axes that may be narrowed.
+def _sizes(plan: ExecutionPlan, inputs: Mapping[str, Tensor], states: States) -> AxisSizes:
+    """Sizes of the axes that may be narrowed, by name.
 
     Raises:
         ElmExportError: two places of one axis differ in size, or one is larger than the function declares, if that is more than 1.

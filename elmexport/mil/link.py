@@ -1,4 +1,4 @@
-"""Programs that run one after another, as one program: what one function gives, the function of that name in the next takes."""
+"""Linking of programs that run one after another into one: what a function gives, the function of that name in the next program takes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from elmexport.errors import ElmExportError
-from elmexport.mil.program import Argument, MilFunction, Operation, Program, Reference, TensorType
+from elmexport.mil.program import Argument, MilFunction, Operation, Program, TensorType, ValueReference
 
 
-def link(programs: Sequence[Program], path: Path, joints: Mapping[str, str], own: Collection[str] = ()) -> Program:
-    """One program for `programs`, which all have the same functions; `path` stands for it in messages.
+def link(programs: Sequence[Program], path: Path, connections: Mapping[str, str], own: Collection[str] = ()) -> Program:
+    """Link `programs`, which all have the same functions, into one; `path` stands for it in messages.
 
-    `joints` maps an output to the input of the next program that takes it. Other inputs of one name are one input, and outputs keep their
+    `connections` maps an output to the input of the next program that takes it. Other inputs of one name are one input, and outputs keep their
     names. States, and the inputs and outputs in `own`, belong to one program each: program i's are called `name.i`.
 
     Raises:
-        ElmExportError: programs with other functions than the first, an input of two types, a joint that one side lacks or declares as
+        ElmExportError: programs with other functions than the first, an input of two types, a connection that one side lacks or declares as
             another type, an output of two programs.
     """
     first = programs[0]
@@ -29,7 +29,7 @@ def link(programs: Sequence[Program], path: Path, joints: Mapping[str, str], own
             )
     functions = {}
     for name in first.functions:
-        linked = _Linked(name, joints, own)
+        linked = _Linked(name, connections, own)
         for program in programs:
             linked.add(program.functions[name], program.path)
         functions[name] = linked.function()
@@ -38,10 +38,10 @@ def link(programs: Sequence[Program], path: Path, joints: Mapping[str, str], own
 
 
 class _Linked:
-    """A function that grows by one program's after another."""
+    """A function under construction, to which each program's is added."""
 
-    def __init__(self, name: str, joints: Mapping[str, str], own: Collection[str]) -> None:
-        self.name, self.joints, self.own = name, joints, own
+    def __init__(self, name: str, connections: Mapping[str, str], own: Collection[str]) -> None:
+        self.name, self.connections, self.own = name, connections, own
         self.count = 0
         self.inputs: dict[str, TensorType] = {}
         self.states: dict[str, TensorType] = {}
@@ -56,7 +56,7 @@ class _Linked:
                 names[name], given = self.open.pop(name)
                 if given != kind:
                     raise self._mismatch(path, f"takes {name} as {_words(kind)}, and the package before it gives {_words(given)}")
-            elif name in self.joints.values():
+            elif name in self.connections.values():
                 raise self._mismatch(path, f"takes {name}, which no package before it gives")
             else:
                 names[name] = self._outer(name)
@@ -69,8 +69,8 @@ class _Linked:
             self.states[names[name]] = kind
         types = function.output_types()
         for name in function.outputs:
-            if name in self.joints:
-                self.open[self.joints[name]] = f"{name}.{self.count}", types[name]
+            if name in self.connections:
+                self.open[self.connections[name]] = f"{name}.{self.count}", types[name]
                 continue
             names[name] = self._outer(name)
             if names[name] in self.outputs:
@@ -78,7 +78,7 @@ class _Linked:
             self.outputs.append(names[name])
 
         def renamed(argument: Argument) -> Argument:
-            return Reference(renamed_value(argument.name)) if isinstance(argument, Reference) else argument
+            return ValueReference(renamed_value(argument.name)) if isinstance(argument, ValueReference) else argument
 
         def renamed_value(name: str) -> str:
             return names.get(name, f"{name}.{self.count}")

@@ -1,4 +1,4 @@
-"""Runs a function of fixed sizes on less: fewer tokens than its input has, a cache cut off behind them.
+"""Dynamic axes for a function of fixed sizes: runs on fewer tokens than its input has, on a cache cut off behind them.
 
 An axis of an input or state is followed through every operation, forwards and backwards: what is added to it, indexed with it or summed
 over it has the same axis. Where that axis reaches a constant, a run takes the constant's first part; where it stands in a `reshape`, the
@@ -20,17 +20,19 @@ import torch
 from torch import Tensor
 
 from elmexport.mil import ops_elementwise
-from elmexport.mil.plan import Places, Plan, Sizes, Step
+from elmexport.mil.plan import AxisSizes, DynamicAxes, ExecutionPlan, Step
 
 
 class CannotNarrowError(Exception):
-    """An axis meets something that needs its full size; the message says what."""
+    """An axis cannot be made dynamic: it meets something that needs its full size; the message says what."""
 
 
 @dataclass(eq=False)
 class _Factor:
-    """A size that some axes have in common; after `union`, `parent` stands for it. `fixed` says why it cannot change. `parts` are the axes
-    whose sum it is."""
+    """A size that some axes have in common (a node of a union-find forest).
+
+    After `union`, `parent` stands for it. `fixed` says why it cannot change. `parts` are the axes whose sum it is.
+    """
 
     size: int
     parent: _Factor | None = None
@@ -45,17 +47,17 @@ class _Factor:
 
 
 Axis = tuple[_Factor, ...]  # the product of its factors, outer to inner; () is an axis of length one
-Argument = tuple[str, int | None]  # name, and place in a list of tensors
+ArgumentPlace = tuple[str, int | None]  # name, and place in a list of tensors
 
 
 @dataclass(frozen=True)
 class _Adjustment:
-    """What a run on less changes in one step: `constants` are cut to a size along an axis, entries of `shape` are computed anew."""
+    """Change of a step's arguments in a run on less: `constants` are cut to a size along an axis, entries of `shape` are computed anew."""
 
-    constants: tuple[tuple[Argument, int, str], ...] = ()
+    constants: tuple[tuple[ArgumentPlace, int, str], ...] = ()
     shape: tuple[tuple[int, int, tuple[str, ...]], ...] = ()  # place, product of what stays, names of what does not
 
-    def __call__(self, arguments: dict[str, Any], sizes: Sizes) -> None:
+    def __call__(self, arguments: dict[str, Any], sizes: AxisSizes) -> None:
         for (name, place), axis, size in self.constants:
             if place is None:
                 arguments[name] = arguments[name].narrow(axis, 0, sizes[size])
@@ -70,17 +72,19 @@ class _Adjustment:
             arguments["shape"] = shape
 
 
-def narrow(plan: Plan, axes: Places) -> Plan:
-    """`plan`, able to run with smaller `axes`.
+def narrow(plan: ExecutionPlan, axes: DynamicAxes) -> ExecutionPlan:
+    """Make a plan that can run with smaller `axes`.
 
     Raises:
         CannotNarrowError: an axis is needed in full, or places of one name are not bound to be equal, or those of two names are.
     """
-    return _Follower(plan, axes).narrowed(axes)
+    return _AxisTracker(plan, axes).narrowed(axes)
 
 
-class _Follower:
-    def __init__(self, plan: Plan, axes: Places) -> None:
+class _AxisTracker:
+    """Follows axes through the steps of a plan; each operation's rule says which axes of its inputs and outputs are the same."""
+
+    def __init__(self, plan: ExecutionPlan, axes: DynamicAxes) -> None:
         self.plan = plan
         function = plan.function
         self.slots = {slot: self._fresh(function.inputs[name].shape) for name, slot in plan.inputs.items()}
@@ -88,10 +92,10 @@ class _Follower:
         for value, axis in (place for places in axes.values() for place in places):
             found = self._place(value)
             found[axis] = found[axis] or (_Factor(1),)  # one that may become longer
-        self.constants: dict[int, dict[Argument, list[Axis]]] = {}
+        self.constants: dict[int, dict[ArgumentPlace, list[Axis]]] = {}
         self.shapes: dict[int, list[Axis]] = {}
 
-    def narrowed(self, axes: Places) -> Plan:
+    def narrowed(self, axes: DynamicAxes) -> ExecutionPlan:
         for index, step in enumerate(self.plan.steps):
             self._follow(index, step)
         names: dict[_Factor, str] = {}
@@ -327,19 +331,19 @@ def _size(axis: Axis) -> int:
     return prod(factor.size for factor in axis)
 
 
-_Rule = Callable[[_Follower, int, Step], list[list[Axis]]]
+_Rule = Callable[[_AxisTracker, int, Step], list[list[Axis]]]
 
 _RULES: Mapping[str, _Rule] = {
-    **dict.fromkeys(set(ops_elementwise.OPS) - {"prelu", "softplus_parametric", "range_1d"}, _Follower.elementwise),
-    **dict.fromkeys(("reduce_argmax", "reduce_max", "reduce_mean", "reduce_min", "reduce_sum"), _Follower.reduction),
-    "concat": _Follower.concat,
-    "conv": _Follower.conv,
-    "gather": _Follower.gather,
-    "matmul": _Follower.matmul,
-    "reshape": _Follower.reshape,
-    "slice_by_index": _Follower.slice_by_index,
-    "slice_update": _Follower.slice_update,
-    "split": _Follower.split,
-    "squeeze": _Follower.squeeze,
-    "transpose": _Follower.transpose,
+    **dict.fromkeys(set(ops_elementwise.OPS) - {"prelu", "softplus_parametric", "range_1d"}, _AxisTracker.elementwise),
+    **dict.fromkeys(("reduce_argmax", "reduce_max", "reduce_mean", "reduce_min", "reduce_sum"), _AxisTracker.reduction),
+    "concat": _AxisTracker.concat,
+    "conv": _AxisTracker.conv,
+    "gather": _AxisTracker.gather,
+    "matmul": _AxisTracker.matmul,
+    "reshape": _AxisTracker.reshape,
+    "slice_by_index": _AxisTracker.slice_by_index,
+    "slice_update": _AxisTracker.slice_update,
+    "split": _AxisTracker.split,
+    "squeeze": _AxisTracker.squeeze,
+    "transpose": _AxisTracker.transpose,
 }

@@ -22,8 +22,8 @@ OPS: Mapping[str, Callable[..., Any]] = {
 MOVES = frozenset(ops_movement.OPS)
 
 
-class Kind(Enum):
-    """What a parameter of an operation receives."""
+class ParameterKind(Enum):
+    """Kind of argument that a parameter of an operation receives."""
 
     TENSOR = "tensor"
     TENSORS = "list of tensors"
@@ -31,11 +31,17 @@ class Kind(Enum):
 
 
 @cache
-def parameters(type: str) -> Mapping[str, tuple[Kind, bool]]:
-    """Of operation `type`: each parameter's kind, and whether it must be given."""
+def parameters(type: str) -> Mapping[str, tuple[ParameterKind, bool]]:
+    """Parameters of the operation `type`: each one's kind, and whether it must be given."""
     found = {}
     for name, parameter in inspect.signature(OPS[type]).parameters.items():
         annotation = str(parameter.annotation)
-        kind = Kind.TENSORS if annotation == "list[Tensor]" else Kind.TENSOR if annotation.startswith("Tensor") else Kind.PYTHON
+        kind = (
+            ParameterKind.TENSORS
+            if annotation == "list[Tensor]"
+            else ParameterKind.TENSOR
+            if annotation.startswith("Tensor")
+            else ParameterKind.PYTHON
+        )
         found[name] = (kind, parameter.default is parameter.empty)
     return found

@@ -1,4 +1,4 @@
-"""Turns a function into a list of steps over numbered slots, once, so that running it touches neither names nor protobuf.
+"""Execution plan of a function: a list of steps over numbered slots, made once, so that running it touches neither names nor protobuf.
 
 Operations over small constants are evaluated here. A `slice_update` of a state is done in place where the plan can prove that nobody can
 tell: otherwise each layer of a language model would copy the whole cache.
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.mil.constexpr import CONSTEXPR
-from elmexport.mil.ops import MOVES, OPS, Kind, parameters
+from elmexport.mil.ops import MOVES, OPS, ParameterKind, parameters
 from elmexport.mil.ops_movement import slice_update_
-from elmexport.mil.program import Argument, Blob, Literal, MilFunction, Operation, Reference
+from elmexport.mil.program import Argument, BlobFileValue, ImmediateValue, MilFunction, Operation, ValueReference
 from elmexport.mil.weights import Compressed, WeightStore, to_tensor
 
 _SMALL = 1 << 16  # elements; constants up to this size are read while planning
@@ -25,10 +25,10 @@ FAILURES = (RuntimeError, IndexError, ValueError, TypeError)  # what torch raise
 _STATE_OPS = ("read_state", "write_state", "coreml_update_state")
 
 Slot = int
-Sizes = Mapping[str, int]  # of the axes of `Places`, by their names
-Places = Mapping[str, Sequence[tuple[str, int]]]  # by a name: inputs or states and an axis of each, all of one size
+AxisSizes = Mapping[str, int]  # of the axes of `DynamicAxes`, by their names
+DynamicAxes = Mapping[str, Sequence[tuple[str, int]]]  # by a name: inputs or states and an axis of each, all of one size
 # What a name stands for: a slot at run time, a constant that is read when needed, a tensor that the plan has, a string.
-Value = Slot | Blob | Compressed | Tensor | str
+Value = Slot | BlobFileValue | Compressed | Tensor | str
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Step:
     frees: tuple[Slot, ...] = ()
     state: str | None = None
     write: Slot | Tensor | None = None  # what goes into `state`
-    adjust: Callable[[dict[str, Any], Sizes], None] | None = None  # changes the arguments of a run on less than the full sizes
+    adjust: Callable[[dict[str, Any], AxisSizes], None] | None = None  # changes the arguments of a run on less than the full sizes
 
     def uses(self) -> set[Slot]:
         """The slots that the step reads."""
@@ -69,18 +69,18 @@ class Step:
 
 
 @dataclass
-class Plan:
-    """A function made ready to run. `outputs` maps names to a slot, or a constant."""
+class ExecutionPlan:
+    """Execution plan of a function. `outputs` maps names to a slot, or a constant."""
 
     function: MilFunction
     inputs: dict[str, Slot]
     steps: list[Step] = field(default_factory=list)
     outputs: dict[str, Slot | Tensor] = field(default_factory=dict)
     slots: int = 0
-    narrowed: Places = field(default_factory=dict)  # axes that may be smaller; see `elmexport.mil.narrowing`
+    narrowed: DynamicAxes = field(default_factory=dict)  # axes that may be smaller; see `elmexport.mil.narrowing`
 
-    def only(self, outputs: Collection[str]) -> Plan:
-        """The same without the steps that only other outputs need."""
+    def only(self, outputs: Collection[str]) -> ExecutionPlan:
+        """Make the plan that computes `outputs` alone, without the steps that only others need."""
         kept = {name: value for name, value in self.outputs.items() if name in outputs}
         needed = {value for value in kept.values() if isinstance(value, int)}
         steps = []
@@ -93,8 +93,8 @@ class Plan:
         return plan
 
 
-def make_plan(function: MilFunction, store: WeightStore, *, round_fp16: bool) -> Plan:
-    """Plan `function`.
+def make_plan(function: MilFunction, store: WeightStore, *, round_fp16: bool) -> ExecutionPlan:
+    """Make the execution plan of `function`.
 
     Raises:
         ElmExportError: an operation that is not known, or with arguments that it does not know.
@@ -106,10 +106,10 @@ class _Planner:
     def __init__(self, function: MilFunction, store: WeightStore, round_fp16: bool) -> None:
         self.function, self.store, self.round = function, store, round_fp16
         self.values: dict[str, Value] = {name: slot for slot, name in enumerate(function.inputs)}
-        self.literals: dict[str, Literal] = {}
-        self.result = Plan(function, {name: slot for slot, name in enumerate(function.inputs)}, slots=len(self.values))
+        self.immediates: dict[str, ImmediateValue] = {}
+        self.result = ExecutionPlan(function, {name: slot for slot, name in enumerate(function.inputs)}, slots=len(self.values))
 
-    def plan(self) -> Plan:
+    def plan(self) -> ExecutionPlan:
         for operation in self.function.operations:
             if operation.type == "const":
                 self._add_constant(operation)
@@ -138,9 +138,9 @@ class _Planner:
         return slots
 
     def _value(self, argument: Argument) -> Value:
-        if isinstance(argument, Reference):
+        if isinstance(argument, ValueReference):
             return self._lookup(argument.name)
-        if isinstance(argument, Literal):
+        if isinstance(argument, ImmediateValue):
             return argument.value if isinstance(argument.value, str) else to_tensor(argument.value)
         return argument
 
@@ -151,12 +151,12 @@ class _Planner:
 
     def _add_constant(self, operation: Operation) -> None:
         source = operation.arguments["val"][0]
-        if isinstance(source, Literal):
-            self.literals[operation.outputs[0][0]] = source
+        if isinstance(source, ImmediateValue):
+            self.immediates[operation.outputs[0][0]] = source
         self._bind(operation, 0, self._value(source))
 
     def _tensor_or_slot(self, value: Value) -> Slot | Tensor:
-        if isinstance(value, Blob | Compressed):
+        if isinstance(value, BlobFileValue | Compressed):
             return self.store.fetch(value)
         assert isinstance(value, int | Tensor), f"a tensor is needed, not {value!r}"
         return value
@@ -167,21 +167,21 @@ class _Planner:
             shape = tuple(size for size in kind.shape if size is not None)
             self._bind(operation, i, Compressed(operation.type, constants, i, shape, round=kind.dtype == "float16"))
 
-    def _source(self, argument: Argument) -> Blob | Literal | Compressed:
+    def _source(self, argument: Argument) -> BlobFileValue | ImmediateValue | Compressed:
         """A constant as it is stored, codes not yet widened."""
-        if not isinstance(argument, Reference):
+        if not isinstance(argument, ValueReference):
             return argument
         value = self._lookup(argument.name)
-        if isinstance(value, Blob | Compressed):
+        if isinstance(value, BlobFileValue | Compressed):
             return value
-        if argument.name in self.literals:
-            return self.literals[argument.name]
+        if argument.name in self.immediates:
+            return self.immediates[argument.name]
         raise ElmExportError(f"function {self.function.name!r}: {argument.name!r} feeds a constexpr operation and is no constant")
 
     def _add_state(self, operation: Operation) -> None:
         parameter = "state" if operation.type == "coreml_update_state" else "input"
         (state,) = operation.arguments[parameter]
-        assert isinstance(state, Reference)
+        assert isinstance(state, ValueReference)
         if operation.type != "read_state":
             data = operation.arguments["value" if operation.type == "coreml_update_state" else "data"][0]
             self.result.steps.append(Step(operation, state=state.name, write=self._tensor_or_slot(self._value(data))))
@@ -222,7 +222,7 @@ class _Planner:
         step.rounds = tuple(self.round and kind.dtype == "float16" and operation.type not in MOVES for _, kind in operation.outputs)
         for name, arguments in operation.arguments.items():
             kind, _ = known[name]
-            if kind is Kind.TENSORS:
+            if kind is ParameterKind.TENSORS:
                 entries = [self._tensor_or_slot(self._value(argument)) for argument in arguments]
                 if any(isinstance(entry, int) for entry in entries):
                     step.lists += ((name, tuple(entries)),)
@@ -231,23 +231,25 @@ class _Planner:
                 continue
             value = self._value(arguments[0])
             if isinstance(value, int):
-                if kind is Kind.TENSOR:
+                if kind is ParameterKind.TENSOR:
                     step.slots += ((name, value),)
                 else:
                     step.python += ((name, value),)
-            elif isinstance(value, Compressed) or (isinstance(value, Blob) and kind is Kind.TENSOR and _elements(value) > _SMALL):
+            elif isinstance(value, Compressed) or (
+                isinstance(value, BlobFileValue) and kind is ParameterKind.TENSOR and _elements(value) > _SMALL
+            ):
                 step.weights += ((name, self.store.fetcher(value)),)
             else:
-                tensor = self.store.fetch(value) if isinstance(value, Blob) else value
-                step.fixed[name] = tensor.tolist() if kind is Kind.PYTHON and isinstance(tensor, Tensor) else tensor
+                tensor = self.store.fetch(value) if isinstance(value, BlobFileValue) else value
+                step.fixed[name] = tensor.tolist() if kind is ParameterKind.PYTHON and isinstance(tensor, Tensor) else tensor
         return step
 
 
-def _elements(blob: Blob) -> int:
+def _elements(blob: BlobFileValue) -> int:
     return torch.Size(blob.shape).numel()
 
 
-def _free_early(plan: Plan) -> None:
+def _free_early(plan: ExecutionPlan) -> None:
     """Give each slot up after its last use; outputs stay."""
     kept = {value for value in plan.outputs.values() if isinstance(value, int)}
     seen = set(kept)
@@ -257,7 +259,7 @@ def _free_early(plan: Plan) -> None:
         step.frees = tuple(sorted(last))
 
 
-def _update_in_place(plan: Plan) -> None:
+def _update_in_place(plan: ExecutionPlan) -> None:
     """Let `slice_update` write into its input where that input is a state's memory (or memory of the function's own), is not used again,
     shares memory with no value that is, and the state, if it is one, is overwritten before it is next read."""
     roots: dict[Slot, frozenset[str]] = {slot: frozenset({_FOREIGN}) for slot in plan.inputs.values()}
@@ -287,7 +289,7 @@ def _update_in_place(plan: Plan) -> None:
 _FOREIGN = "memory of the caller or of a constant"
 
 
-def _overwritten(plan: Plan, root: str, after: int) -> bool:
+def _overwritten(plan: ExecutionPlan, root: str, after: int) -> bool:
     """Whether the state `root` is next touched, after step `after`, by a write; true for a root that is no state."""
     if root not in plan.function.states:
         return True

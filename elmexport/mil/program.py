@@ -1,6 +1,6 @@
-"""Reads a Core ML package (`.mlpackage` with an mlprogram) into plain data: functions, their operations, constants by reference.
+"""A Core ML package (`.mlpackage` with an mlprogram) as plain data: functions, their operations, constants by reference.
 
-Constants in the weight file stay there (`Blob`) until something asks for them. Not covered: nested blocks (`cond`, `while_loop`),
+Constants in the weight file stay there (`BlobFileValue`) until something asks for them. Not covered: nested blocks (`cond`, `while_loop`),
 dictionary and list values, model types other than an mlprogram.
 """
 
@@ -25,14 +25,17 @@ _MODEL_PATH = "@model_path/"
 
 @dataclass(frozen=True)
 class TensorType:
-    """`dtype` as MIL names it in lower case ("float16", "uint4", "bool", "string"); None in `shape` is a dimension known at run time."""
+    """Element type and shape of a tensor.
+
+    `dtype` is as MIL names it, in lower case ("float16", "uint4", "bool", "string"); None in `shape` is a dimension known at run time.
+    """
 
     dtype: str
     shape: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
-class Blob:
+class BlobFileValue:
     """A constant in a weight file."""
 
     file: Path
@@ -42,20 +45,20 @@ class Blob:
 
 
 @dataclass(frozen=True, eq=False)
-class Literal:
+class ImmediateValue:
     """A constant in the program itself: an array (rank 0 for a number), or a string."""
 
     value: NDArray[Any] | str
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A value by name."""
+class ValueReference:
+    """A use of a value, by its name."""
 
     name: str
 
 
-Argument = Blob | Literal | Reference
+Argument = BlobFileValue | ImmediateValue | ValueReference
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class MilFunction:
-    """`inputs` and `states` map names to types; `outputs` are names of values."""
+    """A function: `inputs` and `states` map names to types; `outputs` are names of values."""
 
     name: str
     inputs: Mapping[str, TensorType]
@@ -90,7 +93,7 @@ class MilFunction:
 
 @dataclass(frozen=True)
 class Program:
-    """The functions of a package by name, its weight files, and what its maker says of it (the specification's user-defined metadata)."""
+    """A program: functions by name, weight files, and what its maker says of it (the specification's user-defined metadata)."""
 
     path: Path
     functions: Mapping[str, MilFunction]
@@ -199,7 +202,7 @@ class _Reader:
             yield Operation(message.type, name, arguments, tuple((output.name, self._type(output.type)) for output in message.outputs))
 
     def _argument(self, binding: Any) -> Argument:
-        return Reference(binding.name) if binding.WhichOneof("binding") == "name" else self._constant(binding.value)
+        return ValueReference(binding.name) if binding.WhichOneof("binding") == "name" else self._constant(binding.value)
 
     def _type(self, message: Any) -> TensorType:
         if message.WhichOneof("type") != "tensorType":
@@ -210,7 +213,7 @@ class _Reader:
         shape = tuple(d.constant.size if d.WhichOneof("dimension") == "constant" else None for d in kind.dimensions)
         return TensorType(self._dtypes[kind.dataType], shape)
 
-    def _constant(self, message: Any) -> Blob | Literal:
+    def _constant(self, message: Any) -> BlobFileValue | ImmediateValue:
         kind = self._type(message.type)
         shape = tuple(size for size in kind.shape if size is not None)
         if message.WhichOneof("value") == "blobFileValue":
@@ -219,18 +222,18 @@ class _Reader:
             if path not in self.files:
                 self.files[path] = BlobFile(path)
             self.files[path].check(message.blobFileValue.offset, kind.dtype, shape)
-            return Blob(path, message.blobFileValue.offset, kind.dtype, shape)
+            return BlobFileValue(path, message.blobFileValue.offset, kind.dtype, shape)
         tensor = message.immediateValue.tensor
         field = tensor.WhichOneof("value")
         if kind.dtype == "string":
-            return Literal(tensor.strings.values[0])
+            return ImmediateValue(tensor.strings.values[0])
         if field == "bytes":
-            return Literal(_from_bytes(tensor.bytes.values, kind.dtype, shape))
+            return ImmediateValue(_from_bytes(tensor.bytes.values, kind.dtype, shape))
         values = getattr(tensor, field).values if field else []
-        return Literal(np.array(values, _LITERAL_DTYPES[kind.dtype]).reshape(shape))
+        return ImmediateValue(np.array(values, _IMMEDIATE_DTYPES[kind.dtype]).reshape(shape))
 
 
-_LITERAL_DTYPES = {
+_IMMEDIATE_DTYPES = {
     "float32": "f4",
     "float16": "f2",
     "int32": "i4",

@@ -1,4 +1,4 @@
-"""Runs the Core ML packages that we export: by the MIL executor, or on macOS by Core ML itself. Their interface: `elmexport.contracts.coreml`."""
+"""Runtime of the Core ML packages that we export: by the MIL executor, or on macOS by Core ML itself. Their interface: `elmexport.contracts.coreml`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from elmexport.runtimes.coreml_engines import CoreMLEngine, Engine, NarrowedMilE
 
 
 class CoreMLRuntime(Runtime):
-    """Feeds several tokens to `prefill`, single ones to `decode`.
+    """A Core ML package, or several in a chain, with one sequence in its cache: several tokens go to `prefill`, single ones to `decode`.
 
     Padding, and entries of a sequence that was left by going back to a smaller position, lie in the cache behind the current token: the
     causal mask hides them, and they are overwritten before they come into sight.
@@ -36,7 +36,7 @@ class CoreMLRuntime(Runtime):
             self.only_greedy = "this package gives the most likely token and no logits; export it without --argmax"
 
     def engine(self) -> Engine:
-        """What executes the package; opened once."""
+        """Open the engine that executes the package, at the first call."""
         if self._engine is None:
             self._engine = self._open_engine()
         return self._engine

@@ -12,7 +12,7 @@ from elmexport.mil.program import Program, load_program
 
 
 def load_chain(path: Path) -> list[Program]:
-    """The programs of an artifact folder in the order in which they run, or the one of a bare package.
+    """Load the programs of an artifact folder in the order in which they run, or the one of a bare package.
 
     Raises:
         ElmExportError: no package, a damaged one, one of several alone, missing ones, ones that do not belong together or whose names were changed.
@@ -32,7 +32,7 @@ def load_chain(path: Path) -> list[Program]:
 
 
 def join(programs: Sequence[Program], path: Path) -> Program:
-    """The packages as one program, which the MIL executor runs; `path` stands for it in messages. One package stays as it is.
+    """Link the packages into one program, which the MIL executor runs; `path` stands for it in messages. One package stays as it is.
 
     Raises:
         ElmExportError: packages that do not fit together.
@@ -82,5 +82,5 @@ def _in_order(path: Path, programs: Mapping[str, Program], indices: Mapping[str,
 
 
 def _facts(program: Program) -> dict[str, str]:
-    """What all packages of one export say alike."""
+    """Metadata that is the same in all packages of one export."""
     return {key: value for key, value in program.metadata.items() if key.startswith(METADATA_PREFIX) and key != CHAIN_METADATA}

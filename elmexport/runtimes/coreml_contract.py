@@ -24,14 +24,14 @@ from elmexport.contracts.coreml import (
     logits_names,
 )
 from elmexport.errors import ElmExportError
-from elmexport.mil.program import MilFunction, Program, Reference, TensorType
+from elmexport.mil.program import MilFunction, Program, TensorType, ValueReference
 
 _RANKS = {INPUT_IDS: 2, POSITION: 1, LAST_TOKEN: 1, KEY_CACHE: 4, VALUE_CACHE: 4, NEW_KEYS: 4, NEW_VALUES: 4, TOKEN: 2, VALUE: 2}
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a package is made for.
+    """Sizes and names of a package, beside its interface.
 
     `scores` are by function the values `[1, 1, n]` that, joined along the last axis, are the logits: outputs, or (`argmax`) what the most
     likely token is taken from. `caches` maps the name of each cache to that of the output which is written into it where (`cache_io`) the
@@ -45,7 +45,7 @@ class Contract:
     caches: Mapping[str, str]
 
     def with_scores(self, program: Program) -> Program:
-        """`program`, its scores among the outputs."""
+        """Make a program that has the scores among its outputs."""
         functions = {
             name: replace(function, outputs=tuple(dict.fromkeys((*function.outputs, *self.scores[name]))))
             for name, function in program.functions.items()
@@ -54,7 +54,7 @@ class Contract:
 
 
 def read_contract(program: Program) -> Contract:
-    """The contract of a package, or of several that `coreml_chain.join` made one program.
+    """Read the contract of a package, or of several that `coreml_chain.join` made one program.
 
     Raises:
         ElmExportError: a package of another kind.
@@ -76,7 +76,7 @@ def read_contract(program: Program) -> Contract:
 
 
 def _suffixes(function: MilFunction) -> list[str]:
-    """What the names of caches end in, for each package."""
+    """Endings of the names of caches, one for each package."""
     count = sum(name.startswith(f"{KEY_CACHE}.") for name in (*function.inputs, *function.states))
     return [f".{i}" for i in range(count)] or [""]
 
@@ -89,7 +89,7 @@ def _scores(function: MilFunction) -> tuple[str, ...]:
     if TOKEN not in function.outputs:
         return tuple(name for name in function.outputs if _rank(name) is None)
     sources = (operation.arguments["x"][0] for operation in function.operations if operation.type == "reduce_argmax")
-    return tuple(source.name for source in sources if isinstance(source, Reference))
+    return tuple(source.name for source in sources if isinstance(source, ValueReference))
 
 
 def _problem(functions: Mapping[str, MilFunction]) -> str | None:

@@ -1,4 +1,4 @@
-"""What executes a package of our contract: the MIL executor, at exactly the sizes that are needed or at the declared ones, or Core ML."""
+"""Engines of Core ML packages: the MIL executor, at exactly the sizes that are needed or at the declared ones, and Core ML itself."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from elmexport.runtimes.coreml_contract import Contract
 
 
 class Engine(Protocol):
-    """Holds the cache of one sequence. One token goes to `decode`, more to `prefill`."""
+    """Engine of a package, with the cache of one sequence. One token goes to `decode`, more to `prefill`."""
 
     def calls(self, count: int, position: int, first: int) -> Iterator[tuple[int, int]]:
-        """Bounds `[start, stop)` of what is read in one call, of `count` tokens at `position`; `first` is the first whose logits are wanted."""
+        """Split `count` tokens at `position` into calls, bounds `[start, stop)`; `first` is the first token whose logits are wanted."""
 
     def logits(self, ids: NDArray[np.int32], position: int, rows: int) -> NDArray[np.float32]:
         """`[rows, vocab]` of the last `rows` of `ids` `[n]`, which `calls` gave; 0 rows only fill the cache."""
@@ -45,7 +45,7 @@ class Engine(Protocol):
 
 
 def padded_calls(contract: Contract, count: int, position: int, first: int) -> Iterator[tuple[int, int]]:
-    """`Engine.calls` where `prefill` takes whole chunks only, and gives what follows one token.
+    """Split tokens into calls (`Engine.calls`) where `prefill` takes whole chunks only, and gives what follows one token.
 
     The last chunk is padded, or goes token by token where a padded one would not fit the cache; everything after the first logits that are
     wanted goes token by token too.
@@ -60,7 +60,7 @@ def padded_calls(contract: Contract, count: int, position: int, first: int) -> I
 
 
 class MilEngine(ABC):
-    """The MIL executor. Scores of a package that gives the most likely token can be read too.
+    """MIL executor. Scores of a package that gives the most likely token can be read too.
 
     `model` is the contract's program with its scores among the outputs (`Contract.with_scores`).
     """
@@ -96,7 +96,10 @@ class MilEngine(ABC):
         return int(self.step(self.caches, torch.from_numpy(ids[None]), position, 1, scores=False)[TOKEN])
 
     def step(self, caches: States, ids: Tensor, position: int, rows: int, *, scores: bool) -> dict[str, Tensor]:
-        """Read `ids` `[1, n]` at `position` into `caches`; of a batch, both have one more axis in front. What follows the last `rows` tokens."""
+        """Run one function on `ids` `[1, n]` at `position`: outputs after the last `rows` tokens. Keys and values go into `caches`.
+
+        Of a batch, `ids` and `caches` have one more axis in front.
+        """
         count = ids.shape[-1]
         function = PREFILL if count > 1 else DECODE
         own, shared = {INPUT_IDS: ids}, {POSITION: torch.tensor([position], dtype=torch.int32)}
@@ -128,7 +131,7 @@ class MilEngine(ABC):
 
 
 class PaddedMilEngine(MilEngine):
-    """The MIL executor at the functions' declared sizes, as Core ML runs them: chunks are padded, one row of logits comes of each call."""
+    """MIL executor at the functions' declared sizes, as Core ML runs them: chunks are padded, one row of logits comes of each call."""
 
     def calls(self, count: int, position: int, first: int) -> Iterator[tuple[int, int]]:
         return padded_calls(self.contract, count, position, first)
@@ -141,7 +144,7 @@ class PaddedMilEngine(MilEngine):
 
 
 class NarrowedMilEngine(MilEngine):
-    """The MIL executor on no more than is needed: neither padding nor the cache behind the last token is computed.
+    """MIL executor on no more than is needed: neither padding nor the cache behind the last token is computed.
 
     `prefill` takes any number of tokens up to its declared one, `last_token` as many entries as logits are wanted, which Core ML cannot give.
     """
@@ -157,7 +160,7 @@ class NarrowedMilEngine(MilEngine):
         return {name: cache[..., :tokens, :] for name, cache in caches.items()}
 
     def batch(self, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
-        """`[batch, tokens, vocab]` of `ids` `[batch, tokens]`, each row after the first `position` tokens."""
+        """Logits `[batch, tokens, vocab]` of `ids` `[batch, tokens]`, each row after the first `position` tokens."""
         batch, length = ids.shape
         caches = copied_prefix(self.caches, batch, position, length)
         parts = []
@@ -169,7 +172,7 @@ class NarrowedMilEngine(MilEngine):
 
 
 def copied_prefix(caches: States, batch: int, position: int, length: int) -> States:
-    """Caches of `batch` sequences with room for `length` tokens behind the first `position` ones of `caches`, which all begin with."""
+    """Copy the first `position` tokens of `caches` into caches of `batch` sequences, with room for `length` tokens more."""
     copies = {name: cache.new_zeros(batch, *cache[..., : position + length, :].shape) for name, cache in caches.items()}
     for name, copy in copies.items():
         copy[..., :position, :] = caches[name][..., :position, :]
@@ -177,7 +180,7 @@ def copied_prefix(caches: States, batch: int, position: int, length: int) -> Sta
 
 
 def open_mil_engine(program: Program, contract: Contract, precision: Precision) -> MilEngine:
-    """The MIL executor, narrowed where that gives what the package gives, else padded.
+    """Open the MIL executor: narrowed where that gives what the package gives, else padded.
 
     In a causal model, padding and the cache behind the last token change nothing. That this one is causal is checked by running it a few
     times; where it is not, or an axis cannot be followed, the functions run at their declared sizes.
@@ -222,7 +225,11 @@ def _agree(padded: MilEngine, every_row: MilEngine, narrowed: MilEngine) -> bool
 
 
 def _check_most_likely(scores: Tensor, results: dict[str, Tensor]) -> None:
-    """Numbers that are not finite have no order, and are the self-check's business."""
+    """Compare the package's token and value with its scores. Numbers that are not finite have no order, and are the self-check's business.
+
+    Raises:
+        VerificationError: they disagree.
+    """
     values, tokens = scores.max(-1)
     if torch.isfinite(scores).all() and not (torch.equal(tokens.int(), results[TOKEN]) and torch.equal(values, results[VALUE])):
         raise VerificationError("the package's token is not the one with the largest logit, or its value another; report it as a bug")

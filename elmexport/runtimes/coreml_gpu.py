@@ -1,4 +1,4 @@
-"""Runs the Core ML packages that we export for GPUs: by the MIL executor, or on macOS by Core ML itself.
+"""Runtime of the Core ML packages that we export for GPUs: by the MIL executor, or on macOS by Core ML itself.
 
 Their interface: `elmexport.contracts.coreml_gpu`. The mask that goes in is all zeros. The part that calls Core ML (`_CoreML`) has not been run
 on Apple hardware.
@@ -35,7 +35,10 @@ class _Engine(Protocol):
 
 
 class CoreMLGpuRuntime(Runtime):
-    """Feeds up to `CHUNK` tokens at once; of tokens whose logits are not asked for, the head is not computed where the engine can leave it."""
+    """A Core ML package for GPUs, with one sequence in its cache.
+
+    Up to `CHUNK` tokens are fed at once; of tokens whose logits are not asked for, the head is not computed where the engine can leave it.
+    """
 
     def __init__(self, program: Program, engine: _Engine) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A form of Core ML packages: what is different between those for the Neural Engine and those for GPUs. No coremltools."""
+"""Contract of a form of Core ML packages: what is different between those for the Neural Engine and those for GPUs. No coremltools."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Form(ABC):
 
     @property
     def max_package_bytes(self) -> float:
-        """What the weights of one package may take."""
+        """Limit of one package's weights, in bytes."""
         return MEGABYTE * (self.default_max_package_mb if self.max_package_mb is None else self.max_package_mb)
 
     def recipe_file(self, quant: str) -> Traversable | None:
@@ -101,7 +101,7 @@ def _check_cache(dims: ModelDims, context: int) -> None:
 
 
 def package_metadata(job: ExportJob) -> dict[str, str]:
-    """What every package says of its model, under `elmexport.…` keys."""
+    """Metadata of every package: what it says of its model, under `elmexport.…` keys."""
     alpha = next(node.weight_scale for node in job.graph.nodes if node.op == "embed")
     return own_metadata(
         {
@@ -117,13 +117,13 @@ def package_metadata(job: ExportJob) -> dict[str, str]:
 
 
 def own_metadata(facts: dict[str, str]) -> dict[str, str]:
-    """`facts` under keys that are ours."""
+    """Put `facts` under keys of ours."""
     return {f"{METADATA_PREFIX}{key}": value for key, value in facts.items()}
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Make the OSError that it is of coremltools' word for a full disk, a RuntimeError of its weight writer without an errno."""
+    """Raise OSError where coremltools' weight writer finds the disk full, of which it tells by a RuntimeError without an errno."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What an artifact carries for those who have the device: `golden.npz` and `verify.py`."""
+"""Files by which an artifact is checked on a device: `golden.npz` and `verify.py`."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ CONTEXT_MULTIPLE = 32  # states with other dimensions were reported to fail on t
 
 
 def cache_shape(graph: Graph) -> tuple[int, int, int, int]:
-    """`[1, KV heads of the graph's layers, context, head_dim]`.
+    """Shape of a cache, `[1, KV heads of the graph's layers, context, head_dim]`.
 
     Layers have different numbers of KV heads, and states of different shapes do not compile on every chip: all lie on one axis.
     """

@@ -18,7 +18,7 @@ from elmexport.mil.link import link
 from elmexport.mil.program import Program, load_program
 from tests.mil.packages import function, write_package
 
-JOINTS = {"y": "x"}
+CONNECTIONS = {"y": "x"}
 
 
 def spec(*shape: int) -> Any:
@@ -50,7 +50,7 @@ def test_one_after_another(program: Callable[..., Program], tmp_path: Path) -> N
         return mb.identity(x=counter(**given), name="z")
 
     parts = [program("a", specs("ids"), counter), program("b", specs(), counter), program("c", specs(), last)]
-    linked = MilModel(link(parts, tmp_path, JOINTS))
+    linked = MilModel(link(parts, tmp_path, CONNECTIONS))
     main = linked.function()
     assert (list(main.inputs), list(main.states), main.outputs) == (["ids", "factor"], ["total.0", "total.1", "total.2"], ("z",))
     alone, states = [MilModel(part) for part in parts], linked.make_states()
@@ -77,8 +77,8 @@ def test_own_inputs_and_outputs(program: Callable[..., Program], tmp_path: Path)
     first_part = program("a", {"ids": spec(1, 4), "cache": spec(1, 4)}, build("y"))
     second_part = {"x": spec(1, 4), "cache": spec(1, 4)}
     with pytest.raises(ElmExportError, match="x in function 'main' is given by the last package, and none takes it"):
-        link([first_part, program("b", second_part, build("y"))], tmp_path, JOINTS, {"cache", "new"})
-    model = MilModel(link([first_part, program("c", second_part, build("z"))], tmp_path, JOINTS, {"cache", "new"}))
+        link([first_part, program("b", second_part, build("y"))], tmp_path, CONNECTIONS, {"cache", "new"})
+    model = MilModel(link([first_part, program("c", second_part, build("z"))], tmp_path, CONNECTIONS, {"cache", "new"}))
     x, first, second = (np.array([[1, 2, 3, 4]], np.float16) * scale for scale in (1, 2, 3))
     found = model.predict({"ids": x, "cache.0": first, "cache.1": second})
     assert set(found) == {"z", "new.0", "new.1"}
@@ -95,23 +95,23 @@ def test_what_does_not_fit(program: Callable[..., Program], tmp_path: Path) -> N
     with pytest.raises(
         ElmExportError, match=r"wider\.mlpackage .* takes x as float16 \[1, 8\], and the package before it gives float16 \[1, 4\]"
     ):
-        link([first, wider], tmp_path, JOINTS)
+        link([first, wider], tmp_path, CONNECTIONS)
     fits = program("fits", {"x": spec(1, 4)}, relu("z"))
     with pytest.raises(ElmExportError, match=r"fits\.mlpackage .* takes x, which no package before it gives"):
-        link([fits], tmp_path, JOINTS)
+        link([fits], tmp_path, CONNECTIONS)
     with pytest.raises(ElmExportError, match=r"first\.mlpackage .* does not take x, which the package before it gives"):
-        link([first, first], tmp_path, JOINTS)
+        link([first, first], tmp_path, CONNECTIONS)
     other = program("other", {"ids": spec(1, 8)}, relu("z"))
     with pytest.raises(ElmExportError, match=r"other\.mlpackage .* takes ids as float16 \[1, 8\], and another package as float16 \[1, 4\]"):
-        link([program("free", {"ids": spec(1, 4)}, relu("u")), other], tmp_path, JOINTS)
+        link([program("free", {"ids": spec(1, 4)}, relu("u")), other], tmp_path, CONNECTIONS)
     with pytest.raises(ElmExportError, match=r"again\.mlpackage .* gives z, as a package before it does"):
         link(
             [fits_alone := program("alone", {"ids": spec(1, 4)}, relu("z")), program("again", {"ids": spec(1, 4)}, relu("z"))],
             tmp_path,
-            JOINTS,
+            CONNECTIONS,
         )
     two = program("two", {"ids": spec(1, 4)}, relu("u"), ("main", "more"))
     with pytest.raises(
         ElmExportError, match=r"two\.mlpackage has the functions main, more, and .*alone\.mlpackage, which runs before it, main"
     ):
-        link([fits_alone, two], tmp_path, JOINTS)
+        link([fits_alone, two], tmp_path, CONNECTIONS)

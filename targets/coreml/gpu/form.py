@@ -1,4 +1,4 @@
-"""What a package for GPUs takes, and its writing, with the files that swift-transformers wants beside it."""
+"""The form for GPUs: its checks, and the writing of its package with the files that swift-transformers wants beside it."""
 
 from __future__ import annotations
 

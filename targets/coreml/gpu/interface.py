@@ -1,4 +1,4 @@
-"""The package as its users see it: ranges and descriptions of inputs, states and output. No coremltools."""
+"""Ranges and descriptions of inputs, states and output, as the package itself gives them. No coremltools."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ DESCRIPTIONS = {
 
 
 def input_ranges(graph: Graph) -> dict[str, tuple[tuple[int, int], ...]]:
-    """The least and largest size of each axis of the inputs."""
+    """Ranges of the inputs: the least and largest size of each axis."""
     one, any_number = (1, 1), (1, graph.context)
     return {INPUT_IDS: (one, any_number), CAUSAL_MASK: (one, one, any_number, any_number)}
 
 
 def hub_name(name: str) -> str:
-    """The repository of the model called `name` (its display name); an unknown model is its own name."""
+    """Hub repository of the model called `name` (its display name); an unknown model is its own name."""
     known = find_model(name)
     return name if known is None or known.hub_id is None else known.hub_id

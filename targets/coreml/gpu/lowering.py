@@ -1,4 +1,4 @@
-"""From the op vocabulary to MIL in the form for GPUs: one function, activations `[1, tokens, channels]` fp16, any number of tokens."""
+"""Lowering of the op vocabulary to MIL in the form for GPUs: one function, activations `[1, tokens, channels]` fp16, any number of tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from targets.coreml.packing import Part, Var, WeightFile, identifier
 
 
 def lower(graph: Graph, file: WeightFile) -> Function:
-    """The function that runs `graph`; see `elmexport.contracts.coreml_gpu` for its inputs, states and output."""
+    """Lower `graph` to a function; see `elmexport.contracts.coreml_gpu` for its inputs, states and output."""
     cache = cache_shape(graph)
     shapes = {name: [low if low == high else get_new_symbol() for low, high in ranges] for name, ranges in input_ranges(graph).items()}
     inputs = {
@@ -39,7 +39,7 @@ def lower(graph: Graph, file: WeightFile) -> Function:
 
 
 class GpuLowering:
-    """What the lowerings share. `values` holds activations."""
+    """State that the lowerings of the function's nodes share. `values` holds activations."""
 
     def __init__(self, graph: Graph, file: WeightFile, inputs: Mapping[str, Var]) -> None:
         self.graph, self.file = graph, file
@@ -52,7 +52,7 @@ class GpuLowering:
         return self.values[node.inputs[argument]]
 
     def constant(self, part: Part) -> Var:
-        """The same one when asked again: a tied head and the embedding share it."""
+        """The weight `part` as a constant, the same one when asked again: a tied head and the embedding share it."""
         if part.name not in self._constants:
             self._constants[part.name] = self.file.part(part)
         return self._constants[part.name]

@@ -1,4 +1,4 @@
-"""Where the keys and values of earlier tokens are, and which of them a token sees: in Core ML's states, or in the function's inputs.
+"""KV cache and causal mask of one function: keys and values are in Core ML's states, or in the function's inputs.
 
 A layer asks for its keys and values in its turn; those of all layers lie on one axis, one layer's heads after the other's.
 """
@@ -19,7 +19,7 @@ _HIDDEN = -4e4  # added to the scores of tokens that must not be seen: -inf brea
 
 
 class Cache(ABC):
-    """The cache in one function for `tokens` tokens. `positions` int32 `[tokens]` are their places."""
+    """KV cache in a function for `tokens` tokens. `positions` int32 `[tokens]` are their places."""
 
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, inputs: Mapping[str, Var]) -> None:
         self.graph, self.tokens = graph, tokens
@@ -30,7 +30,10 @@ class Cache(ABC):
         self._columns = file.table("columns", lambda: np.arange(graph.context, dtype=np.int32)[None, None, None])
 
     def append(self, key: Var, value: Var) -> tuple[list[Var], list[Var]]:
-        """The layer's keys and values as its tokens see them, `[1, 1, length, d]` for each KV head; `key` and `value` `[1, K, tokens, d]` are new."""
+        """Append `key` and `value` `[1, K, tokens, d]` of the next layer.
+
+        Returns its keys and values as its tokens see them, `[1, 1, length, d]` for each KV head.
+        """
         first, last = self._first_head, self._first_head + key.shape[1]
         self._first_head = last
         return self._append(0, key, first, last), self._append(1, value, first, last)
@@ -41,15 +44,15 @@ class Cache(ABC):
 
     @abstractmethod
     def mask(self) -> Var:
-        """fp16 `[1, 1, tokens, length]`: 0 for what a token sees, `_HIDDEN` for what it does not."""
+        """Causal mask, fp16 `[1, 1, tokens, length]`: 0 for what a token sees, `_HIDDEN` for what it does not."""
 
     def outputs(self) -> list[Var]:
-        """What the function has to give beside its result."""
+        """Outputs that the function has to give beside its result."""
         return []
 
 
 class StateCache(Cache):
-    """Core ML holds the caches. Tokens are written first, and then everything up to a token's own place is seen."""
+    """KV cache in Core ML's states. Tokens are written first, and then everything up to a token's own place is seen."""
 
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, inputs: Mapping[str, Var]) -> None:
         super().__init__(graph, tokens, file, inputs)
@@ -71,7 +74,7 @@ class StateCache(Cache):
 
 
 class InputCache(Cache):
-    """The caller holds the caches, and writes into them what the function gives. Seen are the cache up to `position`, then the new tokens."""
+    """KV cache in the function's inputs: the caller writes into them what the function gives. Seen are the cache up to `position`, then the new tokens."""
 
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, inputs: Mapping[str, Var]) -> None:
         super().__init__(graph, tokens, file, inputs)

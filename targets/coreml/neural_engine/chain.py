@@ -1,4 +1,4 @@
-"""Packages of one model that run one after another: their names, and how the manifest and each package say how to chain them."""
+"""Chain of packages that run one after another: their names, and what manifest and metadata say of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from targets.coreml.packing import WEIGHT_FILE
 
 
 def file_names(stem: str, count: int) -> list[str]:
-    """Of `count` packages in the order in which they run, which is the order of the names too."""
+    """File names of `count` packages in the order in which they run, which is the order of the names too."""
     if count == 1:
         return [f"{stem}.mlpackage"]
     digits = len(str(count))
@@ -23,7 +23,7 @@ def file_names(stem: str, count: int) -> list[str]:
 
 
 def metadata(names: Sequence[str], index: int, part: Graph) -> dict[str, str]:
-    """What package `index` says of its place, so that it can be understood without the manifest; nothing if it is the only one."""
+    """Metadata of package `index` on its place, by which it can be understood without the manifest; none if it is the only one."""
     if len(names) == 1:
         return {}
     return PackageIndex(index, list(names), _layers(part)).to_metadata()
@@ -32,7 +32,9 @@ def metadata(names: Sequence[str], index: int, part: Graph) -> dict[str, str]:
 def manifest(
     folder: Path, names: Sequence[str], parts: Sequence[Graph], features: Sequence[Mapping[str, list[str]]], interface: Interface
 ) -> dict[str, Any]:
-    """How to run the packages in `folder`, in order: each one's layers, bytes of weights, and features (`last_token` in `prefill` only).
+    """Entry of the manifest: how to run the packages in `folder`, in order.
+
+    Of each, its layers, bytes of weights, and features (`last_token` in `prefill` only).
 
     `joints` says which output is which input of the next package; all other inputs come from the caller, and `position` is the same for all.
     """
@@ -40,12 +42,12 @@ def manifest(
         {"file": name, "layers": _layers(part), "weight_bytes": weight_bytes(folder / name), **found}
         for name, part, found in zip(names, parts, features, strict=True)
     ]
-    joints = [{"from": [before, HIDDEN_OUT], "to": [after, HIDDEN]} for before, after in pairwise(names)]
-    return {"functions": interface.functions, "packages": packages, "joints": joints}
+    connections = [{"from": [before, HIDDEN_OUT], "to": [after, HIDDEN]} for before, after in pairwise(names)]
+    return {"functions": interface.functions, "packages": packages, "joints": connections}
 
 
 def note(folder: Path, names: Sequence[str], max_bytes: float) -> str:
-    """What the user should know of a model that was cut."""
+    """Note for the user on a model that was cut."""
     sizes = [f"{weight_bytes(folder / name) / MEGABYTE:.4g}" for name in names]
     return (
         f"the weights take more than {max_bytes / MEGABYTE:g} MB, so the model is cut into {len(names)} packages that run one after another "
@@ -60,5 +62,5 @@ def weight_bytes(package: Path) -> int:
 
 
 def _layers(part: Graph) -> list[int]:
-    """The first and the last."""
+    """First and last layer."""
     return [min(part.kv_heads), max(part.kv_heads)]

@@ -1,4 +1,4 @@
-"""What the Neural Engine takes, and the writing of its packages: one, or several that run one after another."""
+"""The form for the Neural Engine: its checks, and the writing of its packages, one or several that run one after another."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NeuralEngineForm(Form):
     default_max_package_mb: ClassVar[float] = 1000.0  # what iPhones load
 
     def interface(self, context: int) -> Interface:
-        """How the package is called."""
+        """Interface of the package."""
         return Interface(self.prompt_tokens(context), cache_io=self.kv == "io", argmax=self.argmax)
 
     def prompt_tokens(self, context: int) -> int:

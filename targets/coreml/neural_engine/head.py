@@ -1,4 +1,4 @@
-"""What follows the head: its parts as logits, or the most likely token of all.
+"""Outputs of the head: its parts as logits, or the most likely token of all.
 
 The parts are not joined: the vocabulary is larger than the Neural Engine's largest dimension, so one operation on all logits would be left
 to another unit. Whoever needs them side by side joins the outputs.
@@ -16,12 +16,12 @@ from targets.coreml.packing import Var
 
 
 def logits(parts: Sequence[Var]) -> tuple[Var, ...]:
-    """`logits` `[1, tokens, vocab]` from a head `[1, vocab, 1, tokens]`; from one in parts, `logits_0`, `logits_1`, …"""
+    """Logits: `logits` `[1, tokens, vocab]` from a head `[1, vocab, 1, tokens]`; from one in parts, `logits_0`, `logits_1`, …"""
     return tuple(_rows(part, name) for part, name in zip(parts, logits_names(len(parts)), strict=True))
 
 
 def most_likely(parts: Sequence[Var]) -> tuple[Var, Var]:
-    """`token` int32 and `value` fp16, both `[1, tokens]`: the largest of the head's outputs, and the first of those where several are."""
+    """Most likely token: `token` int32 and `value` fp16, both `[1, tokens]`: the largest of the head's outputs, and the first of those where several are."""
     first = _rows(parts[0])
     only = len(parts) == 1
     token = mb.reduce_argmax(x=first, axis=2, keep_dims=False, **_named(TOKEN, only))

@@ -37,5 +37,5 @@ DESCRIPTIONS = {
 
 
 def description(feature: str) -> str:
-    """Of an input, state or output by its name."""
+    """Description of an input, state or output by its name."""
     return DESCRIPTIONS[LOGITS if is_logits(feature) else feature]

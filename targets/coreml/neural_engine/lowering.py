@@ -1,4 +1,4 @@
-"""From the op vocabulary to MIL in the form that the Neural Engine runs best: one function for a fixed number of tokens.
+"""Lowering of the op vocabulary to MIL in the form that the Neural Engine runs best: one function for a fixed number of tokens.
 
 Activations are `[1, channels, 1, tokens]` fp16, projections 1x1 convolutions, every shape static, no rank above 5 and no dimension above
 16384. Attention, the cache, the norms and what follows the head are in modules of their own.
@@ -28,7 +28,7 @@ Vars = tuple[Var, ...]
 
 
 def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> Function:
-    """The function that runs `graph` on `tokens` tokens; see `elmexport.contracts.coreml` for its inputs, states and outputs."""
+    """Lower `graph` to a function of `tokens` tokens; see `elmexport.contracts.coreml` for its inputs, states and outputs."""
     cache = mb.TensorSpec if interface.cache_io else mb.StateTensorSpec
     if graph.is_first:
         inputs = {INPUT_IDS: mb.TensorSpec((1, tokens), dtype=types.int32)}
@@ -53,8 +53,10 @@ def lower(graph: Graph, tokens: int, file: WeightFile, interface: Interface) -> 
 
 
 class NeuralEngineLowering:
-    """What the lowerings of one function share. `values` holds activations: one variable each, but two for gate and up, and as many for the
-    result as the head has parts."""
+    """State that the lowerings of one function's nodes share.
+
+    `values` holds activations: one variable each, but two for gate and up, and as many for the result as the head has parts.
+    """
 
     def __init__(self, graph: Graph, tokens: int, file: WeightFile, interface: Interface, inputs: Mapping[str, Var]) -> None:
         self.graph, self.tokens, self.file, self.interface, self.inputs = graph, tokens, file, interface, inputs
@@ -74,7 +76,7 @@ class NeuralEngineLowering:
 
 
 def _embed(lowering: NeuralEngineLowering, node: Node) -> Vars:
-    """Rows of a table that may lie in several parts, because no dimension may exceed the Neural Engine's largest."""
+    """Look up rows of a table that may lie in several parts, because no dimension may exceed the Neural Engine's largest."""
     spec = node.weights["table"]
     tied = lowering.graph.dims.tied
     matrix = lowering.file.matrix(spec, 1, 1.0 if tied else node.weight_scale)
