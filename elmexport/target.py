@@ -21,7 +21,6 @@ from elmexport.formats import find_format, load
 from elmexport.manifest import Chain, FileSetting, Setting
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Scheme
-from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import Role
 
 if TYPE_CHECKING:  # a target's class is imported for its --help, which nothing heavy may delay
@@ -31,7 +30,7 @@ if TYPE_CHECKING:  # a target's class is imported for its --help, which nothing 
     from elmexport.checkpoint.tokenizer import Tokenizer
     from elmexport.graph.ir import Graph
     from elmexport.models.base import ModelConfig
-    from elmexport.quantization.planned import PlannedWeights
+    from elmexport.quantization.weight_source import WeightSource
 
 Advance = Callable[[int], None]
 
