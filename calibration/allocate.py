@@ -16,8 +16,8 @@ import numpy as np
 from calibration.costs import known_sensitivities
 from calibration.sensitivity import Probe, Sensitivity
 from calibration.text import bundled_text, random_windows, sample_windows
+from elmexport.checkpoint import open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.progress import Progress
@@ -87,10 +87,11 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq:
     Costs are measured with scales of least weighted error. `gptq` says that the codes will be GPTQ's.
     """
     window = min(WINDOW, checkpoint.config.dims.context)
-    if checkpoint.tokenizer_path is None:
+    tokenizer = open_tokenizer(checkpoint)
+    if tokenizer is None:
         sample = random_windows(checkpoint.config.dims.vocab_size, checkpoint.config.bos_token_id, tokens=TOKENS, window=window)
     else:
-        sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
+        sample = sample_windows(tokenizer, [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
     probe = Probe(checkpoint, sample)
     measured = known_sensitivities(checkpoint, candidates(target, specs), sample, probe, progress)

@@ -19,9 +19,8 @@ from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
-from elmexport.checkpoint import open_checkpoint, require_tokenizer
+from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.evaluation.self_check import Reference, reference_pass, self_check
 from elmexport.graph.rescale import rescale
@@ -131,9 +130,8 @@ def export_checkpoint(
     check_free(out, force=force)
     chosen.check(config, context)
     graph = trace(config, context)
-    tokenizer = None if checkpoint.tokenizer_path is None else load_tokenizer(checkpoint.tokenizer_path)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config)
+    tokenizer = open_tokenizer(checkpoint)
+    spoken = () if tokenizer is None else chosen.check_tokenizer(tokenizer)
 
     @cache
     def reference() -> Reference:
@@ -149,7 +147,7 @@ def export_checkpoint(
     if verify:
         reference()  # before anything is written
     alpha, calibration = _alpha(prepared.statistics, reference() if needs_peak else None) if rescales else (1.0, None)
-    notes = [*prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
+    notes = [*spoken, *prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
     if context > config.dims.context:
         notes.append(f"the model was trained on {config.dims.context} tokens; what it says beyond them may be poor (context {context})")
 

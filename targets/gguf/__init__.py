@@ -107,7 +107,7 @@ class GgufTarget(Target):
 
     @cached_property
     def _template(self) -> str | None:
-        from targets.gguf.chat import read_template
+        from elmexport.checkpoint.tokenizer.chat import read_template
 
         return None if self.chat_template is None else read_template(self.chat_template)
 
