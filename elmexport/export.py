@@ -22,7 +22,7 @@ from elmexport.artifact import artifact_folder, check_free, write_manifest
 from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.evaluation.self_check import Reference, reference_pass, self_check
+from elmexport.evaluation.self_check import Reference, check_texts, reference_pass, self_check
 from elmexport.graph.rescale import rescale
 from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Quantization, SelfCheck
 from elmexport.models import trace
@@ -162,6 +162,8 @@ def export_checkpoint(
         if verify:
             checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
+            if checked.done and tokenizer is not None:
+                check_texts(chosen.name, folder, tokenizer, plain=bool(spoken))
         manifest = Manifest(
             format=FORMAT,
             model=_model(checkpoint),

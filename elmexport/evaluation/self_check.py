@@ -16,12 +16,14 @@ from calibration.statistics import Moments
 from calibration.text import Sample, sample_ids
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.checkpoint.tokenizer.probes import compare
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.evaluation.metrics import Divergence, divergence
 from elmexport.graph.interpret import Caches, interpret
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
+from elmexport.runtimes.text import find_tokenizer
 from elmexport.weights import WeightSpec
 
 TOKENS = 128  # read by the reference and the artifact
@@ -112,3 +114,15 @@ def self_check(target: str, folder: Path, reference: Reference, limit: float, pr
             f"quantization may cost; top-1 agreement {result.top1_agreement:.1%}. The artifact was discarded. Choose a wider --quant; if a float format fails too, report it as a bug"
         )
     return result, logits
+
+
+def check_texts(target: str, folder: Path, tokenizer: Tokenizer, *, plain: bool) -> None:
+    """Compare the ids that the artifact's own tokenizer gives to texts with those of `tokenizer`; `plain`: see `compare`.
+
+    Raises:
+        ElmExportError: other ids.
+        MissingDependencyError: what reads the artifact's tokenizer is not installed.
+    """
+    found = find_tokenizer(target, folder)
+    if found is not None:
+        compare(tokenizer, found, f"the {target} artifact", ties=True, plain=plain)

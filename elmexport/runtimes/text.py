@@ -61,12 +61,26 @@ def generate_text(
 
 
 def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer:
-    """Find the tokenizer of an artifact of `kind`: inside the model file where the format has it there, else in the folder, or beside or above a bare file.
-
-    `given` is a tokenizer's file to take instead; which ids begin and end texts, the artifact's `config.json` says all the same.
+    """Find the tokenizer of an artifact of `kind`; `given` is a tokenizer's file to take instead (`find_tokenizer`).
 
     Raises:
         ElmExportError: there is none.
+        MissingDependencyError: what reads it is not installed.
+    """
+    found = find_tokenizer(kind, path, given)
+    if found is None:
+        raise ElmExportError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}) with it; pass the model's with --tokenizer PATH")
+    return found
+
+
+def find_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer | None:
+    """Find the tokenizer of an artifact: inside the model file where the format has it there, else in the folder, or beside or above a bare file.
+
+    `given` is a tokenizer's file to take instead; which ids begin and end texts, the artifact's `config.json` says all the same. None where
+    there is none.
+
+    Raises:
+        ElmExportError: a damaged file, or one of another model.
         MissingDependencyError: what reads it is not installed.
     """
     suffixes: tuple[str, ...] = ()
@@ -79,7 +93,7 @@ def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Toke
     folders = (path,) if path.is_dir() and path.suffix not in suffixes else path.absolute().parents[:2]
     found = given or next((file for folder in folders for name in TOKENIZER_FILES if (file := folder / name).is_file()), None)
     if found is None:
-        raise ElmExportError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}) with it; pass the model's with --tokenizer PATH")
+        return None
     config = next((file for folder in folders if (file := folder / "config.json").is_file()), None)
     return load_tokenizer(found, None if config is None else _model_ids(config))
 

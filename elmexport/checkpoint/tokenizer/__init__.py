@@ -95,6 +95,12 @@ def _special_ids(tokenizer: Tokenizer, beside: Beside, model: ModelIds) -> Speci
         raise ElmExportError(f"{tokenizer.path} has BOS id {own.bos}, config.json says {model.bos}; {FIX}")
     if own.eos and model.eos and own.eos[0] not in model.eos and not control.intersection(model.eos):
         raise ElmExportError(f"{tokenizer.path} has EOS id {own.eos[0]}, config.json says {' and '.join(map(str, model.eos))}; {FIX}")
+    beyond = [i for i in (*model.eos, *(() if model.bos is None else (model.bos,))) if i >= tokenizer.vocab_size]
+    if beyond:
+        raise ElmExportError(
+            f"{tokenizer.path} has no token {beyond[0]}, which config.json names as one that begins or ends texts; where tokens were added to the "
+            f"vocabulary, tokenizer.json, added_tokens.json or tokenizer_config.json must lie beside it. Else {FIX}"
+        )
     named = own.eos if "eos_token" in beside.tokens or not model.eos else ()
     bos = model.bos
     if bos is None and (beside.add_bos or tokenizer.puts_bos):

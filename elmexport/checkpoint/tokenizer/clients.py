@@ -55,8 +55,7 @@ def _with_bos(tokenizer: JsonTokenizer) -> Mapping[str, Any]:
     special: SpecialIds = tokenizer.special
     loaded = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.data, ensure_ascii=False))
     if all(
-        loaded.encode(text, add_special_tokens=True).ids
-        == [*special.prefix, *loaded.encode(text, add_special_tokens=False).ids]
+        loaded.encode(text, add_special_tokens=True).ids == [*special.prefix, *loaded.encode(text, add_special_tokens=False).ids]
         for text in ("a", "")
     ):
         return tokenizer.data

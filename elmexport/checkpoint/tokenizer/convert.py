@@ -91,7 +91,9 @@ def obstacle(tokenizer: SentencePieceTokenizer) -> str | None:
     if user and normalizer.remove_extra_whitespaces:
         return f"has user-defined pieces ({user[0].text!r}), whose spaces it keeps while it removes others"
     if trainer.model_type == UNIGRAM and trainer.byte_fallback:
-        spelled = sorted({*lacking, *(character for piece in pieces if piece.kind is PieceKind.BYTE for character in piece.text)} - characters)
+        spelled = sorted(
+            {*lacking, *(character for piece in pieces if piece.kind is PieceKind.BYTE for character in piece.text)} - characters
+        )
         if spelled:
             return f"has no piece for the character {spelled[0]!r}, without which a byte spelled out (<0x41>) cannot be told from a byte"
     if user and trainer.model_type == UNIGRAM:
@@ -133,6 +135,12 @@ def _normalizer(*, prefix: bool, extra: bool) -> Any:
     steps: list[Any] = [normalizers.Replace(Regex(OUTER_SPACES), ""), normalizers.Replace(Regex(DOUBLE_SPACES), " ")] if extra else []
     steps += [normalizers.Prepend(SPACE)] if prefix else []
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+
+
+def unigram_normalizer(*, prefix: bool, extra: bool) -> dict[str, Any]:
+    """The normalizer in the files that `to_json` makes, as JSON."""
+    data: dict[str, Any] = json.loads(_normalizer(prefix=prefix, extra=extra).__getstate__())
+    return data
 
 
 def _decoder(byte_fallback: bool, *, strips: bool) -> Any:
