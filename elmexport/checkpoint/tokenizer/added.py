@@ -40,6 +40,17 @@ def vocabulary(data: Mapping[str, Any]) -> dict[str, int]:
     return {entry[0]: i for i, entry in enumerate(found)} if isinstance(found, list) else dict(found)
 
 
+def merges(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """BPE's merges of `data`, a tokenizer.json, the first of them first."""
+    found = (merge if isinstance(merge, list) else merge.split(" ", 1) for merge in data["model"].get("merges", ()))
+    return [(left, right) for left, right in found]
+
+
+def merged_texts(data: Mapping[str, Any]) -> set[str]:
+    """The texts that merges join and make: these are pieces of words, whatever a file calls them."""
+    return {text for left, right in merges(data) for text in (left, right, left + right)}
+
+
 def complete(data: Mapping[str, Any], beside: Beside, control: Collection[int], path: Path) -> dict[str, Any]:
     """A tokenizer.json as every client should read it: all added tokens with their ids and kinds, texts neither cut off nor padded.
 
@@ -81,8 +92,9 @@ def _merged(
             )
         if known is None:
             tokens[token.content] = token
+    joined = merged_texts(data)
     for text in beside.control:
-        if text not in tokens and text in trained:
+        if text not in tokens and text in trained and text not in joined:
             tokens[text] = AddedToken(trained[text], text)
     for text, token in tokens.items():
         if text in beside.control or text in CONTROL_NAMES or token.id in control:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from elmexport.checkpoint.tokenizer.added import GAP, added_tokens, complete, vocabulary
+from elmexport.checkpoint.tokenizer.added import GAP, added_tokens, complete, merged_texts, merges, vocabulary
 from elmexport.checkpoint.tokenizer.base import FIX, Piece, PieceKind, Span, SpecialIds, Tokenizer
 from elmexport.checkpoint.tokenizer.beside import AddedToken, Beside
 from elmexport.errors import ElmExportError
@@ -105,7 +105,7 @@ class JsonTokenizer(Tokenizer):
             text = span.text
             if span.markup and by_length:
                 pattern = "|".join(re.escape(token.content) for token in by_length)
-                text = re.sub(pattern, lambda found: self._disguises[found[0]], text)
+                text = re.sub(pattern, lambda found: self._disguises.get(found[0], found[0]), text)
             texts.append(text)
         return self._encode_by(self._disguised, "".join(texts))
 
@@ -118,7 +118,8 @@ class JsonTokenizer(Tokenizer):
     def _disguises(self) -> dict[str, str]:
         """For every control token a text that nobody can have typed."""
         secret = secrets.token_hex(8)
-        return {token.content: f"\ufdd0{secret} {token.id}\ufdd1" for token in self.added if token.special}
+        joined = merged_texts(self.data)
+        return {token.content: f"\ufdd0{secret} {token.id}\ufdd1" for token in self.added if token.special and token.content not in joined}
 
     @cached_property
     def _disguised(self) -> Any:
@@ -160,8 +161,7 @@ class JsonTokenizer(Tokenizer):
 
     def merges(self) -> list[tuple[str, str]]:
         """BPE's merges, the first of them first."""
-        found = (merge if isinstance(merge, list) else merge.split(" ", 1) for merge in self.model.get("merges", ()))
-        return [(left, right) for left, right in found]
+        return merges(self.data)
 
     def _scores(self, texts: Sequence[str], kinds: Sequence[PieceKind]) -> dict[str, float]:
         if isinstance(self.model["vocab"], list):

@@ -217,14 +217,15 @@ def test_sentencepiece_models_that_llama_cpp_splits_otherwise(tmp_path: Path, op
 
 def test_text_that_spells_a_byte(tmp_path: Path) -> None:
     """llama.cpp joins any two pieces that make a third, also one that is a byte: with the right pieces it takes "<0x41>" for A."""
-    lines = ["<0x41> <0x41 <0x4"] * 50
+    lines = ["x<0x41> y<0x41 z<0x41> w<0x4"] * 50
     options = {
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
         "byte_fallback": True,
         "split_by_unicode_script": False,
+        "split_by_number": False,
     }
-    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "tokenizer.model", lines, model_type="bpe", vocab_size=310, **options))
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "tokenizer.model", lines, model_type="bpe", vocab_size=320, **options))
     assert any(piece.text == "<0x41" for piece in tokenizer.pieces())
     with pytest.raises(ElmExportError, match=r"has pieces of which '<0x..>' could be joined, a token that no text has"):
         find_vocabulary(tokenizer)
