@@ -111,7 +111,7 @@ def _described(step: Mapping[str, Any]) -> str:
 
 
 def _bytes() -> Iterator[str]:
-    """The characters that stand for bytes in such vocabularies (GPT-2's `bytes_to_unicode`)."""
+    """The characters that stand for the bytes of UTF-8 in such vocabularies (GPT-2's `bytes_to_unicode`)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    yield from map(chr, shown)
+    yield from (chr(byte) for byte in shown if byte not in (0xC0, 0xC1) and byte < 0xF5)  # these are in no text
     yield from (chr(0x100 + i) for i in range(256 - len(shown)))

@@ -50,10 +50,7 @@ def to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     else:
         # The library would find "<0x41>" spelled out in a text: no byte may be a likely piece.
         lowest = min((piece.score for piece in pieces if piece.kind is PieceKind.NORMAL), default=0.0) - UNLIKELY
-        scored = [
-            (text, lowest) if piece.kind is PieceKind.BYTE else (text, score)
-            for piece, (text, score) in zip(pieces, _scored(pieces), strict=True)
-        ]
+        scored = [(piece.text, lowest if piece.kind is PieceKind.BYTE else piece.score) for piece in pieces]
         model = models.Unigram(scored, unk_id=unk, byte_fallback=byte_fallback)
     built = tokenizers.Tokenizer(model)
     control = [piece.text for piece in pieces if piece.kind in (PieceKind.UNKNOWN, PieceKind.CONTROL)]
@@ -86,7 +83,9 @@ def obstacle(tokenizer: SentencePieceTokenizer) -> str | None:
     lacking = sorted({character for piece in pieces if piece.kind is PieceKind.NORMAL for character in piece.text} - characters)
     if lacking and trainer.model_type == BPE:
         return f"has pieces with the character {lacking[0]!r}, which is no piece itself"
-    if user and trainer.model_type == BPE and normalizer.add_dummy_prefix:
+    if user and trainer.model_type == UNIGRAM:
+        return f"is a unigram vocabulary with user-defined pieces ({user[0].text!r}), which SentencePiece weighs by rules of its own"
+    if user and normalizer.add_dummy_prefix:
         return f"has user-defined pieces ({user[0].text!r}), after which other tokenizers put the space anew that it puts before a text's first word"
     if user and normalizer.remove_extra_whitespaces:
         return f"has user-defined pieces ({user[0].text!r}), whose spaces it keeps while it removes others"
@@ -96,10 +95,6 @@ def obstacle(tokenizer: SentencePieceTokenizer) -> str | None:
         )
         if spelled:
             return f"has no piece for the character {spelled[0]!r}, without which a byte spelled out (<0x41>) cannot be told from a byte"
-    if user and trainer.model_type == UNIGRAM:
-        normal = [piece.score for piece in pieces if piece.kind is PieceKind.NORMAL]
-        if min(score for _, score in _scored(user, max(normal))) < min(normal):
-            return f"has a user-defined piece so long ({max((piece.text for piece in user), key=len)!r}) that it changes the weight of unknown characters"
     return None
 
 
@@ -118,15 +113,6 @@ def _merges(pieces: list[Piece], vocabulary: dict[str, int]) -> Iterator[tuple[s
         cuts = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
         known = (cut for cut in cuts if cut[0] in vocabulary and cut[1] in vocabulary)
         yield from sorted(known, key=lambda cut: (vocabulary[cut[0]], vocabulary[cut[1]]))
-
-
-def _scored(pieces: list[Piece], best: float | None = None) -> list[tuple[str, float]]:
-    """Unigram's texts and log-probabilities; a user-defined piece has that of its bytes, had they been the most likely pieces (SentencePiece's rule)."""
-    if best is None:
-        best = max((piece.score for piece in pieces if piece.kind is PieceKind.NORMAL), default=0.0)
-    return [
-        (piece.text, len(piece.text.encode()) * best - 0.1 if piece.kind is PieceKind.USER_DEFINED else piece.score) for piece in pieces
-    ]
 
 
 def _normalizer(*, prefix: bool, extra: bool) -> Any:
