@@ -42,7 +42,7 @@ class ExportJob:
     `graph` already carries the residual rescaling. `advance(n)` reports that n more weights (elements) have been written.
     """
 
-    name: str  # display name for file names, "OpenELM-450M"
+    name: str  # display name, for file names
     config: ModelConfig
     graph: Graph
     weights: WeightSource
