@@ -57,9 +57,11 @@ class CoreMLTarget(Target):
     quants: ClassVar[tuple[str, ...]] = ("int4", "int8", "lut4", "lut6", "lut8", "fp16")
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
-        if scheme == Float("fp16") or isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.symmetric):
+        if scheme == Float("fp16") or isinstance(scheme, Lut):
             return None
-        return "stores fp16, symmetric integers per channel or in blocks, and indices into look-up tables"
+        if isinstance(scheme, Integer) and scheme.symmetric and scheme.width in (4, 8):
+            return None
+        return "stores fp16, symmetric integers of 4 or 8 bits per channel or in blocks, and indices into look-up tables"
 
     def recipe(self, quant: str) -> Recipe:
         if quant in ("fp32", "bf16"):

@@ -28,7 +28,18 @@ from elmexport.weights import Role, WeightSpec
 from tests.memory_checkpoint import MemoryCheckpoint
 
 NAMES = (
-    *("int4-block32", "int4-channel", "int4-asym-block16", "int4-asym-channel", "int8-block32", "int8-channel"),
+    *(
+        "int3-block32",
+        "int5-block32",
+        "int5-channel",
+        "int6-block16",
+        "int4-block32",
+        "int4-channel",
+        "int4-asym-block16",
+        "int4-asym-channel",
+        "int8-block32",
+        "int8-channel",
+    ),
     *("lut4-group8", "lut4-tensor", "lut6-group4", "lut8-tensor"),
 )
 
@@ -57,7 +68,7 @@ def test_stored_parts(name: str, shape: tuple[int, ...]) -> None:
     layout, parts = codec.layout(shape), q.parts()
     assert {part: Part(tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()} == layout
     assert list(parts) == list(layout)
-    if shape[-1] % 2 == 0 and scheme.width in (4, 8) and "asym" not in name:  # zero points take a byte each, 6-bit indices too
+    if shape[-1] == 96 and "asym" not in name and "lut6" not in name:  # zero points take a byte each, 6-bit indices too
         assert sum(part.size for part in layout.values()) * 8 == scheme.bits(shape)
     found = codec.from_parts(parts, shape)
     assert type(found) is type(q) and found.scheme == scheme

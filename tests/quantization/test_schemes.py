@@ -17,6 +17,9 @@ from elmexport.quantization.schemes import CodedScheme, Integer, Lut, PerBlock, 
         ("int8-block32", 64 * 96 * 8 + 64 * 3 * 16),  # 8.5 bits a weight, GGUF's Q8_0
         ("int8-channel", 64 * 96 * 8 + 64 * 16),
         ("int4-block32", 64 * 96 * 4 + 64 * 3 * 16),  # 4.5 bits a weight, GGUF's Q4_0
+        ("int3-channel", 64 * 96 * 3 + 64 * 16),
+        ("int5-block32", 64 * 96 * 5 + 64 * 3 * 16),  # 5.5 bits a weight, GGUF's Q5_0
+        ("int6-block32", 64 * 96 * 6 + 64 * 3 * 16),
         ("int4-block96", 64 * 96 * 4 + 64 * 16),
         ("int4-asym-block32", 64 * 96 * 4 + 64 * 3 * (16 + 4)),  # 4.625 bits a weight
         ("int4-asym-channel", 64 * 96 * 4 + 64 * (16 + 4)),
@@ -40,6 +43,9 @@ def test_wider_scales_count_but_tables_stay_fp16() -> None:
         ("int4-block64", Integer(4, PerBlock(64))),
         ("int4-block128", Integer(4, PerBlock(128))),
         ("int8-block7", Integer(8, PerBlock(7))),
+        ("int3-block32", Integer(3, PerBlock(32))),
+        ("int5-block32", Integer(5, PerBlock(32))),
+        ("int6-channel", Integer(6, PerChannel())),
         ("int4-channel", Integer(4, PerChannel())),
         ("int4-asym-block16", Integer(4, PerBlock(16), symmetric=False)),
         ("int4-asym-channel", Integer(4, PerChannel(), symmetric=False)),
@@ -60,6 +66,8 @@ def test_a_name_says_what_the_scheme_is(name: str, scheme: CodedScheme) -> None:
         "int4",
         "int4-block",
         "int4-block0",
+        "int7-block32",
+        "int5-asym-block32",
         "int4-block-32",
         "int4-block032",
         "int8-asym-block32",
@@ -71,7 +79,8 @@ def test_a_name_says_what_the_scheme_is(name: str, scheme: CodedScheme) -> None:
 )
 def test_unknown_scheme(name: str) -> None:
     with pytest.raises(
-        ElmExportError, match=rf"unknown scheme '{name}'; known: fp32, .*int4-block32 \(or int8, or any other block size\).*lut4-tensor"
+        ElmExportError,
+        match=rf"unknown scheme '{name}'; known: fp32, .*int4-block32 \(or int3, int5, int6, int8, or any other block size\).*lut4-tensor",
     ):
         find_scheme(name)
 
