@@ -1,4 +1,4 @@
-"""Integer codes and scales of a matrix, by two methods: round to nearest, and least squares.
+"""Rounding to integers: scales from extreme values (round to nearest), or of least squared error.
 
 Everything here works on float32 `x` `[rows, groups, block]`, a group being the values that share a scale, and returns codes int8 of that
 shape, scales float16 `[rows, groups]`, and zero points int8 `[rows, groups]` (None where the scheme is symmetric).
@@ -25,7 +25,7 @@ Coded = tuple[Tensor, Tensor, Tensor | None]
 
 
 def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
-    """Scales from the extreme values alone; codes for the scale before it is rounded to fp16.
+    """Round to nearest with scales from the extreme values alone; codes are for the scale before it is rounded to fp16.
 
     Blocks of 32 are ggml's `quantize_row_q4_0_ref`, `quantize_row_q5_0_ref` and `quantize_row_q8_0_ref`, bit for bit: below 8 bits the value of
     largest magnitude is mapped to the lowest code and halves round up, 8 bits map it to ±127 and round halves away from zero.
@@ -51,7 +51,7 @@ def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
 
 
 def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None) -> Coded:
-    """The scale of least squared error among a fixed set of candidates, refined once by least squares given the codes.
+    """Search the scale of least squared error among a fixed set of candidates; refine it once by least squares given the codes.
 
     Codes are nearest for the scale as stored (fp16), so every format that holds the same codes and scales dequantizes to the same numbers.
     Symmetric 8-bit codes are fine enough for the largest magnitude to become code 127. `importance` `[groups, block]` weights the squares.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,16 @@ def test_a_stack_of_matrices_is_quantized_like_each(name: str) -> None:
     assert q.codes.shape == q.dequantize().shape == stack.shape
     if not name.endswith("tensor"):  # one table for all
         assert torch.equal(q.dequantize(), torch.stack([quantize(matrix, scheme).dequantize() for matrix in stack]))
+
+
+def test_kinds_are_known_to_their_modules_and_to_targets_alone() -> None:
+    """Nothing else switches on the kind of a scheme."""
+    root = Path(schemes.__file__).parents[2]
+    own = {root / "elmexport" / "quantization" / f"{name}.py" for name in ("schemes", "integers", "integer_codec", "lut_codec")}
+    sources = [path for folder in ("elmexport", "calibration") for path in (root / folder).rglob("*.py") if path not in own]
+    assert len(sources) > 100
+    kinds = re.compile(r"\b(Integer|Lut|IntegerTensor|PalettizedTensor|PerBlock|PerGroupedChannel)\b")
+    assert [str(path) for path in sources if kinds.search(path.read_text(encoding="utf-8"))] == []
 
 
 # A kind of scheme in one module, its row in the registry, and nothing else: signs times the mean magnitude of each row.

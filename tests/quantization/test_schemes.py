@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from elmexport.errors import ElmExportError
@@ -83,6 +86,12 @@ def test_unknown_scheme(name: str) -> None:
         match=rf"unknown scheme '{name}'; known: fp32, .*int4-block32 \(or int3, int5, int6, int8, or any other block size\).*lut4-tensor",
     ):
         find_scheme(name)
+
+
+def test_schemes_and_recipes_load_no_torch() -> None:
+    names = ["int4-block32", "int5-channel", "lut4-tensor", "fp16", "ggml-q4_k"]
+    code = f"import sys, elmexport.quantization.recipes as r; [r.find_scheme(name) for name in {names}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_refused_shapes() -> None:
