@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import msgspec
+
 from calibration.allocate import drop_name, mixed_name
 from calibration.preparation import WeightOptions, prepare, rounded
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
@@ -23,10 +25,11 @@ from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.evaluation.self_check import Reference, reference_pass, self_check
 from elmexport.graph.rescale import rescale
+from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Quantization, SelfCheck
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
-from elmexport.quantization.recipes import Plan, Recipe, load_recipe, resolve
+from elmexport.quantization.recipes import Recipe, load_recipe, resolve
 from elmexport.target import Checked, ExportJob, Target, Written, find_target
 
 RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
@@ -48,7 +51,7 @@ class ExportResult:
     """A finished export."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     notes: tuple[str, ...]  # what the user should know that is not an error, tensors that their scheme could not take among it
     has_tokenizer: bool  # whether the artifact turns text into tokens by itself
 
@@ -157,12 +160,27 @@ def export_checkpoint(
         notes += written.notes
         if options.mixes:
             write_recipe(recipe, folder / RECIPE, f"chosen for {checkpoint.source.name}; use it again with --quant {RECIPE}")
-        quantization = {**recipe.to_dict(), **prepared.facts}
-        manifest = _describe(checkpoint, chosen, quantization, plan, context, alpha, calibration) | dict(written.manifest)
+        checked = SelfCheck(done=False, reason="not asked for")
         if verify:
-            manifest["self_check"], note = _self_check(chosen, folder, reference(), recipe, context, progress)
+            checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
-        write_manifest(folder, manifest)
+        manifest = Manifest(
+            format=FORMAT,
+            model=_model(checkpoint),
+            target=chosen.name,
+            settings=chosen.settings(),
+            quant=msgspec.convert({**recipe.to_dict(), **prepared.facts}, Quantization),
+            fallbacks=tuple(Fallback(tensor, reason) for tensor, reason in plan.fallbacks),
+            bits_per_weight=round(plan.bits_per_weight, 4),
+            context=context,
+            alpha=alpha,
+            calibration=calibration,
+            tools={"elmexport": __version__, "python": platform.python_version(), "torch": version("torch"), **chosen.tools()},
+            self_check=checked,
+            chain=written.chain,
+            files={},
+        )
+        manifest = write_manifest(folder, manifest)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 
@@ -187,57 +205,37 @@ def read_recipe(target: Target, quant: str | None) -> Recipe:
     return target.adapt(recipe)
 
 
-def _alpha(statistics: Statistics | None, reference: Reference | None) -> tuple[float, dict[str, Any]]:
-    """The factor on the residual stream, and how it was found, for the manifest."""
+def _alpha(statistics: Statistics | None, reference: Reference | None) -> tuple[float, Calibration]:
+    """The factor on the residual stream, and how it was found."""
     if statistics is not None and statistics.residual_peak is not None:
         peak = rounded(statistics.residual_peak)
         text, tokens = statistics.facts.text, statistics.facts.tokens
     elif reference is not None:
         peak, text, tokens = rounded(reference.residual_peak), reference.text, len(reference.ids)
     else:
-        return DEFAULT_ALPHA, {"method": "default", "text": None, "tokens": 0}
-    return choose_alpha(peak), {"method": "measured", "text": text, "tokens": tokens, "residual_peak": peak}
+        return DEFAULT_ALPHA, Calibration("default", None, 0)
+    return choose_alpha(peak), Calibration("measured", text, tokens, peak)
 
 
 def _self_check(
     target: Target, folder: Path, reference: Reference, recipe: Recipe, context: int, progress: Progress
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[SelfCheck, list[str]]:
     try:
         result, logits = self_check(target.name, folder, reference, recipe.max_self_check_kl, progress)
     except MissingDependencyError as error:
-        return {"done": False, "reason": str(error)}, [f"self-check not done: {error}"]
+        return SelfCheck(done=False, reason=str(error)), [f"self-check not done: {error}"]
     target.finish(folder, Checked(reference.ids, reference.logits, logits, context))
-    figures = {"kl_mean": rounded(result.kl_mean), "kl_max": rounded(result.kl_max), "top1_agreement": rounded(result.top1_agreement)}
-    return {"done": True, "text": reference.text, "tokens": result.tokens, **figures}, []
+    found = SelfCheck(
+        done=True,
+        text=reference.text,
+        tokens=result.tokens,
+        kl_mean=rounded(result.kl_mean),
+        kl_max=rounded(result.kl_max),
+        top1_agreement=rounded(result.top1_agreement),
+    )
+    return found, []
 
 
-def _describe(
-    checkpoint: Checkpoint,
-    target: Target,
-    quant: dict[str, Any],
-    plan: Plan,
-    context: int,
-    alpha: float,
-    calibration: dict[str, Any] | None,
-) -> dict[str, Any]:
-    source = checkpoint.source
-    return {
-        "model": {
-            "name": source.name,
-            "source": source.origin,
-            "revision": source.revision,
-            "identity": checkpoint.identity(),
-            "parameters": checkpoint.config.parameter_count,
-            "config": checkpoint.config.to_dict(),
-        },
-        "target": target.name,
-        "settings": target.settings(),
-        "quant": quant,
-        "fallbacks": [{"tensor": name, "reason": reason} for name, reason in plan.fallbacks],
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "context": context,
-        "alpha": alpha,
-        "calibration": calibration,
-        "tools": {"elmexport": __version__, "python": platform.python_version(), "torch": version("torch"), **target.tools()},
-        "self_check": {"done": False, "reason": "not asked for"},
-    }
+def _model(checkpoint: Checkpoint) -> Model:
+    source, config = checkpoint.source, checkpoint.config
+    return Model(source.name, source.origin, source.revision, checkpoint.identity(), config.parameter_count, config.to_dict())

@@ -77,9 +77,9 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def _describe(result: Benchmark) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in result.machine["packages"].items() if version is not None)
+    packages = ", ".join(f"{name} {version}" for name, version in result.machine.packages.items() if version is not None)
     lines = [
-        f"{result.machine['system']}, {result.machine['cpus']} cores, {result.threads} threads, {result.repeat} rounds",
+        f"{result.machine.system}, {result.machine.cpus} cores, {result.threads} threads, {result.repeat} rounds",
         packages,
         f"read bandwidth {size(round(result.bandwidth.median))}/s (spread {result.bandwidth.spread:.0%})",
         "",

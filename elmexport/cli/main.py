@@ -14,10 +14,13 @@ from typing import Annotated
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, eval, export, generate, inspect, lint, logits, models, report
+from elmexport.cli import bench, calibrate, eval, generate, inspect, lint, logits, models, report
+from elmexport.cli.format_commands import FormatGroup
 from elmexport.errors import ElmExportError
 
-app = typer.Typer(name="elmexport", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="elmexport", cls=FormatGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 def _version(asked: bool) -> None:
@@ -42,8 +45,6 @@ def elmexport(
     """
 
 
-for _target, _help in export.TARGETS.items():
-    app.command(_target, help=_help)(export.command(_target))
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(eval.evaluate)
 app.command("report")(report.report)

@@ -32,8 +32,8 @@ class LlamaCppTokenizer(Tokenizer):
             ElmExportError: llama.cpp cannot load the file, or it holds no vocabulary, or one of another kind than Llama's.
             MissingDependencyError: llama-cpp-python is not installed.
         """
-        self.path = gguf_file(path)
         self._model: Any = None
+        self.path = gguf_file(path)
         self._lib = engine()
         check_magic(self.path)
         params = self._lib.llama_model_default_params()
