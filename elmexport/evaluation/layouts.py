@@ -15,7 +15,7 @@ Kind = type | tuple[type, ...]
 
 
 @dataclass(frozen=True)
-class Line:
+class DataRow:
     """One row and where it stands, for errors."""
 
     file: str
@@ -33,11 +33,11 @@ class Layout:
 
     files: tuple[str, ...]  # names before ".split.jsonl"
     columns: Mapping[str, Kind]  # "choices.text": inside the object `choices`
-    convert: Callable[[list[Line]], list[Line]] = field(default=lambda lines: lines)
+    convert: Callable[[list[DataRow]], list[DataRow]] = field(default=lambda lines: lines)
 
 
-def _each(change: Callable[[Row], Row]) -> Callable[[list[Line]], list[Line]]:
-    return lambda lines: [Line(line.file, line.number, change(line.row)) for line in lines]
+def _each(change: Callable[[Row], Row]) -> Callable[[list[DataRow]], list[DataRow]]:
+    return lambda lines: [DataRow(line.file, line.number, change(line.row)) for line in lines]
 
 
 def _boolq(row: Row) -> Row:
@@ -56,9 +56,9 @@ def _truthfulqa(row: Row) -> Row:
     return {**row, "mc1_targets": lists(row["mc1_targets"]), "mc2_targets": lists(row["mc2_targets"])}
 
 
-def _race(lines: list[Line]) -> list[Line]:
+def _race(lines: list[DataRow]) -> list[DataRow]:
     """ehovy/race (a row a question) as EleutherAI/race (a row an article, `problems` as Python text); rows in that form stay."""
-    articles: dict[str, list[Line]] = {}
+    articles: dict[str, list[DataRow]] = {}
     for line in lines:
         articles.setdefault(line.row["article"], []).append(line)
     result = []
@@ -67,7 +67,7 @@ def _race(lines: list[Line]) -> list[Line]:
             result.extend(asked)
             continue
         problems = [{key: line.row[key] for key in ("question", "answer", "options")} for line in asked]
-        result.append(Line(asked[0].file, asked[0].number, {"article": article, "problems": repr(problems)}))
+        result.append(DataRow(asked[0].file, asked[0].number, {"article": article, "problems": repr(problems)}))
     return result
 
 
