@@ -1,4 +1,4 @@
-"""The export: a checkpoint goes in, an artifact folder comes out, complete and checked, or nothing does."""
+"""Export of a checkpoint to an artifact folder, complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop
 
 
 class ExportOptions(TypedDict, total=False):
-    """What both `export` and `export_checkpoint` take by keyword; `export_checkpoint` says what each means and its default."""
+    """Keyword arguments of `export` and `export_checkpoint`; `export_checkpoint` says what each means and its default."""
 
     out: Path | None
     context: int | None
@@ -104,7 +104,7 @@ def export_checkpoint(
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Trace, quantize, write, check.
+    """Export an open checkpoint: trace, quantize, write, check.
 
     `quant` is one of the target's (its first where None) or the path of a recipe, `context` the tokens of the KV cache (the model's
     maximum where None), `out` the artifact folder (`./<model>-<target>-<quant>` where None). `weights` says how codes are found. For fp16

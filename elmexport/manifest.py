@@ -1,4 +1,4 @@
-"""`manifest.json`: what an artifact says of itself, as one typed document.
+"""Manifest of an artifact, `manifest.json`, as one typed document.
 
 Reading is strict: a key that is missing, unknown or of another type is an error, so nobody who holds a `Manifest` has to doubt it. Open to
 any content are only the model's `config`, which its family checks, and the names in `settings` and `tools`.
@@ -26,7 +26,7 @@ FloatType = Literal["fp32", "fp16", "bf16"]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the document; its fields are written in their order."""
+    """Section of the document; its fields are written in their order."""
 
 
 class Model(Section, frozen=True):
@@ -41,7 +41,7 @@ class Model(Section, frozen=True):
 
 
 class FileSetting(Section, frozen=True):
-    """A target's setting that is a file: what it was called, and what it held."""
+    """A target's setting that is a file: its name, and the hash of its content."""
 
     file: str
     sha256: Sha256
@@ -76,7 +76,7 @@ class Trial(Section, frozen=True):
 
 
 class Allocation(Section, frozen=True, kw_only=True):
-    """How schemes were chosen matrix by matrix: for a size (`asked`), or the smallest within a loss of accuracy (`max_drop` to `trials`).
+    """Allocation of schemes matrix by matrix: for a size (`asked`), or the smallest within a loss of accuracy (`max_drop` to `trials`).
 
     Losses are in percentage points, divergences in nats per token, both of the weights only.
     """
@@ -95,7 +95,7 @@ class Allocation(Section, frozen=True, kw_only=True):
 
 
 class Quantization(Section, frozen=True, omit_defaults=True):
-    """The recipe, and how codes were found."""
+    """Quantization: the recipe, and the method that found the codes."""
 
     name: str
     words: str
@@ -118,7 +118,7 @@ class Fallback(Section, frozen=True):
 
 
 class Calibration(Section, frozen=True, omit_defaults=True):
-    """How the factor on the residual stream was found."""
+    """Calibration of the factor on the residual stream."""
 
     method: Literal["measured", "default"]
     text: str | None
@@ -155,14 +155,17 @@ class ChainedPackage(Section, frozen=True):
 
 
 class Joint(Section, frozen=True):
-    """An output, and the input of the next package that takes it: each a package and a name."""
+    """Connection of two packages: an output, and the input of the next package that takes it: each a package and a name."""
 
     source: tuple[str, str] = msgspec.field(name="from")
     to: tuple[str, str]
 
 
 class Chain(Section, frozen=True):
-    """Packages of one model that run one after another. All inputs but those of `joints` come from the caller, the same for all packages."""
+    """Chain of packages of one model that run one after another.
+
+    All inputs but those of `joints` come from the caller, the same for all packages.
+    """
 
     functions: dict[str, Positive]  # and the tokens that each takes
     packages: tuple[ChainedPackage, ...]
@@ -177,7 +180,7 @@ class FileFacts(Section, frozen=True):
 
 
 class Manifest(Section, frozen=True, kw_only=True, omit_defaults=True):
-    """The whole document."""
+    """Manifest of an artifact, the whole document."""
 
     format: int
     model: Model

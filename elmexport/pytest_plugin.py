@@ -1,4 +1,4 @@
-"""A fixture for projects that ship artifacts: `elmexport_eval` evaluates one, and its result asserts what it may have cost.
+"""Pytest fixture for projects that ship artifacts: `elmexport_eval` evaluates one, and its result asserts what it may have cost.
 
     def test_quality(elmexport_eval):
         report = elmexport_eval("build/450M-coreml-int4", tasks=["arc_easy"], limit=200)

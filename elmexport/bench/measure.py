@@ -1,4 +1,4 @@
-"""One pass of a workload over an open runtime."""
+"""Timing of a workload on an open runtime."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ class LocalData:
     """The files of one folder, read when first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """
+        """Find the JSONL files of a folder.
+
         Raises:
             ElmExportError: no such folder, or no JSONL file in it.
         """

@@ -34,7 +34,7 @@ STORE_FORMAT = 1  # of the kept answers; raised when the same request would be a
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate. `tasks` are names with a number of few-shot examples each, None for the task's own number."""
+    """Settings of an evaluation. `tasks` are names with a number of few-shot examples each, None for the task's own number."""
 
     tasks: Mapping[str, int | None]
     limit: int | None = None  # documents of each task
@@ -53,7 +53,7 @@ def evaluate(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Evaluate `artifact` and compare it with `against`: "fp16", the model it was made from, or the path of another artifact of it, or None.
+    """Evaluate `artifact`, and compare it with `against`: "fp16", the model it was made from, another artifact's path, or None.
 
     `settings`: by default the bundled cloze task and text, which need no download. Answers are kept in `elmexport.cache.cache_folder()` as they
     come: an interrupted evaluation goes on where it ended. `note` receives, in words, what is not as one might expect.
@@ -127,11 +127,11 @@ class _Opened:
         self.close()
 
 
-Tasks = Sequence[tuple["Suite", Sequence["Document"]]]
+TaskList = Sequence[tuple["Suite", Sequence["Document"]]]
 
 
-def _prepare(settings: Settings, progress: Progress) -> tuple[Tasks, list[str]]:
-    """The questions, and what is remarkable about them."""
+def _prepare(settings: Settings, progress: Progress) -> tuple[TaskList, list[str]]:
+    """Load the tasks with their documents, and notes on them."""
     if not settings.tasks:
         return [], []
     progress.stage("tasks", len(settings.tasks))
@@ -148,7 +148,7 @@ def _prepare(settings: Settings, progress: Progress) -> tuple[Tasks, list[str]]:
     return tasks, [f"{suite.name}: {line}" for suite, _ in tasks for line in suite.notes]
 
 
-def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, tasks: Tasks, progress: Progress) -> dict[str, TaskResult]:
+def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, tasks: TaskList, progress: Progress) -> dict[str, TaskResult]:
     """The results of one model."""
     if not tasks:
         return {}
@@ -198,7 +198,7 @@ def _store_name(identity: str, engine: str, context: int, tokenizer: Tokenizer) 
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _described(settings: Settings, tasks: Tasks, windows: Windows | None, notes: Sequence[str]) -> dict[str, Any]:
+def _described(settings: Settings, tasks: TaskList, windows: Windows | None, notes: Sequence[str]) -> dict[str, Any]:
     text = None if windows is None else {"name": windows.text, "windows": len(windows.ids), "window": windows.length, "hash": windows.hash}
     return {
         "tasks": {suite.name: suite.fewshot for suite, _ in tasks},

@@ -1,4 +1,4 @@
-"""What is evaluated: an artifact, or the model it came from as fp16 reference. Each is described first and opened when its turn comes."""
+"""Evaluated models: an artifact, or the model it came from as fp16 reference. Each is described first and opened when its turn comes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FP16 = "fp16"  # --against fp16: the model itself
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """`open_runtime` may take long and much memory; the caller closes what it returns."""
+    """Model to evaluate. `open_runtime` may take long and much memory; the caller closes what it returns."""
 
     subject: Subject
     open_runtime: Callable[[], Runtime]
@@ -63,7 +63,7 @@ def evaluated_artifact(path: Path) -> EvaluatedModel:
 
 
 def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | None = None) -> EvaluatedModel:
-    """What the artifact is compared with: "fp16", the model that its manifest names, or else the path of a checkpoint or another artifact.
+    """Find the reference to compare with: "fp16", the model that the manifest names, or the path of a checkpoint or artifact.
 
     The fp16 reference is the model's weights rounded to fp16, computed in float32, with the artifact's own context so that both shorten a
     long prompt alike.

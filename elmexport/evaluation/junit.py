@@ -1,4 +1,4 @@
-"""The gates as JUnit XML, which GitHub, GitLab, Jenkins and others show as tests: a case for every gate, and one for the evaluation itself."""
+"""JUnit XML of the gates, for CI systems to show as tests: a case for every gate, and one for the evaluation itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def junit_xml(report: Report) -> str:
 
 
 def write_junit(report: Report, path: Path) -> None:
-    """
+    """Write the JUnit XML file.
+
     Raises:
         ElmExportError: the file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""How the rows of each task look in a local JSONL file: the file names, the columns, and what lm-eval's task wants them turned into.
+"""Layouts of the tasks' rows in local JSONL files: file names, columns, and the conversion to what lm-eval's task reads.
 
 The columns are those of the Hugging Face data set that people know the task by; where lm-eval reads another data set with the same
 content (BoolQ inside SuperGLUE, RACE by article), `convert` turns one into the other.
@@ -16,7 +16,7 @@ Kind = type | tuple[type, ...]
 
 @dataclass(frozen=True)
 class DataRow:
-    """One row and where it stands, for errors."""
+    """One row of a data file, and its place for errors."""
 
     file: str
     number: int
@@ -29,7 +29,7 @@ class DataRow:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of one data set."""
+    """Layout of the rows of one data set."""
 
     files: tuple[str, ...]  # names before ".split.jsonl"
     columns: Mapping[str, Kind]  # "choices.text": inside the object `choices`

@@ -1,4 +1,4 @@
-"""The check that ends every export: does the artifact, run by its engine, still say what the model says?"""
+"""Self-check of an export: KL divergence of the artifact, run by its engine, from the model on a short text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DECODED = 8  # of these, fed one at a time to cover the decode path
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model itself says: float32 logits `[tokens, vocab]` for `ids`, the peak of its residual stream, and how large the inputs of its matrices are."""
+    """The model itself on a short text: float32 logits `[tokens, vocab]` for `ids`, and statistics (mean squares, the residual peak)."""
 
     ids: NDArray[np.int64]
     text: str  # what the ids are, in words
@@ -40,11 +40,11 @@ class Reference:
 
     @property
     def text_sha256(self) -> str:
-        """Of the ids, as that of a calibration text."""
+        """SHA-256 of the ids, as that of a calibration text."""
         return Sample(self.ids[None], self.text).sha256
 
     def moments(self, spec: WeightSpec) -> Moments | None:
-        """Those of what `spec` multiplies; None for a tensor that multiplies nothing."""
+        """Moments of what `spec` multiplies; None for a tensor that multiplies nothing."""
         square = self.mean_squares.get(spec.name)
         return None if square is None else Moments(len(self.ids), square, None, None)
 

@@ -1,4 +1,4 @@
-"""The accuracy that other weights cost a model, before any artifact is written: the bundled cloze task, in torch, paired item by item."""
+"""Accuracy that other weights cost a model, before any artifact is written: the bundled cloze task, in torch, paired item by item."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elmexport.runtimes.torch import TorchRuntime
 
 
 class TaskDrop:
-    """The task, and what the model answers with its weights rounded to fp16: the reference of `elmexport eval`.
+    """Paired comparison with a model whose weights are rounded to fp16: the reference of `elmexport eval`.
 
     A model is in memory as a whole, in float32, while it answers.
     """

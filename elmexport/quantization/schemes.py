@@ -42,14 +42,14 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def recipe_name(self) -> str:
-        """What recipe files call the scheme, "int4-block32": the inverse of `parse`."""
+        """Name of the scheme in recipe files, "int4-block32": the inverse of `parse`."""
 
     @abstractmethod
     def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         """Stored bits of a tensor of `shape`, each scale taking `scale_bits`."""
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a tensor of `shape` cannot take this scheme, None if it can."""
+        """Reason why a tensor of `shape` cannot take this scheme, None if it can."""
         return None
 
     @property
@@ -89,7 +89,7 @@ class PerChannel:
         return math.prod(shape[:-1])
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a tensor of `shape` cannot take this granularity, None if it can."""
+        """Reason why a tensor of `shape` cannot take this granularity, None if it can."""
         return None
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""How many threads engines use: as many as they think best, or as the environment variable `ELMEXPORT_THREADS` says.
+"""Cores that this process may use, and threads that were asked for by the environment variable `ELMEXPORT_THREADS`.
 
 It holds for onnxruntime and llama.cpp; torch, which runs checkpoints and Core ML packages, has `OMP_NUM_THREADS`.
 """

@@ -1,4 +1,4 @@
-"""The reference runtime: a checkpoint in torch, eager ops, float32 (or float64), weights resident."""
+"""Torch runtime, the reference: a checkpoint run by the eager ops, in float32 (or float64), its weights resident."""
 
 from __future__ import annotations
 

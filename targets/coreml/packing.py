@@ -1,4 +1,4 @@
-"""Weights into `weight.bin` and into the graph: one tensor is read, quantized, written and forgotten before the next.
+"""Packing of weights into `weight.bin` and into the graph: one tensor is read, quantized, written and forgotten before the next.
 
 coremltools keeps every constant of a program as an array until it saves the package. Here a tensor goes to the file at once, and the graph
 gets a stand-in: an array of the same shape and dtype without memory, and a `weight_id` by which the file offset is found again. Functions
@@ -53,8 +53,10 @@ class Blob:
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """Rows of a weight matrix `[rows, in, 1, 1]`: fp16 values, codes with `scales` `[rows, groups, 1, 1]`, or indices into `tables`
-    `[groups, 1, 1, 1, entries, 1]`."""
+    """Rows of a weight matrix `[rows, in, 1, 1]` in the file.
+
+    They are fp16 values, codes with `scales` `[rows, groups, 1, 1]`, or indices into `tables` `[groups, 1, 1, 1, entries, 1]`.
+    """
 
     name: str
     values: Blob
@@ -71,7 +73,7 @@ class Matrix:
 
 
 class WeightFile:
-    """Writes `weight.bin`; gives constants of the program under construction that refer to it.
+    """Writer of `weight.bin`; gives constants of the program under construction that refer to it.
 
     Matrices are `[rows, in]` and ones up to `rank` axes, 4 for convolutions. One with more than `max_rows` rows is cut.
     """

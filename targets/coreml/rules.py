@@ -80,7 +80,7 @@ _NO_PATH = [
 
 
 class Severity(StrEnum):
-    """How sure the sources are."""
+    """Severity of a breach."""
 
     ERROR = "error"  # the operation, or the whole package, does not run on the Neural Engine
     WARNING = "warning"  # it runs, but pays for it; or only some devices refuse it

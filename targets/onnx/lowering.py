@@ -1,4 +1,4 @@
-"""From the op vocabulary to ONNX: the fast form, with onnxruntime's `com.microsoft` operators.
+"""Lowering of the op vocabulary to ONNX: the fast form, with onnxruntime's `com.microsoft` operators.
 
 Inputs `input_ids` and `attention_mask` (int64) and `past_key_values.N.key|value`, outputs `logits` (float32) and
 `present.N.key|value`. `attention_mask` is `[batch_size, total_sequence_length]`, ones over the tokens in the cache and those now fed.
@@ -40,8 +40,11 @@ _DTYPES = {"fp32": (ir.DataType.FLOAT, np.float32), "fp16": (ir.DataType.FLOAT16
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A quantized matrix in the file: codes uint8 `[out, blocks, bytes of a block]`, scales `[out, blocks]`, and where the codes are
-    asymmetric zero points uint8 `[out, bytes of a row]`."""
+    """Quantized matrix in the file.
+
+    Codes uint8 `[out, blocks, bytes of a block]`, scales `[out, blocks]`, and where the codes are asymmetric zero points uint8
+    `[out, bytes of a row]`.
+    """
 
     codes: ir.Value
     scales: ir.Value

@@ -1,4 +1,4 @@
-"""The rows of a batch: where their tokens stand among padding, and for which of them the head is computed."""
+"""Rows of a batch among padding: positions of their tokens, and those for which the head is computed."""
 
 from __future__ import annotations
 

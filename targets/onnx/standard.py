@@ -1,4 +1,4 @@
-"""From the op vocabulary to ONNX: the portable form, operators of opset 24 alone.
+"""Lowering of the op vocabulary to ONNX: the portable form, operators of opset 24 alone.
 
 The interface is that of the fast form, with caches of fixed length: `past_key_values.N.*` and `present.N.*` are
 `[batch_size, kv_heads_N, context, head_dim]`, and TensorScatter writes the new tokens in their place. Weights of 4 or 8 bits are

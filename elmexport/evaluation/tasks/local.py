@@ -35,7 +35,7 @@ class RowTask(ConfigurableTask):  # type: ignore[misc]
             self.dataset = datasets.DatasetDict({name: _dataset(lines) for name, lines in self._splits.items()})
 
     def place(self, doc_id: int) -> str:
-        """Where the row of a document stands, for errors."""
+        """Place of a document's row in its file, for errors."""
         lines = (self._splits or {}).get(self.config.test_split or self.config.validation_split, ())
         if len(lines) == len(self.task_docs):  # else the task itself left some out
             return lines[doc_id].place
@@ -139,7 +139,7 @@ def _dataset(lines: Sequence[DataRow]) -> datasets.Dataset:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval and datasets speak about every step, on the root of their loggers and with progress bars."""
+    """Silence lm-eval and datasets, which speak about every step, on the root of their loggers and with progress bars."""
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,7 @@
-"""Lowering of the op vocabulary to MIL in the form for GPUs: one function, activations `[1, tokens, channels]` fp16, any number of tokens."""
+"""Lowering of the op vocabulary to MIL in the form for GPUs: one function for any number of tokens.
+
+Activations are fp16 `[1, tokens, channels]`.
+"""
 
 from __future__ import annotations
 
