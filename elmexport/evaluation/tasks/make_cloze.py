@@ -1,4 +1,4 @@
-"""Maker of the bundled task `cloze.jsonl` from public-domain prose: `python -m elmexport.evaluation.tasks.make_cloze TEXT cloze.jsonl`.
+"""Maker of the bundled task `cloze.jsonl` from a text: `python -m elmexport.evaluation.tasks.make_cloze TEXT cloze.jsonl`.
 
 TEXT is plain prose whose paragraphs are divided by blank lines. An item is the first half of a paragraph and four ways to go on: the
 paragraph's own words, and words at the same place of three other paragraphs of about the same length. The seed is fixed: same text, same items.
