@@ -14,7 +14,7 @@ from math import ceil
 import numpy as np
 
 from calibration.costs import known_sensitivities
-from calibration.sensitivity import Probe, Sensitivity
+from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.table import is_searched
 from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint
@@ -51,10 +51,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each matrix of a model costs in each scheme that it may have, and the probe by which to measure what came of a choice."""
+    """What each matrix of a model costs in each scheme that it may have, and the evaluator by which to measure what came of a choice."""
 
     measured: Sequence[Sensitivity]
-    probe: Probe
+    evaluator: KLEvaluator
     config: ModelConfig
     base: Recipe  # of which an allocation takes everything but the rules
 
@@ -70,8 +70,8 @@ class Costs:
 
 def choose_bits(
     checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gptq: bool, progress: Progress
-) -> tuple[Allocation, Probe]:
-    """The allocation for `checkpoint`, and the probe by which to measure what came of it.
+) -> tuple[Allocation, KLEvaluator]:
+    """The allocation for `checkpoint`, and the evaluator by which to measure what came of it.
 
     Raises:
         ElmExportError: see `allocate`.
@@ -79,7 +79,7 @@ def choose_bits(
     specs = list(checkpoint.specs.values())
     check_budget(specs, candidates(target, specs), base, bits_per_weight)  # before the minutes that measuring takes
     costs = measure_costs(checkpoint, target, base, gptq=gptq, progress=progress)
-    return costs.allocate(bits_per_weight), costs.probe
+    return costs.allocate(bits_per_weight), costs.evaluator
 
 
 def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq: bool, progress: Progress) -> Costs:
@@ -93,9 +93,9 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq:
     else:
         sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
-    probe = Probe(checkpoint, sample)
-    measured = known_sensitivities(checkpoint, candidates(target, specs), sample, probe, progress)
-    return Costs([by_gptq(item) for item in measured] if gptq else measured, probe, checkpoint.config, base)
+    evaluator = KLEvaluator(checkpoint, sample)
+    measured = known_sensitivities(checkpoint, candidates(target, specs), sample, evaluator, progress)
+    return Costs([by_gptq(item) for item in measured] if gptq else measured, evaluator, checkpoint.config, base)
 
 
 def mixed_name(bits_per_weight: float) -> str:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from calibration.sensitivity import Probe, Sensitivity, sensitivities
+from calibration.sensitivity import KLEvaluator, Sensitivity, sensitivities
 from calibration.text import Sample
 from calibration.work import complete_file
 from elmexport import __version__
@@ -21,7 +21,7 @@ FORMAT = 1  # of the files; raised when the same measurement would give other fi
 
 
 def known_sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[Integer | Lut]], sample: Sample, probe: Probe, progress: Progress
+    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[Integer | Lut]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
     """`sensitivities`, out of the cache if they have been measured before.
 
@@ -34,7 +34,7 @@ def known_sensitivities(
     known = _read(path, checkpoint, names)
     if known is not None:
         return known
-    found = sensitivities(checkpoint, candidates, sample, probe, progress)
+    found = sensitivities(checkpoint, candidates, sample, evaluator, progress)
     document = {item.spec.name: {scheme_name(scheme): kl for scheme, kl in item.kl.items()} for item in found}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

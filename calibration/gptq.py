@@ -71,7 +71,7 @@ def gptq(
     del ordered, factor
     feedback = h / h.diagonal()
     feedback.fill_diagonal_(0)
-    natural = torch.arange(len(w))
+    natural = torch.arange(len(w), device=w.device)
     for _ in range(rounds):
         error = _refit(grid, w, error, h)
         _sweep(grid, w, error, feedback, natural)
@@ -136,10 +136,11 @@ def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, fl
     """The damped Hessian divided by its mean diagonal, the order of its diagonal (largest first), R, upper triangular, of R Rᵀ = H in that order, and
     the damping that it took."""
     mean = hessian.diagonal().mean()
-    h = torch.eye(len(hessian)) if mean == 0 else hessian / mean
+    unit = torch.eye(len(hessian), device=hessian.device)
+    h = unit if mean == 0 else hessian / mean
     order = h.diagonal().argsort(descending=True, stable=True)
     for _ in range(_ATTEMPTS):
-        attempt = h + damping * torch.eye(len(h))
+        attempt = h + damping * unit
         lower, failed = torch.linalg.cholesky_ex(attempt[order][:, order].flip(0, 1))
         if not failed:
             return attempt, order, lower.flip(0, 1), damping

@@ -10,7 +10,7 @@ from typing import Any
 from calibration.allocate import Allocation, Costs, choose_bits, drop_name, measure_costs
 from calibration.dequantized import Dequantized, DequantizedCheckpoint
 from calibration.preparation import Prepared, rounded
-from calibration.sensitivity import Probe
+from calibration.sensitivity import KLEvaluator
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import TaskComparison, TaskResult
@@ -33,8 +33,8 @@ def of_size(
     Raises:
         ElmExportError: see `choose_bits`.
     """
-    allocation, probe = choose_bits(checkpoint, target, base, bits_per_weight, gptq=gptq, progress=progress)
-    return _described(prepare(allocation.recipe, True), {"asked": bits_per_weight}, allocation, probe)
+    allocation, evaluator = choose_bits(checkpoint, target, base, bits_per_weight, gptq=gptq, progress=progress)
+    return _described(prepare(allocation.recipe, True), {"asked": bits_per_weight}, allocation, evaluator)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def within_drop(
         "detectable_drop": None if compared.detectable_drop is None else rounded(compared.detectable_drop),
         "trials": [{"bits_per_weight": rounded(trial.allocation.bits_per_weight), "drop": rounded(trial.drop)} for trial in trials],
     }
-    return _described(prepare(recipe, True), facts, chosen.allocation, costs.probe)
+    return _described(prepare(recipe, True), facts, chosen.allocation, costs.evaluator)
 
 
 def _sizes(least: float, most: float) -> list[float]:
@@ -134,8 +134,8 @@ def _unreachable(max_drop: float, widest: _Trial) -> str:
     )
 
 
-def _described(prepared: Prepared, asked: dict[str, Any], allocation: Allocation, probe: Probe) -> Prepared:
+def _described(prepared: Prepared, asked: dict[str, Any], allocation: Allocation, evaluator: KLEvaluator) -> Prepared:
     """`prepared` with the prediction and what was measured among its facts."""
-    measured = rounded(probe.divergence(Dequantized(prepared.weights)))
+    measured = rounded(evaluator.divergence(Dequantized(prepared.weights)))
     costs = {**asked, "predicted_kl": rounded(allocation.predicted_kl), "measured_kl": measured, "text": "bundled prose"}
     return replace(prepared, facts={**prepared.facts, "allocation": costs})

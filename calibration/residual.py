@@ -16,7 +16,7 @@ DEFAULT_ALPHA = 2.0**-5
 
 
 class ResidualPeak:
-    """An observer for `interpret` that records the largest magnitude on the residual stream."""
+    """Observer of a forward pass: the largest magnitude on the residual stream."""
 
     def __init__(self) -> None:
         self.value = 0.0

@@ -25,7 +25,7 @@ _METADATA_KEY = "elmexport.calibration_part"
 
 
 @dataclass(frozen=True)
-class Part:
+class StageResult:
     """The results of one stage: tensors as `Statistics` has them, the peak of the residual stream, the peaks of norms."""
 
     tensors: Mapping[str, Tensor]
@@ -53,11 +53,11 @@ class Work(ABC):
         """Opened to run a stage; what the last one writes is not kept."""
 
     @abstractmethod
-    def finish(self, stage: int, part: Part) -> None:
+    def finish(self, stage: int, result: StageResult) -> None:
         """`stage` has run to its end."""
 
     @abstractmethod
-    def parts(self) -> list[Part]:
+    def results(self) -> list[StageResult]:
         """Those of all finished stages."""
 
 
@@ -65,11 +65,11 @@ class MemoryWork(Work):
     """One tensor, overwritten batch by batch."""
 
     def __init__(self) -> None:
-        self._parts: list[Part] = []
+        self._results: list[StageResult] = []
         self._stream = torch.empty(0)
 
     def stages_done(self) -> int:
-        return len(self._parts)
+        return len(self._results)
 
     @contextmanager
     def boundary(self, stage: int, sequences: int, *, last: bool) -> Iterator[Boundary]:
@@ -84,11 +84,11 @@ class MemoryWork(Work):
             self._stream = torch.empty(self._sequences, *x.shape[1:])
         self._stream[batch] = x
 
-    def finish(self, stage: int, part: Part) -> None:
-        self._parts.append(part)
+    def finish(self, stage: int, result: StageResult) -> None:
+        self._results.append(result)
 
-    def parts(self) -> list[Part]:
-        return self._parts
+    def results(self) -> list[StageResult]:
+        return self._results
 
 
 class FolderWork(Work):
@@ -115,22 +115,22 @@ class FolderWork(Work):
         with complete_file(self._stream(stage + 1)) as partial, partial.open("wb") as sink:
             yield _FileBoundary(self._stream(stage), sink, self._sequence)
 
-    def finish(self, stage: int, part: Part) -> None:
-        figures = {"residual_peak": part.residual_peak, "norm_peaks": dict(part.norm_peaks)}
+    def finish(self, stage: int, result: StageResult) -> None:
+        figures = {"residual_peak": result.residual_peak, "norm_peaks": dict(result.norm_peaks)}
         with complete_file(self._part(stage)) as partial:
-            write_safetensors(partial, part.tensors, {_METADATA_KEY: json.dumps(figures)})
+            write_safetensors(partial, result.tensors, {_METADATA_KEY: json.dumps(figures)})
         self._stream(stage).unlink(missing_ok=True)
 
-    def parts(self) -> list[Part]:
+    def results(self) -> list[StageResult]:
         return [self._read(self._part(stage)) for stage in range(self.stages_done())]
 
     def remove(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _read(self, path: Path) -> Part:
+    def _read(self, path: Path) -> StageResult:
         figures = json.loads(read_metadata(path)[_METADATA_KEY])
-        return Part(FileTensors(path), figures["residual_peak"], figures["norm_peaks"])
+        return StageResult(FileTensors(path), figures["residual_peak"], figures["norm_peaks"])
 
     def _stream(self, stage: int) -> Path:
         return self._folder / f"stream-{stage}"

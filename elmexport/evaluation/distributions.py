@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.divergence import log_softmax, token_nll
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.evaluation.metrics import log_softmax, token_nll
 from elmexport.evaluation.windows import Windows
 from elmexport.progress import Progress
 from elmexport.runtimes.base import Runtime

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibration.collect import read_by
 from calibration.residual import ResidualPeak
 from calibration.statistics import Moments
 from calibration.text import Sample, sample_ids
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.divergence import Divergence, divergence
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.evaluation.metrics import Divergence, divergence
-from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
@@ -55,12 +55,12 @@ class _Observer:
     def __init__(self, graph: Graph) -> None:
         self.peak = ResidualPeak()
         self.mean_squares: dict[str, torch.Tensor] = {}  # by activation
-        self._read = set(read_by(graph).values())
+        self._read = set(graph.linear_inputs.values())
 
     def __call__(self, node: Node, out: torch.Tensor) -> None:
         self.peak(node, out)
         if node.outputs[0] in self._read:
-            self.mean_squares[node.outputs[0]] = out.flatten(0, -2).square().mean(0, dtype=torch.float64).to(torch.float32)
+            self.mean_squares[node.outputs[0]] = out.flatten(0, -2).square().cpu().mean(0, dtype=torch.float64).to(torch.float32)
 
 
 @torch.inference_mode()
@@ -72,14 +72,15 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
 
     def weight(spec: WeightSpec) -> torch.Tensor:
         progress.advance(spec.size)
-        return checkpoint.tensor(spec.name).to(torch.float32)
+        return checkpoint.tensor(spec.name)
 
-    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph, context=len(ids)), observe=observer)
+    caches = KVCaches(graph, context=len(ids), device=torch_device())
+    logits = forward(graph, weight, torch.from_numpy(ids)[None], 0, caches, observe=observer)
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"
         )
-    mean_squares = {name: observer.mean_squares[activation] for name, activation in read_by(graph).items()}
+    mean_squares = {name: observer.mean_squares[activation] for name, activation in graph.linear_inputs.items()}
     return Reference(ids, text, logits[0].numpy(), observer.peak.value, mean_squares)
 
 

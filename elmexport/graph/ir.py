@@ -88,6 +88,11 @@ class Graph:
         """KV heads of each layer that is here, by its number."""
         return {node.layer: node.attrs["kv_heads"] for node in self.attentions if node.layer is not None}
 
+    @cached_property
+    def linear_inputs(self) -> dict[str, str]:
+        """Name of each weight that multiplies activations to that of the activation."""
+        return {node.weights["weight"].name: node.inputs["x"] for node in self.nodes if node.op == "linear"}
+
     def weight_specs(self) -> Iterator[WeightSpec]:
         """Every distinct weight, in the order of first use."""
         seen: set[str] = set()

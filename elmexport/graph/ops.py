@@ -123,7 +123,8 @@ def attention_(
     if k_norm is not None:
         key = _normalize(key, k_norm, eps)
     end = position + tokens
-    cos, sin = rope_angles(torch.arange(position, end, device=qkv.device), head_dim, rope_theta, qkv.dtype)
+    # On the CPU, whatever the device: some have no float64, and the angles are the same everywhere.
+    cos, sin = (angles.to(qkv.device) for angles in rope_angles(torch.arange(position, end), head_dim, rope_theta, qkv.dtype))
     query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
     k_cache[:, :, position:end] = key
     v_cache[:, :, position:end] = value

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.collect import read_by
 from calibration.statistics import MEAN_SQUARE, Facts, Statistics
 from calibration.work import complete_file
 from elmexport.checkpoint.base import Checkpoint
@@ -78,7 +77,7 @@ def statistics_from_imatrix(path: Path, checkpoint: Checkpoint) -> Statistics:
     imatrix = read_imatrix(path)
     entries = matrices(checkpoint.config)
     imatrix.check((name, entry.part_shape) for entry in entries for name in entry.names)
-    activations = read_by(trace(checkpoint.config))
+    activations = trace(checkpoint.config).linear_inputs
     inputs = {entry.spec.name: activations[entry.spec.name] for entry in entries if entry.names[0] in imatrix.entries}
     # Parts of one weight, gate and up, read the same activation.
     tensors = {

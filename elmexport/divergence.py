@@ -1,4 +1,4 @@
-"""How far next-token distributions are apart and how well they predict, per token, in float64."""
+"""KL divergence and negative log-likelihood of next-token logits, per token, in float64."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ROWS = 8  # tokens worked on at once: 8 × 32,000 float64 values stay in the cac
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Log-probabilities `[tokens, vocab]` of `logits`, float64."""
+    """Compute log-probabilities `[tokens, vocab]` of `logits`, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def token_nll(logits: Logits, targets: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Negative log-likelihood in nats of `targets` `[tokens]` under `logits` `[tokens, vocab]`."""
+    """Compute the negative log-likelihood in nats of `targets` `[tokens]` under `logits` `[tokens, vocab]`."""
 
     def some(rows: slice) -> NDArray[np.float64]:
         return -np.take_along_axis(log_softmax(logits[rows]), targets[rows, None], axis=-1)[:, 0]
@@ -31,7 +31,7 @@ def token_nll(logits: Logits, targets: NDArray[np.integer]) -> NDArray[np.float6
 
 
 def token_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
-    """KL(reference || candidate) in nats, per token, of logits (or log-probabilities) `[tokens, vocab]`; infinite where `candidate` is not finite."""
+    """Compute KL(reference || candidate) in nats, per token, of logits (or log-probabilities) `[tokens, vocab]`; infinite where `candidate` is not finite."""
 
     def some(rows: slice) -> NDArray[np.float64]:
         finite = np.asarray(np.isfinite(candidate[rows]).all(axis=-1, keepdims=True))

@@ -1,0 +1,126 @@
+"""The torch device: which one is chosen, and that a pass keeps to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.collect import collect
+from calibration.sensitivity import KLEvaluator
+from calibration.table import head_moments
+from calibration.text import Sample
+from elmexport.errors import ElmExportError
+from elmexport.evaluation.self_check import reference_pass
+from elmexport.graph.device import VARIABLE, torch_device
+from elmexport.graph.forward import KVCaches, forward, linear_stages
+from elmexport.graph.ir import Node
+from elmexport.models import trace
+from elmexport.progress import SilentProgress
+from elmexport.runtimes.torch import TorchRuntime
+from tests.fake_device import DEVICE, FakeDevice
+from tests.memory_checkpoint import MemoryCheckpoint
+
+USERS = (
+    "calibration.collect",
+    "calibration.sensitivity",
+    "calibration.table",
+    "elmexport.evaluation.self_check",
+    "elmexport.runtimes.torch",
+)
+
+
+@pytest.mark.parametrize(
+    ("asked", "cuda", "mps", "expected"),
+    [
+        ("", False, False, "cpu"),
+        ("auto", False, False, "cpu"),
+        ("auto", True, False, "cuda"),
+        ("auto", False, True, "mps"),
+        ("cpu", True, True, "cpu"),
+        ("cuda", True, False, "cuda"),
+        ("mps", False, True, "mps"),
+    ],
+)
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch, asked: str, cuda: bool, mps: bool, expected: str) -> None:
+    monkeypatch.setenv(VARIABLE, asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert torch_device() == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("tpu", r"ELMEXPORT_TORCH_DEVICE is 'tpu'; choose auto, cpu, cuda, mps"),
+        ("cuda", r"ELMEXPORT_TORCH_DEVICE is 'cuda', and torch .* finds no such device here; choose cpu"),
+    ],
+)
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, asked: str, message: str) -> None:
+    monkeypatch.setenv(VARIABLE, asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ElmExportError, match=message):
+        torch_device()
+
+
+@pytest.fixture
+def ids(small_checkpoint: MemoryCheckpoint) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (3, 16))
+
+
+@torch.no_grad()
+def test_a_pass_computes_where_its_caches_are(small_checkpoint: MemoryCheckpoint, ids: np.ndarray) -> None:
+    graph = trace(small_checkpoint.config, 16)
+    seen: list[torch.device] = []
+
+    def observe(node: Node, out: torch.Tensor) -> None:
+        seen.append(out.device)
+
+    def logits(device: torch.device) -> torch.Tensor:
+        caches = KVCaches(graph, batch=3, device=device)
+        return forward(graph, lambda spec: small_checkpoint.tensor(spec.name), torch.from_numpy(ids), 0, caches, observe=observe)
+
+    expected = logits(torch.device("cpu"))
+    assert set(seen) == {torch.device("cpu")}
+    seen.clear()
+    with FakeDevice():
+        found = logits(DEVICE)
+    assert set(seen) == {DEVICE} and found.device == torch.device("cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_stages_take_from_the_cpu_and_give_to_it(small_checkpoint: MemoryCheckpoint, ids: np.ndarray) -> None:
+    graph = trace(small_checkpoint.config, 16)
+    values = {graph.source: torch.from_numpy(ids)}
+    with FakeDevice():
+        for stage in linear_stages(graph):
+            loaded = stage.load(lambda spec: small_checkpoint.tensor(spec.name), DEVICE)
+            assert all(weight.device == DEVICE for weight in loaded.weights.values())
+            values |= loaded.run(values)
+    assert {value.device for value in values.values()} == {torch.device("cpu")}
+    expected = forward(graph, lambda spec: small_checkpoint.tensor(spec.name), torch.from_numpy(ids), 0, KVCaches(graph, batch=3))
+    torch.testing.assert_close(values[graph.result], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_everything_that_runs_the_model(small_checkpoint: MemoryCheckpoint, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the CPU's is mixed in, and the figures are those of the CPU."""
+
+    def figures() -> list[np.ndarray]:
+        sample = Sample(ids, "random ids")
+        statistics = collect(small_checkpoint, sample, hessian=True)
+        runtime = TorchRuntime(small_checkpoint, context=32)
+        found = [tensor.numpy() for tensor in statistics.tensors.values()]
+        found += [runtime.logits(ids[0]), runtime.logits(ids[0][:1], 16), *runtime.continuations([ids[1], ids[2][:3]], 16)]
+        reference = reference_pass(small_checkpoint, trace(small_checkpoint.config), None, SilentProgress())
+        found += [reference.logits, *(square.numpy() for square in reference.mean_squares.values())]
+        found.append(np.array(KLEvaluator(small_checkpoint, sample).divergence({})))
+        return [*found, head_moments(small_checkpoint, sample, SilentProgress()).cpu().numpy()]
+
+    expected = figures()
+    for user in USERS:
+        monkeypatch.setattr(f"{user}.torch_device", lambda: DEVICE)
+    with FakeDevice():
+        found = figures()
+    for here, there in zip(expected, found, strict=True):
+        np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-3)
