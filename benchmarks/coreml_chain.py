@@ -112,15 +112,15 @@ def _reference(model: str, quant: str, artifact: str, out: str, tokens: int) -> 
     from elmexport.checkpoint import open_checkpoint
     from elmexport.graph.forward import KVCaches, forward
     from elmexport.models import trace
-    from elmexport.quantization.planned import PlannedWeights
     from elmexport.quantization.recipes import resolve
+    from elmexport.quantization.weight_source import CheckpointWeights
     from elmexport.target import find_target
     from elmexport.weights import WeightSpec
 
     checkpoint = open_checkpoint(model, random_weights=0)
     context = json.loads((Path(artifact) / "manifest.json").read_text(encoding="utf-8"))["context"]
     graph = trace(checkpoint.config, context)
-    weights = PlannedWeights(checkpoint, resolve(find_target("coreml").recipe(quant), checkpoint.config))
+    weights = CheckpointWeights(checkpoint, resolve(find_target("coreml").recipe(quant), checkpoint.config))
 
     def weight(spec: WeightSpec) -> torch.Tensor:
         tensor = weights.get(spec)

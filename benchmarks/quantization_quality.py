@@ -32,8 +32,8 @@ from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
 from calibration.sensitivity import KLEvaluator, sensitivities
 from calibration.sequential import quantize_in_order
-from calibration.statistics import Statistics
-from calibration.table import is_searched, quantize_table
+from calibration.statistics import Statistics, mean_square_of
+from calibration.table import quantize_table
 from calibration.text import Sample, bundled_text, calibration_text, sample_windows
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
@@ -45,7 +45,7 @@ from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
-from elmexport.quantization.schemes import Float, Integer, Lut, find_scheme
+from elmexport.quantization.schemes import CodedScheme, Float, find_scheme
 from elmexport.target import find_target
 from elmexport.weights import Role, WeightSpec
 
@@ -129,14 +129,14 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
         rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(scheme)))
         return resolve(Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
 
-    def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, Integer | Lut], Tensor]) -> dict[str, Tensor]:
+    def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, CodedScheme], Tensor]) -> dict[str, Tensor]:
         found = {}
         for spec in model.specs.values():
             scheme, weight = plan.schemes[spec.name], model.tensor(spec.name).to(torch.float32)
             if isinstance(scheme, Float):
                 found[spec.name] = weight  # norms, which a fold changes
             else:
-                assert isinstance(scheme, Integer | Lut)
+                assert isinstance(scheme, CodedScheme)
                 found[spec.name] = find(weight, spec, scheme)
         return found
 
@@ -144,10 +144,10 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
         found = statistics.moments(spec)
         return model.moments(spec, found) if isinstance(model, FoldedCheckpoint) and found is not None else found
 
-    def by_hessian(weight: Tensor, spec: WeightSpec, scheme: Integer | Lut, hessian: Tensor) -> Tensor:
+    def by_hessian(weight: Tensor, spec: WeightSpec, scheme: CodedScheme, hessian: Tensor) -> Tensor:
         if spec.role is not Role.EMBEDDING:
             return gptq(weight, scheme, hessian).dequantize()
-        return (quantize_table(weight, scheme, hessian) if is_searched(scheme) else quantize(weight, scheme)).dequantize()
+        return (quantize_table(weight, scheme, hessian) if scheme.is_coarse else quantize(weight, scheme)).dequantize()
 
     def in_order(model: Checkpoint, plan: Plan) -> dict[str, Tensor]:
         norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role.is_norm}
@@ -158,9 +158,13 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
         return {
             "rtn": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "rtn").dequantize()),
             "mse": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k).dequantize()),
-            "mse, statistics": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", statistics.moments(s)).dequantize()),
-            "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s)).dequantize()),
-            "mse, 128 tokens": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", reference.moments(s)).dequantize()),
+            "mse, statistics": lambda: each(
+                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(statistics.moments)(s)).dequantize()
+            ),
+            "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s).mean_square).dequantize()),
+            "mse, 128 tokens": lambda: each(
+                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(reference.moments)(s)).dequantize()
+            ),
             "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: by_hessian(w, s, k, moments(checkpoint, s).hessian)),
             "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: by_hessian(w, s, k, moments(folded, s).hessian)),
             "gptq": lambda: in_order(checkpoint, plan),

@@ -15,7 +15,6 @@ import numpy as np
 
 from calibration.costs import known_sensitivities
 from calibration.sensitivity import KLEvaluator, Sensitivity
-from calibration.table import is_searched
 from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -24,7 +23,7 @@ from elmexport.models.base import ModelConfig
 from elmexport.progress import Progress
 from elmexport.quantization.layers import Between
 from elmexport.quantization.recipes import Recipe, Rule, resolve
-from elmexport.quantization.schemes import FLOAT_BITS, Integer, Lut, find_scheme
+from elmexport.quantization.schemes import FLOAT_BITS, CodedScheme, find_scheme
 from elmexport.target import Target
 from elmexport.weights import Role, WeightSpec
 
@@ -108,9 +107,9 @@ def drop_name(max_drop: float) -> str:
     return f"drop-{max_drop:g}"
 
 
-def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[Integer | Lut, ...]]:
+def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[CodedScheme, ...]]:
     """By the name of each matrix that has any, the schemes among `CANDIDATES` that its shape and `target` can take."""
-    known = [scheme for name in CANDIDATES if isinstance(scheme := find_scheme(name), Integer | Lut)]
+    known = [scheme for name in CANDIDATES if isinstance(scheme := find_scheme(name), CodedScheme)]
     found = {
         spec.name: tuple(s for s in known if s.refuses(spec.shape) is None and target.refuses(s, spec.role) is None)
         for spec in specs
@@ -119,7 +118,7 @@ def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[I
     return {name: schemes for name, schemes in found.items() if schemes}
 
 
-def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Integer | Lut]], base: Recipe, bits_per_weight: float) -> None:
+def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[CodedScheme]], base: Recipe, bits_per_weight: float) -> None:
     """Refuse a size that not even the narrowest schemes reach.
 
     Raises:
@@ -156,11 +155,11 @@ def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe,
 def by_gptq(item: Sensitivity) -> Sensitivity:
     """`item` under GPTQ."""
     if item.spec.role is Role.EMBEDDING:
-        return replace(item, kl={scheme: kl * (TABLE_GAIN if is_searched(scheme) else 1.0) for scheme, kl in item.kl.items()})
+        return replace(item, kl={scheme: kl * (TABLE_GAIN if scheme.is_coarse else 1.0) for scheme, kl in item.kl.items()})
     return replace(item, kl={scheme: kl * GPTQ_GAIN for scheme, kl in item.kl.items()})
 
 
-def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> dict[str, Integer | Lut]:
+def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> dict[str, CodedScheme]:
     """The scheme of each matrix, of least total divergence within `budget` bits: a multiple-choice knapsack, by dynamic programming.
 
     Bits beyond those of the narrowest schemes are counted in `_GRAINS` grains of what is left of the budget, rounded up.
@@ -192,9 +191,9 @@ def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> 
 
 def _extreme_bits(
     specs: Sequence[WeightSpec],
-    offered: Mapping[str, Sequence[Integer | Lut]],
+    offered: Mapping[str, Sequence[CodedScheme]],
     base: Recipe,
-    which: Callable[..., Integer | Lut],
+    which: Callable[..., CodedScheme],
 ) -> float:
     """Bits per weight with the scheme of `which` (`min` or `max`) size everywhere."""
     scale_bits = FLOAT_BITS[base.scales.dtype]
@@ -202,15 +201,15 @@ def _extreme_bits(
     return sum(_bits(spec, chosen, base, scale_bits) for spec in specs) / sum(spec.size for spec in specs)
 
 
-def _bits(spec: WeightSpec, chosen: Mapping[str, Integer | Lut], base: Recipe, scale_bits: int) -> int:
+def _bits(spec: WeightSpec, chosen: Mapping[str, CodedScheme], base: Recipe, scale_bits: int) -> int:
     if spec.name in chosen:
         return chosen[spec.name].bits(spec.shape, scale_bits)
     return (base.norms if spec.role.is_norm else base.fallback).bits(spec.shape, scale_bits)
 
 
-def _rules(chosen: Mapping[str, Integer | Lut], specs: Mapping[str, WeightSpec]) -> tuple[Rule, ...]:
+def _rules(chosen: Mapping[str, CodedScheme], specs: Mapping[str, WeightSpec]) -> tuple[Rule, ...]:
     """One rule for each run of layers whose matrices of one role share a scheme; the most common scheme ends the list, for all the rest."""
-    sizes: dict[Integer | Lut, int] = {}
+    sizes: dict[CodedScheme, int] = {}
     for name, scheme in chosen.items():
         sizes[scheme] = sizes.get(scheme, 0) + specs[name].size
     common = max(sizes, key=lambda scheme: sizes[scheme])
@@ -225,6 +224,6 @@ def _rules(chosen: Mapping[str, Integer | Lut], specs: Mapping[str, WeightSpec])
     return (*rules, Rule(common))
 
 
-def _words(chosen: Mapping[str, Integer | Lut]) -> str:
+def _words(chosen: Mapping[str, CodedScheme]) -> str:
     kinds = sorted({str(scheme) for scheme in chosen.values()})
     return f"each matrix as its sensitivity asks for: {'; '.join(kinds)}"

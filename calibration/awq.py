@@ -17,8 +17,9 @@ from calibration.gptq import output_error
 from calibration.statistics import Moments, Statistics
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import check_fits, quantize
-from elmexport.quantization.schemes import Integer, Lut, PerGroupedChannel, Scheme
+from elmexport.quantization.codec import find_codec
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.schemes import CodedScheme, Scheme
 from elmexport.weights import Role, WeightSpec
 
 _EXPONENTS = tuple(i / 10 for i in range(11))
@@ -38,7 +39,7 @@ def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], st
     found: dict[int, dict[str, Tensor]] = {}
     for spec in checkpoint.specs.values():
         chosen, name = scheme(spec), _FIELDS.get(spec.role)
-        if name is None or spec.layer is None or not isinstance(chosen, Integer | Lut):
+        if name is None or spec.layer is None or not isinstance(chosen, CodedScheme):
             continue
         if name == "down" and not has_gate(checkpoint, spec.layer):
             continue
@@ -55,7 +56,7 @@ def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], st
     return {layer: LayerFold(**fold) for layer, fold in found.items()}
 
 
-def awq_scale(weight: Tensor, scheme: Integer | Lut, moments: Moments, shared: Tensor | None = None) -> Tensor | None:
+def awq_scale(weight: Tensor, scheme: CodedScheme, moments: Moments, shared: Tensor | None = None) -> Tensor | None:
     """The scales, float32 `[in]`, by which to multiply the columns of `weight` `[out, in]` before `scheme` rounds it; None where none helps.
 
     Judged by the output error under the Hessian, or under the mean squares where there is none. `shared` (int64 `[in]`) says which scale each
@@ -64,7 +65,7 @@ def awq_scale(weight: Tensor, scheme: Integer | Lut, moments: Moments, shared: T
     Raises:
         ElmExportError: the weight does not fit the scheme.
     """
-    check_fits(weight, scheme)
+    find_codec(scheme).check(weight)
     shared = torch.arange(weight.shape[1]) if shared is None else shared
     size = (torch.zeros(int(shared.max()) + 1).index_add_(0, shared, moments.mean_square) / torch.bincount(shared)).sqrt()
     if size.max() == 0:
@@ -76,16 +77,16 @@ def awq_scale(weight: Tensor, scheme: Integer | Lut, moments: Moments, shared: T
         scale = size.pow(exponent)
         scale = scale / scale.log().mean().exp()
         columns = scale[shared]
-        error = sample - quantize(sample * columns, scheme, "mse", folded_moments(moments, columns)).dequantize() / columns
+        error = sample - quantize(sample * columns, scheme, "mse", folded_moments(moments, columns).mean_square).dequantize() / columns
         cost = output_error(error, moments.hessian) if moments.hessian is not None else float((error.square() @ moments.mean_square).sum())
         if cost < least:
             best, least = (scale if exponent else None), cost
     return best
 
 
-def _rows(weight: Tensor, scheme: Integer | Lut) -> Tensor:
+def _rows(weight: Tensor, scheme: CodedScheme) -> Tensor:
     """At most about `_ROWS` rows of `weight`, whole groups where rows share a table."""
-    unit = scheme.granularity.size if isinstance(scheme.granularity, PerGroupedChannel) else 1
+    unit = scheme.row_group
     groups = len(weight) // unit
     chosen = torch.linspace(0, groups - 1, min(groups, max(1, _ROWS // unit))).round().to(torch.int64)
     return weight.view(groups, unit, -1)[chosen].reshape(-1, weight.shape[1])

@@ -18,18 +18,19 @@ from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Moments, Statistics
-from calibration.table import is_searched, quantize_table
+from calibration.table import quantize_table
 from calibration.text import Sample
-from calibration.weight_set import FORMAT, Quantized, WeightFacts, WeightSet, quantized_schemes, weight_writer
+from calibration.weight_set import FORMAT, WeightFacts, WeightSet, quantized_schemes, weight_writer
 from calibration.work import complete_file
 from elmexport import __version__
 from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.progress import Progress
+from elmexport.quantization.codec import Quantized
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
 
 MomentsOf = Callable[[WeightSpec], Moments | None]
@@ -128,18 +129,18 @@ def _is_foldable(spec: WeightSpec) -> bool:
 def _from_statistics(
     checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress, damped: Callable[[WeightSpec, float], None]
 ) -> Iterator[tuple[WeightSpec, Quantized]]:
-    specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], Integer | Lut)]
+    specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], CodedScheme)]
     progress.stage("quantizing", sum(spec.size for spec in specs))
     for spec in specs:
         scheme = plan.schemes[spec.name]
-        assert isinstance(scheme, Integer | Lut)
+        assert isinstance(scheme, CodedScheme)
         moments = moments_of(spec)
         weight = checkpoint.tensor(spec.name)
         try:
             if moments is None or moments.hessian is None:
                 yield spec, quantize(weight, scheme)
             elif spec.role is Role.EMBEDDING:
-                yield spec, quantize_table(weight, scheme, moments.hessian) if is_searched(scheme) else quantize(weight, scheme)
+                yield spec, quantize_table(weight, scheme, moments.hessian) if scheme.is_coarse else quantize(weight, scheme)
             else:
                 yield spec, gptq(weight, scheme, moments.hessian, damped=partial(damped, spec))
         except ElmExportError as error:

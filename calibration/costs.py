@@ -15,27 +15,27 @@ from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.progress import Progress
-from elmexport.quantization.schemes import Integer, Lut, find_scheme, scheme_name
+from elmexport.quantization.schemes import CodedScheme, find_scheme
 
 FORMAT = 1  # of the files; raised when the same measurement would give other figures
 
 
 def known_sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[Integer | Lut]], sample: Sample, evaluator: KLEvaluator, progress: Progress
+    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
     """`sensitivities`, out of the cache if they have been measured before.
 
     Raises:
         ElmExportError: the cache cannot be written.
     """
-    names = {name: [scheme_name(scheme) for scheme in schemes] for name, schemes in candidates.items()}
+    names = {name: [scheme.recipe_name for scheme in schemes] for name, schemes in candidates.items()}
     key = json.dumps([FORMAT, __version__, checkpoint.identity(), sample.sha256, names])
     path = cache_folder() / "sensitivities" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     known = _read(path, checkpoint, names)
     if known is not None:
         return known
     found = sensitivities(checkpoint, candidates, sample, evaluator, progress)
-    document = {item.spec.name: {scheme_name(scheme): kl for scheme, kl in item.kl.items()} for item in found}
+    document = {item.spec.name: {scheme.recipe_name: kl for scheme, kl in item.kl.items()} for item in found}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_file(path) as partial:
@@ -51,12 +51,12 @@ def _read(path: Path, checkpoint: Checkpoint, names: Mapping[str, Sequence[str]]
     """What lies in `path`; None where there is nothing, or not what was asked for: then it is measured again."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        kinds: dict[str, dict[Integer | Lut, float]] = {}
+        kinds: dict[str, dict[CodedScheme, float]] = {}
         for name, wanted in names.items():
             kinds[name] = {}
             for label in wanted:
                 scheme = find_scheme(label)
-                assert isinstance(scheme, Integer | Lut)
+                assert isinstance(scheme, CodedScheme)
                 kinds[name][scheme] = float(document[name][label])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -8,31 +8,30 @@ import torch
 from torch import Tensor
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.quantization.planned import PlannedWeights
+from elmexport.quantization.weight_source import WeightSource
 
 
 class Dequantized(Mapping[str, Tensor]):
     """Every tensor as the artifact will hold it, float32, made when it is asked for."""
 
-    def __init__(self, weights: PlannedWeights) -> None:
+    def __init__(self, weights: WeightSource) -> None:
         self._weights = weights
 
     def __getitem__(self, name: str) -> Tensor:
-        weight = self._weights.get(self._weights.checkpoint.specs[name])
+        weight = self._weights.get(self._weights.specs[name])
         return weight.to(torch.float32) if isinstance(weight, Tensor) else weight.dequantize()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.checkpoint.specs)
+        return iter(self._weights.specs)
 
     def __len__(self) -> int:
-        return len(self._weights.checkpoint.specs)
+        return len(self._weights.specs)
 
 
 class DequantizedCheckpoint(Checkpoint):
-    """The model with `weights`: what a runtime for checkpoints can run."""
+    """`model` with `weights` in the place of its own: what a runtime for checkpoints can run."""
 
-    def __init__(self, weights: PlannedWeights) -> None:
-        model = weights.checkpoint
+    def __init__(self, model: Checkpoint, weights: WeightSource) -> None:
         super().__init__(model.config, model.source, model.tokenizer_path)
         self._model, self._tensors = model, Dequantized(weights)
 

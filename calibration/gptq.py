@@ -12,40 +12,26 @@ Matrices in here are transposed, `[in, out]`: what is a column of the weight lie
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import overload
 
 import torch
 from torch import Tensor
 
-from calibration.grids import Grid, IntegerGrid, TableGrid
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.grids import Grid
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.schemes import CodedScheme
 
 _BLOCK = 64  # columns whose errors are passed on together
 _ATTEMPTS = 4  # at a Cholesky factor, each with ten times the damping of the one before
 
 
-@dataclass(frozen=True)
-class _MeanSquare:
-    mean_square: Tensor
-
-
 Damped = Callable[[float], None]  # called with a damping that had to be raised
 
 
-@overload
 def gptq(
-    weight: Tensor, scheme: Integer, hessian: Tensor, *, damping: float = ..., rounds: int = ..., damped: Damped | None = ...
-) -> QuantizedTensor: ...
-@overload
-def gptq(
-    weight: Tensor, scheme: Lut, hessian: Tensor, *, damping: float = ..., rounds: int = ..., damped: Damped | None = ...
-) -> PalettizedTensor: ...
-def gptq(
-    weight: Tensor, scheme: Integer | Lut, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
-) -> QuantizedTensor | PalettizedTensor:
+    weight: Tensor, scheme: CodedScheme, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
+) -> Quantized:
     """Quantize `weight` `[out, in]` (any float dtype) to `scheme`, with an output error under `hessian` `[in, in]` as small as we can find.
 
     `hessian` is E[x xᵀ] of the linear's input. `damping`, a part of its mean diagonal, is added to the diagonal: it keeps the factor well
@@ -59,8 +45,7 @@ def gptq(
     h, order, factor, needed = _damped(h, damping)
     if needed != damping and damped is not None:
         damped(needed)
-    start = quantize(weight, scheme, "mse", _MeanSquare(h.diagonal()))
-    grid: Grid = IntegerGrid(start) if isinstance(start, QuantizedTensor) else TableGrid(start)
+    grid = quantize(weight, scheme, "mse", h.diagonal()).grid()
     w = weight.to(torch.float32).t().contiguous()
 
     feedback = factor / factor.diagonal()

@@ -122,7 +122,7 @@ def smallest(sizes: Sequence[float], passes: Callable[[float], bool]) -> float |
 def _try(checkpoint: Checkpoint, task: TaskDrop, costs: Costs, size: float, prepare: Prepare, progress: Progress) -> _Trial:
     allocation = costs.allocate(size)
     weights = prepare(allocation.recipe, False).weights
-    result = task.measure(DequantizedCheckpoint(weights), f"{allocation.bits_per_weight:.2f} bits per weight", progress)
+    result = task.measure(DequantizedCheckpoint(checkpoint, weights), f"{allocation.bits_per_weight:.2f} bits per weight", progress)
     return _Trial(size, allocation, result)
 
 

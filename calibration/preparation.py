@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from calibration.statistics import mean_square_of
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.progress import Progress
 from elmexport.quantization.ggml import GgmlType
-from elmexport.quantization.planned import OnTheFly, PlannedWeights
 from elmexport.quantization.recipes import Plan, Recipe, resolve
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.schemes import CodedScheme
+from elmexport.quantization.weight_source import CheckpointWeights, WeightSource
 from elmexport.target import Target
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class WeightOptions:
 class Prepared:
     """The weights of an export, ready to be written, and what is known of them."""
 
-    weights: PlannedWeights
+    weights: WeightSource
     statistics: Statistics | None  # of the model's activations, where they were measured or given
     facts: Mapping[str, Any]  # for the manifest's `quant`
     notes: tuple[str, ...] = ()  # what the user should know that is not an error
@@ -148,12 +149,12 @@ def _planned(
 
 def _searches(plan: Plan) -> bool:
     """Whether `mse` has something to search: 8-bit integers have scales from their largest value."""
-    return any(isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.width == 4) for scheme in plan.schemes.values())
+    return any(isinstance(scheme, CodedScheme) and scheme.uses_importance for scheme in plan.schemes.values())
 
 
 def _weighted_by(reference: Reference, checkpoint: Checkpoint, plan: Plan) -> Prepared:
     text = {"text": reference.text, "text_sha256": reference.text_sha256, "tokens": len(reference.ids), "sequential": False}
-    planned = PlannedWeights(checkpoint, plan, OnTheFly("mse", reference.moments))
+    planned = CheckpointWeights(checkpoint, plan, "mse", mean_square_of(reference.moments))
     return Prepared(planned, None, {"method": "mse", "calibration": text})
 
 
@@ -179,10 +180,10 @@ def _stored(checkpoint: Checkpoint, plan: Plan, path: Path) -> Prepared:
 def _found(checkpoint: Checkpoint, plan: Plan, options: WeightOptions, progress: Progress) -> Prepared:
     statistics, sample = _read(checkpoint, options, progress)
     if options.method == "mse" or options.method == "rtn":
-        quantizer = OnTheFly(options.method, None if statistics is None else statistics.moments)
+        planned = CheckpointWeights(checkpoint, plan, options.method, None if statistics is None else mean_square_of(statistics.moments))
         weighted = statistics is not None and options.method == "mse"
         text = _text_of(statistics) if statistics is not None and weighted else None
-        return Prepared(PlannedWeights(checkpoint, plan, quantizer), statistics, {"method": options.method, "calibration": text})
+        return Prepared(planned, statistics, {"method": options.method, "calibration": text})
 
     from calibration.awq import awq_folds
     from calibration.calibrated import gptq_weights, moments_of, save_weights
@@ -195,7 +196,7 @@ def _found(checkpoint: Checkpoint, plan: Plan, options: WeightOptions, progress:
     if options.method == "awq":
         assert statistics is not None
         folded = fold()
-        planned = PlannedWeights(folded, plan, OnTheFly("mse", moments_of(folded, statistics)))
+        planned = CheckpointWeights(folded, plan, "mse", mean_square_of(moments_of(folded, statistics)))
         return Prepared(planned, statistics, {"method": options.method, "calibration": _text_of(statistics)})
     source = sample or statistics
     assert source is not None
@@ -234,9 +235,11 @@ def _collect(checkpoint: Checkpoint, sample: Sample | None, progress: Progress) 
 
 
 def _of_set(checkpoint: Checkpoint, plan: Plan, weights: WeightSet, statistics: Statistics | None) -> Prepared:
+    from calibration.weight_set import StoredWeights
+
     facts = weights.facts
     text = {"text": facts.text, "text_sha256": facts.text_sha256, "tokens": facts.tokens, "sequential": facts.sequential}
-    planned = PlannedWeights(checkpoint, plan, lambda weight, spec, scheme: weights.get(spec), weights.norms())
+    planned = StoredWeights(checkpoint, plan, weights)
     notes = tuple(
         f"{name}: its Hessian was not positive definite and took {value:g} of its mean diagonal as damping (0.01 is usual); calibrate on more text"
         for name, value in weights.damped().items()

@@ -26,7 +26,7 @@ from elmexport.graph.forward import GetWeight, layer_stages, stage_by_stage
 from elmexport.models import trace
 from elmexport.progress import Progress
 from elmexport.quantization.quantize import quantize
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
 
 
@@ -35,12 +35,12 @@ class Sensitivity:
     """Of one matrix: for each scheme that it can take, the divergence (nats per token) that it alone causes."""
 
     spec: WeightSpec
-    kl: Mapping[Integer | Lut, float]
+    kl: Mapping[CodedScheme, float]
 
 
 @torch.inference_mode()
 def sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[Integer | Lut]], sample: Sample, evaluator: KLEvaluator, progress: Progress
+    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
     """Of every matrix that `candidates` names, for the schemes that it gives; `evaluator` reads `sample`."""
     statistics = collect(checkpoint, sample, progress=progress)
@@ -54,7 +54,7 @@ def sensitivities(
         if spec.role is Role.EMBEDDING:  # its rows are read one at a time too, and then no channel counts more than another
             energy = energy / energy.mean() + EMBEDDING_PART
         schemes = sorted(candidates[spec.name], key=lambda scheme: scheme.bits(spec.shape))
-        rounded = [quantize(weight, scheme, "mse", moments).dequantize() for scheme in schemes]
+        rounded = [quantize(weight, scheme, "mse", None if moments is None else moments.mean_square).dequantize() for scheme in schemes]
         measured = evaluator.divergence({spec.name: rounded[0]})
         errors = [float((rounding.sub_(weight).square_() @ energy).sum()) for rounding in rounded]
         found.append(Sensitivity(spec, {s: measured * (e / errors[0] if errors[0] else 0.0) for s, e in zip(schemes, errors, strict=True)}))

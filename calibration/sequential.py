@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calibration.gptq import gptq
 from calibration.second_moments import add_products, mirror
-from calibration.table import head_moments, is_searched, quantize_table
+from calibration.table import head_moments, quantize_table
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
@@ -30,15 +30,15 @@ from elmexport.graph.forward import LoadedStage, Stage, batches, linear_stages
 from elmexport.graph.ir import Node
 from elmexport.models import trace
 from elmexport.progress import Progress
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
 
 # Added to the diagonal of the least-squares problem, as a part of its mean: targets follow what the text shows clearly, not its noise.
 RIDGE = 0.01
 
-Quantized = QuantizedTensor | PalettizedTensor
 Activations = dict[str, Tensor]  # by the graph's names, float32 [sequences, tokens, width]
 
 
@@ -70,13 +70,13 @@ def quantize_in_order(
         for node in stage.nodes:
             spec = node.weights.get("weight", node.weights.get("table"))
             scheme = None if spec is None else plan.schemes[spec.name]
-            if spec is None or not isinstance(scheme, Integer | Lut) or (node.op == "linear" and spec.role is Role.EMBEDDING):
+            if spec is None or not isinstance(scheme, CodedScheme) or (node.op == "linear" and spec.role is Role.EMBEDDING):
                 continue  # a tied head has been quantized as the embedding
             try:
                 if node.op == "linear":
                     target, hessian = _target(node, weights[spec.name], exact, rounded, _gathered(stage, exact, rounded))
                     quantized = gptq(target, scheme, hessian, damped=None if damped is None else partial(damped, spec))
-                elif is_searched(scheme) and checkpoint.config.dims.tied:
+                elif scheme.is_coarse and checkpoint.config.dims.tied:
                     quantized = quantize_table(weights[spec.name], scheme, head_moments(checkpoint, sample, progress))
                 else:
                     quantized = quantize(weights[spec.name], scheme)

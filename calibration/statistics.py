@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,16 @@ class Moments:
     mean_square: Tensor  # float32 [in]: E[x²]
     mean_abs: Tensor | None  # float32 [in]: E[|x|]; None only where llama.cpp measured (an importance matrix)
     hessian: Tensor | None  # float32 [in, in]: E[x xᵀ], symmetric, its diagonal equal to `mean_square`; None where not asked for
+
+
+def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callable[[WeightSpec], Tensor | None]:
+    """The mean squares float32 `[in]` among the moments of what a matrix multiplies, for `elmexport.quantization.weight_source.CheckpointWeights`."""
+
+    def get(spec: WeightSpec) -> Tensor | None:
+        moments = moments_of(spec)
+        return None if moments is None else moments.mean_square
+
+    return get
 
 
 @dataclass(frozen=True)

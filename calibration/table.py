@@ -17,20 +17,15 @@ from elmexport.graph.device import torch_device
 from elmexport.graph.forward import batches, layer_stages, stage_by_stage
 from elmexport.models import trace
 from elmexport.progress import Progress
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
-from elmexport.quantization.schemes import Integer, Lut
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.schemes import CodedScheme
 
 # The embedding's part of the sum: between 0.3 and 1 the divergence of `tiny` hardly changes (docs/quantization-results.md).
 EMBEDDING_PART = 0.5
 TOKENS = 4096  # at most, to measure what the head multiplies
 
 
-def is_searched(scheme: Integer | Lut) -> bool:
-    """Whether codes are so few that finding them well pays: an 8-bit table costs next to nothing."""
-    return scheme.width < 8
-
-
-def quantize_table(weight: Tensor, scheme: Integer | Lut, hessian: Tensor) -> QuantizedTensor | PalettizedTensor:
+def quantize_table(weight: Tensor, scheme: CodedScheme, hessian: Tensor) -> Quantized:
     """Quantize the tied embedding `weight` `[vocab, dim]` to `scheme`; `hessian` `[dim, dim]` is E[x xᵀ] of what it multiplies as the head.
 
     Raises:

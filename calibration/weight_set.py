@@ -20,9 +20,10 @@ from calibration.statistics import FileTensors
 from calibration.work import complete_file
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+from elmexport.quantization.codec import Codec, Quantized, find_codec
 from elmexport.quantization.recipes import Plan
-from elmexport.quantization.schemes import Integer, Lut, find_scheme, scheme_name
+from elmexport.quantization.schemes import CodedScheme, find_scheme
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.weights"
 DAMPING = "damping"
 _DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
-
-Quantized = QuantizedTensor | PalettizedTensor
 
 
 @dataclass(frozen=True)
@@ -117,18 +116,28 @@ class WeightSet:
 
     def get(self, spec: WeightSpec) -> Quantized:
         """The tensor of `spec`, which is one of `facts.schemes`."""
-        scheme = find_scheme(self.facts.schemes[spec.name])
-        assert isinstance(scheme, Integer | Lut)
-        codes = _unpack(self._tensors[f"{spec.name}.codes"], scheme, spec.shape)
-        if isinstance(scheme, Lut):
-            return PalettizedTensor(scheme, codes, self._tensors[f"{spec.name}.tables"])
-        zeros = None if scheme.symmetric else self._tensors[f"{spec.name}.zeros"]
-        return QuantizedTensor(scheme, codes, self._tensors[f"{spec.name}.scales"], zeros)
+        codec = _codec(self.facts.schemes[spec.name])
+        return codec.from_parts({part: self._tensors[f"{spec.name}.{part}"] for part in codec.layout(spec.shape)}, spec.shape)
+
+
+class StoredWeights(WeightSource):
+    """The codes of a weight set, and the norms that came with them; of `checkpoint`, only the tensors that are not in the set are read."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
+        """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""
+        super().__init__(checkpoint, plan)
+        self._weights, self._norms = weights, weights.norms()
+
+    def numbers(self, spec: WeightSpec) -> Tensor:
+        return self._norms[spec.name] if spec.name in self._norms else super().numbers(spec)
+
+    def _quantized(self, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
+        return self._weights.get(spec)
 
 
 def quantized_schemes(plan: Plan) -> dict[str, str]:
     """Name of the scheme of every tensor that `plan` stores as codes of ours (not as a type of ggml's)."""
-    return {name: scheme_name(scheme) for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)}
+    return {name: scheme.recipe_name for name, scheme in plan.schemes.items() if isinstance(scheme, CodedScheme)}
 
 
 class WeightWriter:
@@ -140,10 +149,11 @@ class WeightWriter:
         self._entries: dict[str, tuple[str, list[int], int]] = {}
         end = 0
         for name, scheme in facts.schemes.items():
-            for part, (dtype, shape, size) in _layout(find_scheme(scheme), specs[name].shape).items():
-                header[f"{name}.{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-                self._entries[f"{name}.{part}"] = (dtype, shape, end)
-                end += size
+            for label, part in _codec(scheme).layout(specs[name].shape).items():
+                dtype, shape = _DTYPES[str(part.dtype)], list(part.shape)
+                header[f"{name}.{label}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + part.size]}
+                self._entries[f"{name}.{label}"] = (dtype, shape, end)
+                end += part.size
         for name in facts.folded:
             shape, size = list(specs[name].shape), specs[name].size * 4
             header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
@@ -158,14 +168,7 @@ class WeightWriter:
         self._start = len(text) + 8
 
     def add(self, spec: WeightSpec, quantized: Quantized) -> None:
-        parts = {"codes": _pack(quantized.codes, quantized.scheme)}
-        if isinstance(quantized, PalettizedTensor):
-            parts["tables"] = quantized.tables
-        else:
-            parts["scales"] = quantized.scales
-            if quantized.zeros is not None:
-                parts["zeros"] = quantized.zeros
-        for part, tensor in parts.items():
+        for part, tensor in quantized.parts().items():
             self._write(f"{spec.name}.{part}", tensor)
 
     def damped(self, spec: WeightSpec, damping: float) -> None:
@@ -203,43 +206,10 @@ def weight_writer(path: Path, facts: WeightFacts, specs: Mapping[str, WeightSpec
             raise
 
 
-def _layout(scheme: Any, shape: tuple[int, ...]) -> dict[str, tuple[str, list[int], int]]:
-    """Type, shape and bytes of each stored part of a tensor."""
-    rows, columns = shape
-    granules = scheme.granularity.count(shape)
-    codes = [rows, columns // 2] if _packs(scheme, columns) else [rows, columns]
-    kind = "I8" if isinstance(scheme, Integer) and not _packs(scheme, columns) else "U8"
-    parts = {"codes": (kind, codes, codes[0] * codes[1])}
-    if isinstance(scheme, Lut):
-        return parts | {"tables": ("F16", [granules, scheme.entries], granules * scheme.entries * 2)}
-    parts["scales"] = ("F16", [rows, granules // rows], granules * 2)
-    return parts if scheme.symmetric else parts | {"zeros": ("I8", [rows, granules // rows], granules)}
-
-
-def _packs(scheme: Integer | Lut, columns: int) -> bool:
-    return scheme.width == 4 and columns % 2 == 0
-
-
-def _lowest(scheme: Integer | Lut) -> int:
-    return scheme.range[0] if isinstance(scheme, Integer) else 0
-
-
-def _pack(codes: Tensor, scheme: Integer | Lut) -> Tensor:
-    import torch
-
-    if not _packs(scheme, codes.shape[1]):
-        return codes
-    nibbles = (codes.to(torch.int16) - _lowest(scheme)).to(torch.uint8)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
-
-
-def _unpack(stored: Tensor, scheme: Integer | Lut, shape: tuple[int, ...]) -> Tensor:
-    import torch
-
-    if not _packs(scheme, shape[1]):
-        return stored
-    nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).view(shape)
-    return nibbles if isinstance(scheme, Lut) else nibbles.to(torch.int8) + _lowest(scheme)
+def _codec(scheme: str) -> Codec:
+    found = find_scheme(scheme)
+    assert isinstance(found, CodedScheme), scheme
+    return find_codec(found)
 
 
 def _facts(path: Path, text: str) -> WeightFacts:
@@ -250,7 +220,8 @@ def _facts(path: Path, text: str) -> WeightFacts:
             raise ElmExportError(f"{path}: weight set of format {version}, this version reads up to {FORMAT}; update elmexport")
         facts = WeightFacts(**{field.name: data[field.name] for field in fields(WeightFacts)} | {"folded": tuple(data["folded"])})
         for scheme in facts.schemes.values():
-            find_scheme(scheme)
+            if not isinstance(find_scheme(scheme), CodedScheme):
+                raise ValueError(f"{scheme} is no scheme of codes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ElmExportError(f"{path} is damaged: its metadata cannot be read ({error}); make it again with --save-weights") from None
     return facts

@@ -25,9 +25,9 @@ from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.models.base import ModelConfig
-from elmexport.quantization.planned import PlannedWeights
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Scheme
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import Role
 
 TARGETS: Mapping[str, str] = {
@@ -50,7 +50,7 @@ class ExportJob:
     name: str  # display name for file names, "OpenELM-450M"
     config: ModelConfig
     graph: Graph
-    weights: PlannedWeights
+    weights: WeightSource
     tokenizer: Tokenizer | None
     advance: Advance
 

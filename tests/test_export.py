@@ -20,8 +20,8 @@ from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.export import export, export_checkpoint
 from elmexport.models.openelm.config import OpenELMConfig
-from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.runtimes import open_artifact
 from elmexport.weights import Role, WeightSpec
 from tests.memory_checkpoint import MemoryCheckpoint
@@ -63,15 +63,15 @@ def test_same_inputs_same_bytes(target: str, tiny: Checkpoint, tmp_path: Path) -
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_broken_artifact_is_discarded(target: str, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One matrix whose codes are shifted by a column, as a packing error would do: the self-check must not let it pass."""
-    right = PlannedWeights.get
+    right = WeightSource.get
 
-    def wrong(self: PlannedWeights, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor | QuantizedTensor:
-        weight = right(self, spec, scale)
-        if spec.role is not Role.FFN_DOWN or not isinstance(weight, QuantizedTensor):
+    def wrong(self: WeightSource, spec: WeightSpec) -> torch.Tensor | IntegerTensor:
+        weight = right(self, spec)
+        if spec.role is not Role.FFN_DOWN or not isinstance(weight, IntegerTensor):
             return weight
-        return QuantizedTensor(weight.scheme, weight.codes.roll(1, dims=1), weight.scales)
+        return IntegerTensor(weight.scheme, weight.codes.roll(1, dims=1), weight.scales)
 
-    monkeypatch.setattr(PlannedWeights, "get", wrong)
+    monkeypatch.setattr(WeightSource, "get", wrong)
     with pytest.raises(VerificationError, match=r"self-check failed: KL.* is the most this quantization may cost") as caught:
         export_checkpoint(tiny, target, "int8", out=tmp_path / "artifact")
     assert caught.value.exit_code == 1
@@ -123,7 +123,7 @@ def test_a_model_without_a_tokenizer_is_not_exported_by_accident(
         raise MissingDependencyError("access to it is restricted")
 
     monkeypatch.setattr("elmexport.checkpoint.hub.download_tokenizer", refused)
-    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda: None)
+    monkeypatch.setattr("elmexport.checkpoint.hub.cached_tokenizer", lambda repo: None)
     model, out = tmp_path / "model", tmp_path / "artifact"
     save_checkpoint(model, small_checkpoint.config, {name: torch.from_numpy(array) for name, array in small_checkpoint.arrays.items()})
     with pytest.raises(MissingDependencyError, match=r"model comes without a tokenizer.*or --tokenizer none to go without"):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from elmexport.quantization.schemes import Scheme
 
 _PREFIX = "ggml-"
 
 
 @dataclass(frozen=True)
-class GgmlType:
+class GgmlType(Scheme):
     """`block` consecutive values of a row in `block_bytes` bytes, scales included; `name` is ggml's ("Q4_K")."""
 
     name: str
@@ -18,17 +21,26 @@ class GgmlType:
     block_bytes: int
     fallback: str | None = None  # the type that llama.cpp takes instead for rows that do not divide into blocks
 
+    FORMS: ClassVar[str]
+
+    @classmethod
+    def parse(cls, name: str) -> Self | None:
+        kind = _TYPES.get(name.removeprefix(_PREFIX).upper()) if name.startswith(_PREFIX) and name.islower() else None
+        return kind if isinstance(kind, cls) else None
+
+    @property
+    def recipe_name(self) -> str:
+        return _PREFIX + self.name.lower()
+
     def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         """Stored bits of a tensor of `shape`; `scale_bits` changes nothing, a type's layout is fixed."""
         return math.prod(shape) // self.block * self.block_bytes * 8
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a tensor of `shape` cannot take this type, None if it can."""
         return f"rows of {shape[-1]} values do not divide into {self.name}'s blocks of {self.block}" if shape[-1] % self.block else None
 
     @property
     def instead(self) -> GgmlType | None:
-        """The type for shapes that this one refuses, None where there is none."""
         return None if self.fallback is None else _TYPES[self.fallback]
 
     def __str__(self) -> str:
@@ -54,14 +66,4 @@ _TYPES: Mapping[str, GgmlType] = {
     )
 }
 GGML_TYPES = tuple(_TYPES.values())
-FORMS = f"{_PREFIX}q4_0 (or {', '.join(name.lower() for name in _TYPES if name != 'Q4_0')})"
-
-
-def find_ggml_type(name: str) -> GgmlType | None:
-    """The type that recipe files call `name` ("ggml-q4_k"), None where it is not one."""
-    return _TYPES.get(name.removeprefix(_PREFIX).upper()) if name.startswith(_PREFIX) and name.islower() else None
-
-
-def ggml_type_name(kind: GgmlType) -> str:
-    """The inverse of `find_ggml_type`."""
-    return _PREFIX + kind.name.lower()
+GgmlType.FORMS = f"{_PREFIX}q4_0 (or {', '.join(name.lower() for name in _TYPES if name != 'Q4_0')})"

@@ -38,9 +38,8 @@ from typing import Any
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import ModelDims
 from elmexport.models.base import ModelConfig
-from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.layers import Layers, parse_layers
-from elmexport.quantization.schemes import FLOAT_BITS, Float, Scheme, find_scheme, scheme_name
+from elmexport.quantization.schemes import FLOAT_BITS, Float, Scheme, find_scheme
 from elmexport.weights import Role, WeightSpec
 
 _KEYS: Mapping[str, type | UnionType] = {
@@ -100,7 +99,7 @@ class Recipe:
         """The TOML form, as JSON: what manifests record."""
         rules = []
         for rule in self.rules:
-            data: dict[str, Any] = {"scheme": scheme_name(rule.scheme)}
+            data: dict[str, Any] = {"scheme": rule.scheme.recipe_name}
             if rule.roles is not None:
                 data["roles"] = sorted(rule.roles)
             if rule.layers is not None:
@@ -151,7 +150,7 @@ def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
             reason = scheme.refuses(spec.shape)
             if reason is not None:
                 while scheme.refuses(spec.shape) is not None:
-                    scheme = (scheme.instead if isinstance(scheme, GgmlType) else None) or recipe.fallback
+                    scheme = scheme.instead or recipe.fallback
                 fallbacks.append((spec.name, f"{reason}: kept as {scheme}"))
         schemes[spec.name] = scheme
         bits += scheme.bits(spec.shape, FLOAT_BITS[recipe.scales.dtype])

@@ -17,7 +17,7 @@ from coremltools.converters.mil.backend.mil.load import CoreMLProtoExporter
 from coremltools.converters.mil.mil import Program
 
 from elmexport.graph.ir import Graph
-from elmexport.quantization.planned import PlannedWeights
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.runtimes.coreml_contract import DECODE
 from targets.coreml.interface import Form, description
 from targets.coreml.lowering import lower
@@ -29,7 +29,7 @@ _AUTHOR = "com.apple.CoreML"
 
 
 def write_package(
-    path: Path, graph: Graph, form: Form, weights: PlannedWeights, metadata: Mapping[str, str], advance: Callable[[int], None]
+    path: Path, graph: Graph, form: Form, weights: WeightSource, metadata: Mapping[str, str], advance: Callable[[int], None]
 ) -> dict[str, list[str]]:
     """The package `path` with the functions of `graph` in the Neural Engine's form. Returns the names of its inputs, outputs and states."""
     data = path / MODEL_FOLDER

@@ -2,7 +2,7 @@
 
 coremltools keeps every constant of a program as an array until it saves the package. Here a tensor goes to the file at once, and the graph
 gets a stand-in: an array of the same shape and dtype without memory, and a `weight_id` by which the file offset is found again. Functions
-that use the same tensor share its bytes. No arithmetic happens here: codes, scales and tables are those of `QuantizedTensor` and
+that use the same tensor share its bytes. No arithmetic happens here: codes, scales and tables are those of `IntegerTensor` and
 `PalettizedTensor`.
 """
 
@@ -25,17 +25,17 @@ from coremltools.libmilstoragepython import _BlobStorageWriter as BlobStorageWri
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmexport.errors import ElmExportError
-from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
-from elmexport.quantization.schemes import Float, PerGroupedChannel
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import WeightSpec
 from targets.coreml.interface import MAX_DIM
 
 WEIGHT_FILE = Path("weights", "weight.bin")  # beside the model specification
 
 Var = Any  # coremltools' class carries no types
-Weight = Tensor | QuantizedTensor | PalettizedTensor
+Weight = Tensor | Quantized
 
 # Codes of which several lie in a byte, by the name that the blob writer has for them.
 _NARROW: Mapping[str, np.dtype[Any]] = {"int4": types.np_int4_dtype, "uint4": types.np_uint4_dtype, "uint6": types.np_uint6_dtype}
@@ -77,7 +77,7 @@ class WeightFile:
     """
 
     def __init__(
-        self, folder: Path, weights: PlannedWeights, advance: Callable[[int], None], *, rank: int = 4, max_rows: int | None = MAX_DIM
+        self, folder: Path, weights: WeightSource, advance: Callable[[int], None], *, rank: int = 4, max_rows: int | None = MAX_DIM
     ) -> None:
         self._ones, self._max_rows = (1,) * (rank - 2), max_rows
         self.path = folder / WEIGHT_FILE
@@ -102,7 +102,7 @@ class WeightFile:
         name = identifier(spec.name)
         if name not in self.blobs:
             tensor = self._weights.get(spec)
-            assert not isinstance(tensor, QuantizedTensor | PalettizedTensor), f"{spec.name}: norms are not quantized"
+            assert isinstance(tensor, Tensor), f"{spec.name}: norms are not quantized"
             self._advance(spec.size)
             self._write(name, tensor.numpy().reshape(shape))
         return self._constant(self.blobs[name])
@@ -141,18 +141,19 @@ class WeightFile:
         del self.writer
 
     def _write_matrix(self, spec: WeightSpec, pieces: int, scale: float) -> Matrix:
-        weight, factor = self._read(spec, scale)
+        scaled = self._weights.scaled(spec, scale)
+        weight = scaled.weight
         name = identifier(spec.name)
-        bounds = _cut(spec.shape[0], pieces, _group(weight), self._max_rows or spec.shape[0])
+        bounds = _cut(spec.shape[0], pieces, 1 if isinstance(weight, Tensor) else weight.scheme.row_group, self._max_rows or spec.shape[0])
         parts = []
         for i, (start, stop) in enumerate(bounds):
             label = name if len(bounds) == 1 else f"{name}_part{i}"
             parts.append(self._write_part(label, weight, slice(start, stop)))
         self._advance(spec.size)
-        return Matrix(tuple(parts), factor)
+        return Matrix(tuple(parts), scaled.rest)
 
     def _write_part(self, label: str, weight: Weight, rows: slice) -> Part:
-        if isinstance(weight, QuantizedTensor):
+        if isinstance(weight, IntegerTensor):
             scales = self._write(f"{label}_scales", self._matrix(weight.scales[rows]))
             codes = self._matrix(weight.codes[rows])
             return Part(label, self._write(f"{label}_codes", codes, f"int{weight.scheme.width}"), scales=scales)
@@ -161,21 +162,11 @@ class WeightFile:
             tables = self._write(f"{label}_tables", entries.reshape(len(entries), 1, *self._ones, -1, 1))
             indices = self._matrix(weight.codes[rows])
             return Part(label, self._write(f"{label}_indices", indices, f"uint{weight.scheme.width}"), tables=tables)
+        assert isinstance(weight, Tensor), f"{label}: `CoreMLTarget.refuses` {weight.scheme}"
         return Part(label, self._write(label, self._matrix(weight[rows])))
 
     def _matrix(self, values: Tensor) -> NDArray[Any]:
         return values.numpy().reshape(*values.shape, *self._ones)
-
-    def _read(self, spec: WeightSpec, scale: float) -> tuple[Weight, float]:
-        """The weight times `scale`, and 1; or, where fp16 scales or tables would lose bits to it, the weight as it is, and `scale`."""
-        if isinstance(self._weights.scheme(spec), Float):
-            return self._weights.get(spec, scale), 1.0
-        weight = self._weights.get(spec)
-        assert isinstance(weight, QuantizedTensor | PalettizedTensor)
-        try:
-            return weight.scaled(scale), 1.0
-        except ElmExportError:
-            return weight, scale
 
     def _write(self, name: str, array: NDArray[Any], kind: str | None = None) -> Blob:
         """`kind` ("uint4") says which integers the bytes of `array` stand for, where they are not bytes."""
@@ -212,13 +203,6 @@ class Exporter(MILProtoExporter):  # type: ignore[misc]
 def _file_value(blob: Blob) -> proto.MIL_pb2.Value:
     element = types.numpy_type_to_builtin_type(blob.dtype)
     return create_file_value_tensor(f"@model_path/{WEIGHT_FILE.as_posix()}", blob.offset, blob.shape, types_to_proto_primitive(element))
-
-
-def _group(weight: Weight) -> int:
-    """Consecutive rows that share a table, where others have another."""
-    if isinstance(weight, PalettizedTensor) and isinstance(weight.scheme.granularity, PerGroupedChannel):
-        return weight.scheme.granularity.size
-    return 1
 
 
 def _cut(rows: int, pieces: int, group: int = 1, most: int = MAX_DIM) -> list[tuple[int, int]]:

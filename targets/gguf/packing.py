@@ -14,7 +14,7 @@ from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+    from elmexport.quantization.codec import Quantized
 
 BLOCK = 32  # values in a block of Q8_0 and Q4_0
 
@@ -29,16 +29,16 @@ TYPES: Mapping[Scheme, str] = {
 }
 
 
-def pack(weight: Tensor | QuantizedTensor | PalettizedTensor) -> NDArray[np.uint8]:
+def pack(weight: Tensor | Quantized) -> NDArray[np.uint8]:
     """The bytes of `weight`, one row of the result for each row `[out, bytes]` (`[bytes]` for a vector)."""
     import torch
 
-    from elmexport.quantization.quantize import PalettizedTensor
+    from elmexport.quantization.integer_codec import IntegerTensor
 
     if isinstance(weight, torch.Tensor):
         plain: NDArray[np.uint8] = weight.contiguous().view(torch.uint8).numpy()
         return plain
-    assert not isinstance(weight, PalettizedTensor), "GGUF has no look-up tables"
+    assert isinstance(weight, IntegerTensor), f"GGUF has no place for {weight.scheme}"
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
     blocks = codes.reshape(-1, BLOCK)
     packed = _q8_0(blocks) if weight.scheme.width == 8 else _q4_0(blocks)

@@ -147,7 +147,7 @@ def _packed(job: ExportJob, entry: Entry, imatrix: ImportanceMatrix | None) -> l
     if not isinstance(scheme, GgmlType):
         parts = np.split(pack(job.weights.get(entry.spec)), len(entry.names))
         return list(zip(entry.names, parts, strict=True))
-    weight = job.weights.checkpoint.tensor(entry.spec.name)
+    weight = job.weights.numbers(entry.spec)
     importance = {} if imatrix is None else imatrix.entries
     try:
         return [

@@ -14,7 +14,7 @@ of every row, k for the last k, 0 for every column. Callers that do not know of 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from elmexport.graph.ir import Node
 from elmexport.graph.ops import rope_angles
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.target import ExportJob
 from elmexport.weights import Role, WeightSpec
 from targets.onnx.builder import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
@@ -48,6 +48,7 @@ class Blocks:
     bits: int
     size: int  # values of a block
     zeros: ir.Value | None = None
+    factor: float = 1.0  # what the values have still to be multiplied by, where fp16 scales could not take it
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -109,10 +110,11 @@ class Lowering:
     def _matrix(self, spec: WeightSpec, scale: float = 1.0, *, transpose: bool = False) -> ir.Value | Blocks:
         """A matrix, written at its first use; floats as `[in, out]` with `transpose`, the layout of MatMul."""
         if spec.name not in self.matrices:
-            weight = self.job.weights.get(spec, scale)
-            assert not isinstance(weight, PalettizedTensor), f"{spec.name}: `OnnxTarget.refuses` look-up tables"
-            if isinstance(weight, QuantizedTensor):
-                self.matrices[spec.name] = self._blocks(spec, weight, transpose=transpose)
+            scaled = self.job.weights.scaled(spec, scale)
+            weight = scaled.weight
+            if not isinstance(weight, torch.Tensor):
+                assert isinstance(weight, IntegerTensor), f"{spec.name}: `OnnxTarget.refuses` {weight.scheme}"
+                self.matrices[spec.name] = replace(self._blocks(spec, weight, transpose=transpose), factor=scaled.rest)
             elif transpose:
                 self.matrices[spec.name] = self.builder.weight(f"{spec.name}.transposed", self._floats(weight.t()))
             else:
@@ -120,7 +122,7 @@ class Lowering:
             self.job.advance(spec.size)
         return self.matrices[spec.name]
 
-    def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
+    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> Blocks:
         codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
         scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
         zeros = None if weight.zeros is None else self.builder.weight(f"{spec.name}.zeros", pack_zeros(weight.zeros))
@@ -142,10 +144,14 @@ class Lowering:
         build, ids = self.builder, self.values[node.inputs["ids"]]
         table = self._matrix(node.weights["table"])
         out = self._gather_blocks(node, ids, table) if isinstance(table, Blocks) else build.op("Gather", node.name, table, ids, axis=0)
-        if node.weight_scale != 1.0:  # not in the table: the tied head wants it as it is
-            factor = build.constant("residual_scale", np.array(node.weight_scale, self.numpy_dtype))
-            out = build.op("Mul", f"{node.name}.scaled", out, factor)
-        self.values[node.outputs[0]] = out
+        # Not in the table: the tied head wants it as it is.
+        self.values[node.outputs[0]] = self._times(f"{node.name}.scaled", out, node.weight_scale)
+
+    def _times(self, name: str, x: ir.Value, factor: float) -> ir.Value:
+        """`x` times the residual stream's scale, or times 1: then no node."""
+        if factor == 1.0:
+            return x
+        return self.builder.op("Mul", name, x, self.builder.constant("residual_scale", np.array(factor, self.numpy_dtype)))
 
     def _gather_blocks(self, node: Node, ids: ir.Value, table: Blocks) -> ir.Value:
         """Rows of a matrix in MatMulNBits' layout: the op takes the three-dimensional codes as they lie, the scales lack an axis."""
@@ -166,7 +172,8 @@ class Lowering:
         tied = spec.name in self.matrices
         matrix = self._matrix(spec, node.weight_scale, transpose=True)
         if isinstance(matrix, Blocks):
-            out = self._multiply(node, spec, x, matrix, tied=tied)
+            # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
+            out = self._multiply(node, spec, self._times(f"{node.name}.scaled_input", x, matrix.factor), matrix, tied=tied)
         else:
             if tied:  # it lies as the embedding needs it; engines fold the transposition when they load
                 matrix = build.op("Transpose", f"{node.name}.transposed", matrix, perm=[1, 0])

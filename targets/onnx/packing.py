@@ -9,11 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.schemes import PerBlock
 
 
-def pack_codes(quantized: QuantizedTensor) -> NDArray[np.uint8]:
+def pack_codes(quantized: IntegerTensor) -> NDArray[np.uint8]:
     """Unsigned codes `[out, blocks, bytes of a block]`; symmetric ones have zero point 8 (4 bits) or 128 (8 bits), which both ops assume.
 
     Of two 4-bit codes in a byte, the earlier one takes the low half.

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from elmexport.graph.ir import Node
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.weights import WeightSpec
 from targets.onnx.lowering import Blocks, Lowering
 from targets.onnx.packing import pack_flat
@@ -33,7 +33,7 @@ class StandardLowering(Lowering):
 
     # Weights
 
-    def _blocks(self, spec: WeightSpec, weight: QuantizedTensor, *, transpose: bool) -> Blocks:
+    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> Blocks:
         bits, zeros = weight.scheme.width, weight.zeros
         dtype = _DTYPES[bits] if zeros is None else ir.DataType.UINT4
 

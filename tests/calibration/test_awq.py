@@ -11,7 +11,7 @@ from calibration.gptq import output_error
 from calibration.statistics import Moments
 from elmexport.errors import ElmExportError
 from elmexport.quantization.quantize import quantize
-from elmexport.quantization.schemes import Integer, Lut, find_scheme
+from elmexport.quantization.schemes import CodedScheme, find_scheme
 
 
 def moments(loud: float, hessian: bool = True) -> Moments:
@@ -23,13 +23,13 @@ def moments(loud: float, hessian: bool = True) -> Moments:
 WEIGHT = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
 
 
-def scheme(name: str) -> Integer | Lut:
+def scheme(name: str) -> CodedScheme:
     found = find_scheme(name)
-    assert isinstance(found, Integer | Lut)
+    assert isinstance(found, CodedScheme)
     return found
 
 
-def loss(scale: Tensor, kind: Integer | Lut, hessian: Tensor) -> float:
+def loss(scale: Tensor, kind: CodedScheme, hessian: Tensor) -> float:
     return output_error(WEIGHT - quantize(WEIGHT * scale, kind).dequantize() / scale, hessian)
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from calibration.gptq import gptq, output_error
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
-from elmexport.quantization.schemes import Integer, Lut, find_scheme
-from tests.quantization.test_quantize import Channels
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.schemes import CodedScheme, find_scheme
 
 NAMES = ("int4-block32", "int4-block64", "int4-channel", "int8-block32", "int4-asym-block32", "lut4-group8", "lut4-tensor")
 
@@ -27,17 +29,17 @@ def problem(rows: int = 48, columns: int = 128, seed: int = 0) -> tuple[Tensor, 
     return weight, x.T @ x / len(x)
 
 
-def scheme(name: str) -> Integer | Lut:
+def scheme(name: str) -> CodedScheme:
     found = find_scheme(name)
-    assert isinstance(found, Integer | Lut)
+    assert isinstance(found, CodedScheme)
     return found
 
 
-def loss(weight: Tensor, quantized: QuantizedTensor | PalettizedTensor, hessian: Tensor) -> float:
+def loss(weight: Tensor, quantized: Quantized, hessian: Tensor) -> float:
     return output_error(weight - quantized.dequantize(), hessian)
 
 
-def assert_well_formed(q: QuantizedTensor | PalettizedTensor, like: QuantizedTensor | PalettizedTensor) -> None:
+def assert_well_formed(q: Quantized, like: Quantized) -> None:
     """Shapes, dtypes and ranges as `quantize` gives them."""
     assert q.scheme == like.scheme
     assert q.codes.shape == like.codes.shape and q.codes.dtype == like.codes.dtype and q.codes.is_contiguous()
@@ -56,7 +58,7 @@ def assert_well_formed(q: QuantizedTensor | PalettizedTensor, like: QuantizedTen
 def test_each_step_lowers_the_output_error(name: str) -> None:
     weight, hessian = problem()
     plain = quantize(weight, scheme(name))
-    weighted = quantize(weight, scheme(name), "mse", Channels(hessian.diagonal()))
+    weighted = quantize(weight, scheme(name), "mse", hessian.diagonal())
     greedy = gptq(weight, scheme(name), hessian, rounds=0)
     refitted = gptq(weight, scheme(name), hessian, rounds=2)
     assert_well_formed(refitted, plain)
@@ -71,7 +73,7 @@ def test_the_error_is_near_the_best_that_any_codes_give() -> None:
     """Four columns, one scale per row, all 16^4 codes tried at that scale."""
     weight, hessian = problem(12, 4)
     q = gptq(weight, scheme("int4-channel"), hessian, damping=1e-6, rounds=4)
-    assert isinstance(q, QuantizedTensor)
+    assert isinstance(q, IntegerTensor)
     codes = torch.tensor(list(product(range(-8, 8), repeat=4)), dtype=torch.float32)
     best = 0.0
     for row, scale in zip(weight, q.scales.to(torch.float32), strict=True):
@@ -85,7 +87,7 @@ def test_uncorrelated_inputs_leave_nothing_to_pass_on() -> None:
     weight, _ = problem()
     diagonal = torch.rand(128) + 0.5
     found = gptq(weight, scheme("int4-block32"), diagonal.diag(), damping=0.0, rounds=0)
-    expected = quantize(weight, scheme("int4-block32"), "mse", Channels(diagonal))
+    expected = quantize(weight, scheme("int4-block32"), "mse", diagonal)
     assert torch.equal(found.codes, expected.codes)
 
 
@@ -98,7 +100,7 @@ def test_dead_channels_are_rounded_to_nearest(name: str) -> None:
     q = gptq(weight, scheme(name), hessian)
     relative = (q.dequantize() - weight)[:, dead].square().mean() / weight[:, dead].square().mean()
     assert relative < 0.03
-    assert loss(weight, q, hessian) < 0.7 * loss(weight, quantize(weight, scheme(name), "mse", Channels(hessian.diagonal())), hessian)
+    assert loss(weight, q, hessian) < 0.7 * loss(weight, quantize(weight, scheme(name), "mse", hessian.diagonal()), hessian)
 
 
 def test_a_hessian_of_zeros_says_nothing() -> None:
@@ -149,7 +151,7 @@ def test_blocks_of_zeros_and_one_row(name: str) -> None:
     weight[0, 32:64] = 0
     q = gptq(weight, scheme(name), hessian)
     assert_well_formed(q, quantize(weight, scheme(name)))
-    if isinstance(q, QuantizedTensor):
+    if isinstance(q, IntegerTensor):
         assert torch.all(q.dequantize()[0, 32:64] == 0)
     zeros = gptq(torch.zeros(1, 128), scheme(name), hessian)
     assert torch.all(zeros.dequantize() == 0)

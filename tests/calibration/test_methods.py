@@ -16,15 +16,14 @@ from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Node
 from elmexport.models import trace
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
-from elmexport.quantization.schemes import Integer, Lut, find_scheme
-from tests.quantization.test_quantize import Channels
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.quantize import quantize
+from elmexport.quantization.schemes import CodedScheme, Integer, find_scheme
 from tests.reference import kl
 
 pytestmark = pytest.mark.slow
 
 TOKENS = 256
-Quantized = QuantizedTensor | PalettizedTensor
 
 
 class Trained:
@@ -43,10 +42,10 @@ class Trained:
         self._forward(windows[:16], self.weights, self._observe)
         self.logits = self._forward(self.held_out, self.weights)
 
-    def methods(self, scheme: Integer | Lut) -> dict[str, tuple[float, float]]:
+    def methods(self, scheme: CodedScheme) -> dict[str, tuple[float, float]]:
         """By method, the mean relative output error of the linears, and the KL divergence on the held-out tokens."""
         ways: dict[str, Callable[[Tensor, Tensor], Quantized]] = {
-            "mse": lambda w, h: quantize(w, scheme, "mse", Channels(h.diagonal())),
+            "mse": lambda w, h: quantize(w, scheme, "mse", h.diagonal()),
             "gptq": lambda w, h: gptq(w, scheme, h),
         }
         if isinstance(scheme, Integer):
@@ -82,7 +81,7 @@ def trained(tiny: Checkpoint) -> Trained:
 @pytest.mark.parametrize("name", ["int4-block32", "int4-block128", "lut4-group8"])
 def test_gptq_below_mse_below_rtn(trained: Trained, name: str) -> None:
     scheme = find_scheme(name)
-    assert isinstance(scheme, Integer | Lut)
+    assert isinstance(scheme, CodedScheme)
     found = trained.methods(scheme)
     assert found["gptq"][0] < 0.5 * found["mse"][0]
     assert found["gptq"][1] < 0.6 * found["mse"][1]

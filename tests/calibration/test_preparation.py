@@ -18,7 +18,8 @@ from elmexport.errors import ElmExportError
 from elmexport.evaluation.self_check import reference_pass
 from elmexport.models import trace
 from elmexport.progress import SilentProgress
-from elmexport.quantization.quantize import QuantizedTensor, quantize
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Recipe, Rule
 from elmexport.quantization.schemes import Float, find_scheme
 from elmexport.target import find_target
@@ -48,8 +49,8 @@ def prepared(checkpoint: MemoryCheckpoint, **options: Any) -> Prepared:
 
 
 def codes(found: Prepared, name: str = DOWN) -> torch.Tensor:
-    weight = found.weights.get(found.weights.checkpoint.specs[name])
-    assert isinstance(weight, QuantizedTensor)
+    weight = found.weights.get(found.weights.specs[name])
+    assert isinstance(weight, IntegerTensor)
     return weight.codes
 
 
@@ -76,7 +77,7 @@ def test_options_that_do_not_fit_are_refused(case: str) -> None:
 def test_mse_and_rtn_read_nothing(small_checkpoint: MemoryCheckpoint) -> None:
     for method in ("mse", "rtn"):
         found = prepared(small_checkpoint, method=method)
-        expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), method)  # type: ignore[call-overload]
+        expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), method)
         assert torch.equal(codes(found), expected.codes)
         assert found.facts == {"method": method, "calibration": None}
         assert found.statistics is None
@@ -86,7 +87,7 @@ def test_statistics_weight_the_squares(small_checkpoint: MemoryCheckpoint, stati
     statistics.save(tmp_path / "s.safetensors")
     found = prepared(small_checkpoint, calibrate=tmp_path / "s.safetensors")
     spec = small_checkpoint.specs[DOWN]
-    expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(spec))  # type: ignore[call-overload]
+    expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(spec).mean_square)
     assert torch.equal(codes(found), expected.codes)
     assert not torch.equal(codes(found), codes(prepared(small_checkpoint)))
     assert found.facts["calibration"] == {
@@ -111,7 +112,7 @@ def test_the_pass_of_every_export_weights_the_squares(small_checkpoint: MemoryCh
     def weighted(recipe: Recipe = RECIPE, **options: Any) -> Prepared:
         return prepare(small_checkpoint, find_target("onnx"), recipe, WeightOptions(**options), SilentProgress(), lambda: reference)
 
-    q = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", own)  # type: ignore[call-overload]
+    q = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", own.mean_square)
     assert torch.equal(codes(weighted()), q.codes)
     assert weighted().facts["calibration"]["text_sha256"] == measured.facts.text_sha256
     for options in ({"calibrate": "none"}, {"method": "rtn"}):
@@ -124,7 +125,9 @@ def test_an_importance_matrix_weights_the_squares(small_checkpoint: MemoryCheckp
     path = tmp_path / "i.gguf"
     write_imatrix(statistics, small_checkpoint.config, path)
     found = prepared(small_checkpoint, calibrate=path)
-    expected = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(small_checkpoint.specs[DOWN]))  # type: ignore[call-overload]
+    expected = quantize(
+        small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(small_checkpoint.specs[DOWN]).mean_square
+    )
     assert (codes(found) != expected.codes).float().mean() < 0.001  # the file holds sums in float32
     assert found.facts["calibration"]["text"] == "bundled calibration text"
     assert found.statistics is not None and found.statistics.residual_peak is None

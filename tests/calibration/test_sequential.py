@@ -19,7 +19,7 @@ from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
-from elmexport.quantization.schemes import Float, Integer, Lut, find_scheme
+from elmexport.quantization.schemes import CodedScheme, Float, find_scheme
 from elmexport.target import find_target
 from elmexport.weights import Role
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
@@ -55,7 +55,7 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
     plan = plan_of(checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int8-block32")))
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (9, 64))
     found = {spec.name: q for spec, q in quantize_in_order(checkpoint, plan, Sample(ids, "random"), SilentProgress())}
-    assert list(found) == [name for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)]
+    assert list(found) == [name for name, scheme in plan.schemes.items() if isinstance(scheme, CodedScheme)]
     assert all(quantized.scheme == plan.schemes[name] for name, quantized in found.items())
     evaluator = KLEvaluator(checkpoint, Sample(ids, "random"))
     alone = {name: quantize(checkpoint.tensor(name), plan.schemes[name]).dequantize() for name in found}  # type: ignore[call-overload]
@@ -82,7 +82,7 @@ def test_gptq_below_mse_below_rtn_on_text_that_was_not_used(tiny: Checkpoint) ->
     prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=1280, window=256)
     evaluator = KLEvaluator(tiny, prose)
     plan = resolve(find_target("gguf").recipe("int4"), tiny.config)
-    schemes = {name: scheme for name, scheme in plan.schemes.items() if isinstance(scheme, Integer | Lut)}
+    schemes = {name: scheme for name, scheme in plan.schemes.items() if isinstance(scheme, CodedScheme)}
 
     def cost(method: str) -> float:
         return evaluator.divergence({n: quantize(tiny.tensor(n), s, method).dequantize() for n, s in schemes.items()})  # type: ignore[call-overload]

@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.weight_set import WeightFacts, WeightSet, quantized_schemes, weight_writer
+from calibration.weight_set import StoredWeights, WeightFacts, WeightSet, quantized_schemes, weight_writer
 from elmexport.errors import ElmExportError
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor, quantize
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
+from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
-from elmexport.quantization.schemes import Float, Integer, Lut, find_scheme
+from elmexport.quantization.schemes import CodedScheme, Float, find_scheme
 from elmexport.weights import Role
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
@@ -41,7 +43,7 @@ def path(small_checkpoint: MemoryCheckpoint, plan: Plan, tmp_path: Path) -> Path
     with weight_writer(path, facts, small_checkpoint.specs) as writer:
         for name in reversed(schemes):  # in any order
             scheme = plan.schemes[name]
-            assert isinstance(scheme, Integer | Lut)
+            assert isinstance(scheme, CodedScheme)
             writer.add(small_checkpoint.specs[name], quantize(small_checkpoint.tensor(name), scheme))
         writer.add_norm(NORM, small_checkpoint.tensor(NORM))
     return path
@@ -52,16 +54,35 @@ def test_what_is_written_is_what_is_read(path: Path, plan: Plan, small_checkpoin
     weights.check(small_checkpoint, plan)
     kinds = set()
     for name, scheme in plan.schemes.items():
-        if isinstance(scheme, Integer | Lut):
+        if isinstance(scheme, CodedScheme):
             expected, found = quantize(small_checkpoint.tensor(name), scheme), weights.get(small_checkpoint.specs[name])
             assert type(found) is type(expected)
             assert found.scheme == scheme
             assert found.codes.dtype == expected.codes.dtype
             assert torch.equal(found.codes, expected.codes)
             assert torch.equal(found.dequantize(), expected.dequantize())
-            kinds.add((type(found), isinstance(found, QuantizedTensor) and found.zeros is not None))
-    assert kinds == {(QuantizedTensor, False), (QuantizedTensor, True), (PalettizedTensor, False)}
+            kinds.add((type(found), isinstance(found, IntegerTensor) and found.zeros is not None))
+    assert kinds == {(IntegerTensor, False), (IntegerTensor, True), (PalettizedTensor, False)}
     assert torch.equal(weights.norms()[NORM], small_checkpoint.tensor(NORM))
+
+
+def test_codes_and_folded_norms_come_without_reading_the_source(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint) -> None:
+    class Watched(MemoryCheckpoint):
+        def read(self, name: str) -> torch.Tensor:
+            read.append(name)
+            if name in quantized_schemes(plan) or name == NORM:
+                raise OSError(f"{name} was read")
+            return super().read(name)
+
+    read: list[str] = []
+    checkpoint = Watched(small_checkpoint.config, small_checkpoint.arrays)
+    source = StoredWeights(checkpoint, plan, WeightSet.load(path))
+    for name, spec in source.specs.items():
+        weight, twice = source.get(spec), source.scaled(spec, 2.0)
+        values = weight if isinstance(weight, torch.Tensor) else weight.dequantize()
+        doubled = twice.weight if isinstance(twice.weight, torch.Tensor) else twice.weight.dequantize()
+        assert twice.rest == 1 and torch.equal(doubled, values * 2), name
+    assert set(read) == set(source.specs) - set(quantized_schemes(plan)) - {NORM}
 
 
 def test_safetensors_own_reader_takes_the_file_and_4_bit_codes_take_4_bits(path: Path, small_checkpoint: MemoryCheckpoint) -> None:

@@ -12,7 +12,6 @@ import pytest
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.recipes import Recipe, load_recipe, resolve
-from elmexport.quantization.schemes import scheme_name
 
 TEXT = """
 name = "mixed"
@@ -48,7 +47,7 @@ def load(tmp_path: Path, text: str) -> Recipe:
 
 
 def schemes(recipe: Recipe, config: OpenELMConfig) -> dict[str, str]:
-    return {name: scheme_name(scheme) for name, scheme in resolve(recipe, config).schemes.items()}
+    return {name: scheme.recipe_name for name, scheme in resolve(recipe, config).schemes.items()}
 
 
 def test_the_first_matching_rule_decides(tmp_path: Path, small_config: OpenELMConfig) -> None:
@@ -78,7 +77,7 @@ def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, sm
     assert config.layers[3].ffn_dim == 240
     plan = resolve(load(tmp_path, TEXT), config)
     name = "transformer.layers.3.ffn.proj_2.weight"
-    assert scheme_name(plan.schemes[name]) == "fp16"
+    assert plan.schemes[name].recipe_name == "fp16"
     assert plan.fallbacks == ((name, "rows of 240 values do not divide into blocks of 32: kept as fp16"),)
 
 

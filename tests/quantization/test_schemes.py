@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elmexport.errors import ElmExportError
-from elmexport.quantization.schemes import Integer, Lut, PerBlock, PerChannel, PerGroupedChannel, PerTensor, find_scheme, scheme_name
+from elmexport.quantization.schemes import CodedScheme, Integer, Lut, PerBlock, PerChannel, PerGroupedChannel, PerTensor, find_scheme
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_wider_scales_count_but_tables_stay_fp16() -> None:
         ("lut8-tensor", Lut(8, PerTensor())),
     ],
 )
-def test_a_name_says_what_the_scheme_is(name: str, scheme: Integer | Lut) -> None:
+def test_a_name_says_what_the_scheme_is(name: str, scheme: CodedScheme) -> None:
     assert find_scheme(name) == scheme
-    assert scheme_name(scheme) == name
+    assert scheme.recipe_name == name
 
 
 @pytest.mark.parametrize(

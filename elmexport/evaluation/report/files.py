@@ -1,4 +1,4 @@
-"""Reports from files and to files, in the form that the file's suffix names."""
+"""Reading and writing of report files, in the form that the suffix names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elmexport.evaluation.results import SCHEMA, Report, read_report, write_whol
 
 
 def to_json(reports: Sequence[Report]) -> str:
-    """One report's document; of several, `{"schema": …, "reports": [document, …]}`. Ends with a newline.
+    """Serialize reports as JSON: one report's document; of several, `{"schema": …, "reports": [document, …]}`. Ends with a newline.
 
     Raises:
         ElmExportError: a figure that is not finite.
@@ -24,7 +24,7 @@ def to_json(reports: Sequence[Report]) -> str:
 
 
 def read_reports(path: Path) -> list[Report]:
-    """What `to_json` wrote: one report or several.
+    """Read what `to_json` wrote: one report or several.
 
     Raises:
         ElmExportError: no such file, or no report in it.
@@ -42,7 +42,7 @@ _FORMS: Mapping[str, Callable[[Sequence[Report]], str]] = {".html": html, ".md":
 
 
 def check_output(path: Path) -> None:
-    """Refuse early what `write_reports` could not write.
+    """Check the place of a report: refuse early what `write_reports` could not write.
 
     Raises:
         ElmExportError: a suffix that names no form, a folder, or a place in a folder that is not there.

@@ -1,4 +1,4 @@
-"""Several reports beside each other: what they have in common, and what makes them hard to compare."""
+"""Comparison of several reports: common tasks, mean drops, and what makes them hard to compare."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from elmexport.evaluation.results import Report
 
 
 def task_names(reports: Sequence[Report]) -> list[str]:
-    """Every task of any report, in the order they come."""
+    """Names of the tasks of all reports, each once, in the order they come."""
     return list(dict.fromkeys(name for report in reports for name in report.tasks))
 
 
 def labels(reports: Sequence[Report]) -> list[str]:
-    """A name for each report: the artifact's, with its path where two have the same."""
+    """Labels of the reports: the artifact's, with its path where two have the same."""
     names = [report.artifact.label for report in reports]
     return [name if names.count(name) == 1 else f"{name} ({report.artifact.path})" for name, report in zip(names, reports, strict=True)]
 
 
 def drop(report: Report, task: str) -> float | None:
-    """The task's drop in points; None where it was not run, or not compared."""
+    """Drop on a task in points; None where it was not run, or not compared."""
     found = report.tasks.get(task)
     return found.comparison.drop if found is not None and found.comparison is not None else None
 
 
 def common_tasks(reports: Sequence[Report]) -> list[str]:
-    """The tasks that have a drop in every report: only over these are mean drops comparable."""
+    """Names of the tasks that have a drop in every report: only over these are mean drops comparable."""
     return [name for name in task_names(reports) if all(drop(report, name) is not None for report in reports)]
 
 
 def mean_drop(report: Report, tasks: Sequence[str]) -> float | None:
-    """The mean drop over `tasks`, points; each task counts the same. None where there are none."""
+    """Mean drop over `tasks` in points; each task counts the same. None where there are none."""
     drops = [value for name in tasks if (value := drop(report, name)) is not None]
     return sum(drops) / len(drops) if drops else None
 
 
 def differences(reports: Sequence[Report]) -> list[str]:
-    """What makes the reports unlike each other in how they were made, one sentence each; empty where figures compare directly."""
+    """Differences in how the reports were made, one sentence each; empty where their figures compare directly."""
     return list(_differences(reports))
 
 

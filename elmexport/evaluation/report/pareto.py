@@ -1,4 +1,4 @@
-"""Which of several artifacts nothing else beats."""
+"""Pareto front of size and loss."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""The three plots of a report, drawn for a given width; what they show is for the caller to say in a table too."""
+"""SVG plots of a report, drawn for a given width: drops with intervals, lines, size against loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from elmexport.evaluation.report.pareto import pareto_front
 from elmexport.evaluation.report.svg import FONT, Axis, Drawing, fit, shorten, text_width
@@ -15,7 +17,7 @@ NARROW = 420.0  # px; below this, labels stand above what they name instead of b
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its interval (None: not known), of one series."""
+    """Value of one series with its interval (None: not known)."""
 
     series: int
     label: str
@@ -25,7 +27,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Line:
-    """Points `(x, y)` of one series, by growing x."""
+    """Line of one series: points `(x, y)` by growing x."""
 
     series: int
     label: str
@@ -35,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """One artifact: a number to mark it by, its size and its loss."""
+    """Artifact in a plot of size against loss, with the number that marks it."""
 
     number: int
     label: str
@@ -43,8 +45,8 @@ class Point:
     y: float
 
 
-def drop_plot(rows: Sequence[tuple[str, Sequence[Interval]]], *, width: float, limit: float | None, label: str, class_: str) -> str:
-    """Drops with their intervals, one band for each task, percentage points to the right of zero being a loss.
+def drop_plot(rows: Sequence[tuple[str, Sequence[Interval]]], *, width: float, limit: float | None, label: str, class_: str) -> Markup:
+    """Plot drops with their intervals, one band for each task, percentage points to the right of zero being a loss.
 
     Args:
         limit: the largest drop that a gate allows, drawn as a line.
@@ -91,8 +93,8 @@ def drop_plot(rows: Sequence[tuple[str, Sequence[Interval]]], *, width: float, l
     return drawing.render(label, class_)
 
 
-def line_plot(lines: Sequence[Line], *, width: float, x_title: str, y_title: str, label: str, class_: str) -> str:
-    """Lines with a mark at each point; the y axis is logarithmic where the values range over a factor of 20."""
+def line_plot(lines: Sequence[Line], *, width: float, x_title: str, y_title: str, label: str, class_: str) -> Markup:
+    """Plot lines with a mark at each point; the y axis is logarithmic where the values range over a factor of 20."""
     height = 0.86 * width if width < NARROW else 300.0
     values = [y for line in lines for _, y in line.points]
     drawing, x_axis, y_axis = _frame(
@@ -106,8 +108,8 @@ def line_plot(lines: Sequence[Line], *, width: float, x_title: str, y_title: str
     return drawing.render(label, class_)
 
 
-def size_plot(discs: Sequence[Point], *, width: float, x_title: str, y_title: str, label: str, class_: str) -> str:
-    """Numbered discs, size against loss; those on the Pareto front are filled and joined."""
+def size_plot(discs: Sequence[Point], *, width: float, x_title: str, y_title: str, label: str, class_: str) -> Markup:
+    """Plot size against loss as numbered discs; those on the Pareto front are filled and joined."""
     height = width if width < NARROW else 340.0
     drawing, x_axis, y_axis = _frame([p.x for p in discs], [p.y for p in discs], width, height, x_title, y_title, log_x=None, log_y=None)
     front = pareto_front([(p.x, p.y) for p in discs])

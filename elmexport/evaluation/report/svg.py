@@ -1,6 +1,6 @@
-"""A small SVG drawing: axes that turn values into pixels, and elements that are always well-formed.
+"""SVG drawings: axes that turn values into pixels, and elements that are always well-formed.
 
-Colours come from the page's style sheet through classes, so that one drawing serves light and dark.
+Every text is escaped where an element is made from it; what comes out is `Markup`, which the page's templates take as it is. Colours come from the page's style sheet through classes, so that one drawing serves light and dark.
 """
 
 from __future__ import annotations
@@ -8,30 +8,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
+
+from markupsafe import Markup, escape
+
+from elmexport.evaluation.report.wording import printable
 
 FONT = 12.0  # px; the size of every label, at the width the drawing is made for
 _CHARACTER = 0.56 * FONT  # mean advance of the page's sans-serif face
 _MARKERS = ("circle", "square", "triangle", "diamond", "cross")
 
 
-def tag(name: str, /, content: str = "", **attributes: str | float | None) -> str:
-    """One element. Attribute names lose a trailing `_` and turn `_` to `-`; values are escaped, None leaves one out; `content` is markup."""
+def tag(name: str, /, *content: str, **attributes: str | float | None) -> Markup:
+    """Build one element of escaped texts, and of other elements as they are.
+
+    Attribute names lose a trailing `_` and turn `_` to `-`; None leaves an attribute out.
+    """
     written = "".join(f' {key.rstrip("_").replace("_", "-")}="{_value(value)}"' for key, value in attributes.items() if value is not None)
-    return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
+    inner = "".join(part if isinstance(part, Markup) else escape(printable(part)) for part in content)
+    return Markup(f"<{name}{written}>{inner}</{name}>" if inner else f"<{name}{written}/>")
 
 
 def _value(value: str | float) -> str:
-    return escape(value) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
+    return escape(printable(value)) if isinstance(value, str) else f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def text_width(text: str) -> float:
-    """About how wide `text` is drawn, px."""
+    """Estimate how wide `text` is drawn, px."""
     return len(text) * _CHARACTER
 
 
 def shorten(text: str, width: float) -> str:
-    """`text`, cut in the middle where it is wider than `width` px: the ends of names tell them apart."""
+    """Cut `text` in the middle where it is wider than `width` px: the ends of names tell them apart."""
     room = max(int(width / _CHARACTER), 3)
     if len(text) <= room:
         return text
@@ -41,7 +48,7 @@ def shorten(text: str, width: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale from the values `low` to `high` onto the pixels `start` to `end`. On a logarithmic one, what is not positive lies at `start`."""
+    """Scale from the values `low` to `high` onto the pixels `start` to `end`. On a logarithmic one, what is not positive lies at `start`."""
 
     low: float
     high: float
@@ -58,7 +65,7 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """At most about `count` round values within the axis."""
+        """Choose about `count` round values within the axis."""
         if self.log:
             return self._log_ticks(count)
         step = _round_step((self.high - self.low) / max(count, 1))
@@ -80,7 +87,7 @@ def _round_step(step: float) -> float:
 
 
 def fit(values: Iterable[float], start: float, end: float, *, log: bool | None = None, include: Sequence[float] = ()) -> Axis:
-    """The axis that shows all of `values` with a little room, and `include`.
+    """Fit an axis to `values`, with a little room, and to `include`.
 
     Args:
         log: whether logarithmic; None decides: where none is negative and the positive ones range over more than a factor of 20.
@@ -100,11 +107,11 @@ def fit(values: Iterable[float], start: float, end: float, *, log: bool | None =
 
 @dataclass
 class Drawing:
-    """Elements in the order they are painted, `width` by `height` px."""
+    """Drawing of `width` by `height` px: elements in the order they are painted."""
 
     width: float
     height: float
-    parts: list[str] = field(default_factory=list)
+    parts: list[Markup] = field(default_factory=list)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, class_: str) -> None:
         self.parts.append(tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=class_))
@@ -112,28 +119,25 @@ class Drawing:
     def polyline(self, points: Sequence[tuple[float, float]], class_: str) -> None:
         self.parts.append(tag("polyline", points=" ".join(f"{x:.2f},{y:.2f}" for x, y in points), class_=class_))
 
-    def text(self, x: float, y: float, text: str, *, anchor: str = "start", class_: str | None = None, turned: bool = False) -> None:
-        """`text` with its baseline at `y`; `turned`: read from bottom to top."""
-        transform = f"rotate(-90 {x:.2f} {y:.2f})" if turned else None
-        self.parts.append(tag("text", escape(text), x=x, y=y, text_anchor=anchor, class_=class_, transform=transform))
+    def text(self, x: float, y: float, text: str, *, anchor: str = "start", class_: str | None = None) -> None:
+        """Add `text` with its baseline at `y`."""
+        self.parts.append(tag("text", text, x=x, y=y, text_anchor=anchor, class_=class_))
 
     def marker(self, x: float, y: float, series: int, title: str, *, radius: float = 4.5) -> None:
-        """The mark of a series, whose shape tells it from others as well as its colour; `title` shows when pointed at."""
+        """Add the mark of a series, told from others by shape as well as colour; `title` shows when pointed at."""
         kind, class_ = _MARKERS[series % len(_MARKERS)], f"mark s{series % SERIES_COLOURS}"
-        self.parts.append(tag("g", tag("title", escape(title)) + _shape(kind, x, y, radius), class_=class_))
+        self.parts.append(tag("g", tag("title", title), _shape(kind, x, y, radius), class_=class_))
 
     def disc(self, x: float, y: float, text: str, title: str, class_: str) -> None:
-        """A disc with a short `text` in it."""
-        content = (
-            tag("title", escape(title)) + tag("circle", cx=x, cy=y, r=10.0) + tag("text", escape(text), x=x, y=y + 4, text_anchor="middle")
-        )
-        self.parts.append(tag("g", content, class_=class_))
+        """Add a disc with a short `text` in it."""
+        circle, label = tag("circle", cx=x, cy=y, r=10.0), tag("text", text, x=x, y=y + 4, text_anchor="middle")
+        self.parts.append(tag("g", tag("title", title), circle, label, class_=class_))
 
-    def render(self, label: str, class_: str) -> str:
-        """The `<svg>` element; `label` is what a screen reader says instead."""
+    def render(self, label: str, class_: str) -> Markup:
+        """Return the `<svg>` element; `label` is what a screen reader says instead."""
         return tag(
             "svg",
-            "\n".join(["", *self.parts, ""]),
+            *(Markup(f"\n{part}") for part in self.parts),
             viewBox=f"0 0 {self.width:g} {self.height:g}",
             width=self.width,
             height=self.height,
@@ -146,15 +150,13 @@ class Drawing:
 SERIES_COLOURS = 6  # the style sheet's s0 to s5
 
 
-def swatch(series: int) -> str:
-    """The mark of a series as a picture of its own, for legends."""
-    drawing = Drawing(14, 14)
-    kind = _MARKERS[series % len(_MARKERS)]
-    drawing.parts.append(tag("g", _shape(kind, 7, 7, 5), class_=f"mark s{series % SERIES_COLOURS}"))
-    return tag("svg", "".join(drawing.parts), viewBox="0 0 14 14", width=14.0, height=14.0, class_="swatch", aria_hidden="true")
+def swatch(series: int) -> Markup:
+    """Draw the mark of a series as a picture of its own, for legends."""
+    mark = tag("g", _shape(_MARKERS[series % len(_MARKERS)], 7, 7, 5), class_=f"mark s{series % SERIES_COLOURS}")
+    return tag("svg", mark, viewBox="0 0 14 14", width=14.0, height=14.0, class_="swatch", aria_hidden="true")
 
 
-def _shape(kind: str, x: float, y: float, r: float) -> str:
+def _shape(kind: str, x: float, y: float, r: float) -> Markup:
     if kind == "circle":
         return tag("circle", cx=x, cy=y, r=r)
     if kind == "square":

@@ -1,4 +1,4 @@
-"""Figures and findings in words, the same in every form of a report."""
+"""Formatting of figures and findings, the same in every form of a report."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from elmexport.evaluation.results import Report, Subject, TaskResult
+from elmexport.evaluation.results import KlSummary, PerplexitySummary, Report, Subject, TaskResult
 
 MINUS = "\u2212"
 
 
 class Finding(StrEnum):
-    """What a task says about an artifact."""
+    """Finding of a task about an artifact."""
 
     WORSE = "worse"
     NOISE = "within noise"
@@ -23,14 +23,14 @@ class Finding(StrEnum):
 
 @dataclass(frozen=True)
 class Reading:
-    """A finding and the sentence that explains it."""
+    """Finding with the sentence that explains it."""
 
     finding: Finding
     words: str
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent where a person would write none; a true minus sign."""
+    """Format a number with three significant digits, without an exponent where a person would write none; a true minus sign."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "∞" if value > 0 else f"{MINUS}∞"
     if value == 0:
@@ -43,44 +43,44 @@ def number(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """Percentage points, or a share in per cent: one decimal."""
+    """Format percentage points, or a share in per cent, with one decimal."""
     if not math.isfinite(value):
         return number(value)
     return f"{round(value, 1) + 0.0:.1f}".replace("-", MINUS)  # + 0.0: no negative zero
 
 
 def percent(share: float) -> str:
-    """A share between 0 and 1 in per cent, without the sign."""
+    """Format a share between 0 and 1 in per cent, without the sign."""
     return points(100 * share)
 
 
 def nats(value: float) -> str:
-    """A log-likelihood: two decimals."""
+    """Format a log-likelihood with two decimals."""
     return f"{value:.2f}".replace("-", MINUS) if math.isfinite(value) else number(value)
 
 
 def interval(ends: tuple[float, float]) -> str:
-    """An interval in percentage points."""
+    """Format an interval in percentage points."""
     return f"[{points(ends[0])}, {points(ends[1])}]"
 
 
 def factor(value: float) -> str:
-    """A ratio, as what it multiplies by."""
+    """Format a ratio, as what it multiplies by."""
     return f"×{value:.3f}" if 0 < value < 2 else f"×{number(value)}"
 
 
 def published(per_cent: float) -> str:
-    """A figure of OpenELM's tables, with the digits it has there."""
+    """Format a published score, with the digits it was published with."""
     return f"{per_cent:g}"
 
 
 def p_value(value: float) -> str:
-    """Three decimals, never zero."""
+    """Format a p-value with three decimals, never as zero."""
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def megabytes(count: int) -> str:
-    """Bytes in MB, one decimal below 100."""
+    """Format bytes in MB, with one decimal below 100."""
     return f"{count / 1e6:,.{1 if count < 100e6 else 0}f}"
 
 
@@ -90,17 +90,17 @@ def is_share(task: TaskResult) -> bool:
 
 
 def score(task: TaskResult, value: float) -> str:
-    """A value of the task's metric: per cent, or as it is where it is no share."""
+    """Format a value of the task's metric, in per cent where it is a share."""
     return percent(value) if is_share(task) else number(value)
 
 
 def metric_words(task: TaskResult) -> str:
-    """The task's metric and its unit."""
+    """Metric of a task, with its unit."""
     return f"{task.metric}, %" if is_share(task) else task.metric
 
 
 def reading(task: TaskResult) -> Reading:
-    """What the task says: whether its items can tell the artifact from the reference, and how large a drop they could not have seen."""
+    """Interpret a task's comparison: whether its items tell the artifact from the reference, and how large a drop they could not have seen."""
     compared = task.comparison
     if compared is None:
         return Reading(Finding.UNKNOWN, "no reference")
@@ -133,12 +133,12 @@ def _ratio_reading(ratio: float | None, ends: tuple[float, float] | None) -> Rea
 
 
 def items(count: int) -> str:
-    """A number of items, with the noun."""
+    """Format a number of items, with the noun."""
     return f"{count:,} item" + ("" if count == 1 else "s")
 
 
 def verdict(report: Report) -> str:
-    """The gates in one sentence; empty where none was set."""
+    """Outcome of the gates in one sentence; empty where none was set."""
     if not report.gates:
         return ""
     failed = [gate for gate in report.gates if not gate.passed]
@@ -150,7 +150,7 @@ def verdict(report: Report) -> str:
 
 
 def largest_drop(report: Report) -> str:
-    """The task that dropped most, and whether that is noise, in one sentence; empty where nothing was compared."""
+    """Largest drop of a task, and whether that is noise, in one sentence; empty where nothing was compared."""
     compared = [(task.comparison.drop, name) for name, task in report.tasks.items() if task.comparison and task.comparison.drop is not None]
     if not compared:
         return ""
@@ -162,7 +162,7 @@ def largest_drop(report: Report) -> str:
 
 
 def facts(artifact: Subject) -> str:
-    """What an artifact is, without a full stop."""
+    """Quantization, engine and size of an artifact, without a full stop."""
     known = [artifact.words, f"run by {artifact.engine}"]
     known += [] if artifact.bits_per_weight is None else [f"{artifact.bits_per_weight:.2f} bits per weight"]
     known += [] if artifact.bytes is None else [f"{megabytes(artifact.bytes)} MB"]
@@ -170,38 +170,46 @@ def facts(artifact: Subject) -> str:
 
 
 def against(report: Report) -> str:
-    """What an artifact was compared with, a sentence."""
+    """Reference that an artifact was compared with, a sentence."""
     if report.reference is None:
         return "No reference: scores only, no drops."
     return f"Compared with {report.reference.label}."
 
 
 def any_published(report: Report) -> bool:
-    """Whether OpenELM's tables have a figure for any task of the report."""
+    """Whether a score was published for any task of the report."""
     return any(task.published is not None for task in report.tasks.values())
 
 
 def tasks(count: int) -> str:
-    """A number of tasks, with the noun."""
+    """Format a number of tasks, with the noun."""
     return f"{count} task" + ("" if count == 1 else "s")
 
 
-def text_figures(report: Report) -> list[tuple[str, str]]:
-    """What the pass over a text found, as names and values."""
-    found: list[tuple[str, str]] = []
-    if (kl := report.kl) is not None:
-        low, high = kl.mean_ci
-        found += [
-            ("KL divergence, mean", f"{number(kl.mean)} nats per token [{number(low)}, {number(high)}]"),
-            ("KL divergence, 99 %", f"{number(kl.p99)} (median {number(kl.median)}, largest {number(kl.max)})"),
-            ("top-1 agreement", f"{percent(kl.top1_agreement)} % of {kl.tokens:,} tokens of {kl.text}"),
-        ]
-    if (perplexity := report.perplexity) is not None:
-        value = f"{number(perplexity.value)}"
-        if perplexity.reference is not None and perplexity.ratio is not None:
-            ends = f" [{factor(perplexity.ratio_ci[0])}, {factor(perplexity.ratio_ci[1])}]" if perplexity.ratio_ci else ""
-            value += f", {factor(perplexity.ratio)}{ends} of the reference's {number(perplexity.reference)}"
-        else:
-            value += f", over {perplexity.tokens:,} tokens of {perplexity.text}"
-        found.append(("perplexity", value))
-    return found
+def kl_words(kl: KlSummary) -> str:
+    """Divergence and agreement in one sentence."""
+    return f"KL divergence {number(kl.mean)} nats per token; {percent(kl.top1_agreement)} % of tokens keep their most likely prediction."
+
+
+def kl_figures(kl: KlSummary) -> list[tuple[str, str]]:
+    """Divergence and agreement, as names and values."""
+    low, high = kl.mean_ci
+    return [
+        ("KL divergence, mean", f"{number(kl.mean)} nats per token [{number(low)}, {number(high)}]"),
+        ("KL divergence, 99 %", f"{number(kl.p99)} (median {number(kl.median)}, largest {number(kl.max)})"),
+        ("top-1 agreement", f"{percent(kl.top1_agreement)} % of {kl.tokens:,} tokens of {kl.text}"),
+    ]
+
+
+def perplexity_words(perplexity: PerplexitySummary) -> str:
+    """A perplexity beside the reference's, or alone with the text it was measured on."""
+    value = number(perplexity.value)
+    if perplexity.reference is None or perplexity.ratio is None:
+        return f"{value}, over {perplexity.tokens:,} tokens of {perplexity.text}"
+    ends = f" [{factor(perplexity.ratio_ci[0])}, {factor(perplexity.ratio_ci[1])}]" if perplexity.ratio_ci else ""
+    return f"{value}, {factor(perplexity.ratio)}{ends} of the reference's {number(perplexity.reference)}"
+
+
+def printable(words: str) -> str:
+    """Replace control characters, which HTML and SVG cannot hold, by the replacement character."""
+    return "".join("\ufffd" if (c < " " and c not in "\n\t") or c == "\x7f" else c for c in words)

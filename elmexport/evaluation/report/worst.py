@@ -1,4 +1,4 @@
-"""The items on which an artifact lost most."""
+"""Worst items: those on which an artifact lost most of its margin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elmexport.evaluation.results import Item, TaskResult
 
 @dataclass(frozen=True)
 class Loss:
-    """One item beside the reference. A margin is the score of the right choice less that of the best wrong one, in `unit`."""
+    """Loss of margin on one item. A margin is the score of the right choice less that of the best wrong one, in `unit`."""
 
     item: Item
     before: float  # margin of the reference
@@ -19,24 +19,24 @@ class Loss:
 
     @property
     def amount(self) -> float:
-        """How much margin was lost."""
+        """Margin lost, in `unit`."""
         return self.before - self.after
 
 
 def unit(metric: str) -> str:
-    """What margins are measured in."""
+    """Unit of the margins of a metric."""
     return "nats per character" if metric == "acc_norm" else "nats"
 
 
 def choice_scores(item: Item, scores: Sequence[float], metric: str) -> list[float]:
-    """The scores that `metric` ranks choices by: log-likelihoods, for `acc_norm` divided by the characters of each choice, as lm-eval does."""
+    """Scores that `metric` ranks choices by: log-likelihoods, for `acc_norm` divided by the characters of each choice, as lm-eval does."""
     if metric == "acc_norm" and len(item.choices) == len(scores) and all(item.choices):
         return [score / len(choice) for score, choice in zip(scores, item.choices, strict=True)]
     return list(scores)
 
 
 def worst_items(task: TaskResult, count: int) -> list[Loss]:
-    """At most `count` items that lost margin, those whose answer turned wrong first, then by the margin lost.
+    """Select at most `count` items that lost margin, those whose answer turned wrong first, then by the margin lost.
 
     Items without one right choice (metrics that are not 0 or 1 for an item, or of which less is better) have no margin and are left out.
     """

@@ -36,6 +36,7 @@ def test_tables_are_tables() -> None:
     assert {len(row) for row in tasks} == {12}
     assert [row[0] for row in text[1:]] == ["KL divergence, mean", "KL divergence, 99 %", "top-1 agreement", "perplexity"]
     assert [row[1:] for row in gates[1:]] == [["max-drop", "arc_easy: 13 against 2 allowed"], ["max-kl", "0.0125 against 0.1 allowed"]]
+    assert [row[0] for row in gates] == ["outcome", "❌ failed", "passed"]
 
 
 def test_the_summary_comes_first() -> None:
@@ -50,18 +51,18 @@ def test_names_hold_no_markup() -> None:
     label = "a|b <img src=x> *c* `d` [e](http://f) _g_ h_i"
     text = markdown([one(label=label), one()])
     artifacts = tables(text)[0]
-    assert artifacts[1][1] == label
+    assert artifacts[1][0] == f"1. {label}"
     assert {len(row) for row in artifacts} == {9}
     assert "<img" not in MarkdownIt("gfm-like", {"linkify": False, "html": True}).render(text)
 
 
 def test_a_comparison_has_artifacts_and_drops() -> None:
     artifacts, drops = tables(markdown(examples.family()))
-    assert [row[1] for row in artifacts[1:]] == [label for label, *_ in examples.FAMILY]
+    assert [row[0] for row in artifacts[1:]] == [f"{i}. {label}" for i, (label, *_) in enumerate(examples.FAMILY, 1)]
     assert [row[0] for row in drops[1:]] == list(examples.TASKS)
     assert {len(row) for row in drops} == {6}
 
 
 def test_without_a_reference_there_are_scores_only() -> None:
     tasks, _ = tables(markdown([examples.report(reference=False)]))
-    assert tasks[0] == ["task", "metric", "shots", "n", "artifact", "published"]
+    assert tasks[0] == ["task", "metric", "items", "artifact", "published"]

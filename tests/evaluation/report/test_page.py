@@ -1,4 +1,4 @@
-"""The page in a real browser."""
+"""The HTML page in a real browser."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from elmexport.evaluation.report.html import html
 from tests.evaluation.report import chromium, examples
 
 PROGRAM = chromium.find()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(PROGRAM is None, reason="no chromium on the PATH: the page was not looked at (apt-get install chromium)"),
-]
+UNSEEN = (
+    "NOT TESTED: the HTML report in a browser (that it fits a phone and a desktop, light and dark, that no label lies on another, that sorting and "
+    "unfolding work with the keyboard, that it loads nothing), because no chromium is on the PATH. Install one: apt-get install chromium"
+)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(PROGRAM is None, reason=UNSEEN)]
 
 
 @pytest.fixture(scope="module")

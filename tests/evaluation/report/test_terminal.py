@@ -38,9 +38,9 @@ def test_a_row_says_everything_about_its_task() -> None:
     row = next(line for line in printed([report]).splitlines() if line.startswith("arc_easy"))
     low, high = task.comparison.drop_ci
     assert row.split() == [
-        *("arc_easy", "100", "45.08", f"{100 * task.comparison.reference['acc_norm']:.1f}", f"{100 * task.metrics['acc_norm']:.1f}"),
-        *(f"{task.comparison.drop:.1f}", f"[{low:.1f},", f"{high:.1f}]"),
-        *(str(task.comparison.flips.right_to_wrong), str(task.comparison.flips.wrong_to_right), "<0.001"),
+        *("arc_easy", "100", f"{task.comparison.drop:.1f}", f"[{low:.1f},", f"{high:.1f}]"),
+        *(f"{100 * task.comparison.reference['acc_norm']:.1f}", f"{100 * task.metrics['acc_norm']:.1f}"),
+        *(str(task.comparison.flips.right_to_wrong), str(task.comparison.flips.wrong_to_right), "<0.001", "45.08"),
     ]
 
 
@@ -66,6 +66,12 @@ def test_square_brackets_in_names_are_no_markup() -> None:
     text = printed([examples.report("[red]model[/red]", gates=[{**GATES[0], "reason": "[bold]why[/bold]"}])])
     assert "[red]model[/red]" in text
     assert "[bold]why[/bold]" in text
+
+
+def test_names_cannot_steer_a_terminal() -> None:
+    text = printed([examples.report("a\x1b]0;title\x07b", gates=[{**GATES[0], "reason": "\x1b[2Jwhy"}])], terminal=80)
+    assert "\x1b" not in text and "\x07" not in text
+    assert "a?]0;title?b" in text and "?[2Jwhy" in text
 
 
 def test_a_terminal_without_unicode_gets_ascii_figures() -> None:

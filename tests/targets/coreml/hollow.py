@@ -13,10 +13,12 @@ from torch import Tensor
 
 from elmexport.models import trace
 from elmexport.models.openelm.config import OpenELMConfig
-from elmexport.quantization.planned import TORCH_DTYPES, PlannedWeights
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
 from elmexport.quantization.recipes import resolve
-from elmexport.quantization.schemes import Float, Integer, PerBlock, PerGroupedChannel
+from elmexport.quantization.schemes import CodedScheme, Float, Integer, PerBlock, PerGroupedChannel
+from elmexport.quantization.weight_source import TORCH_DTYPES, Scaled, WeightSource
 from elmexport.target import ExportJob
 from elmexport.weights import WeightSpec
 from targets.coreml import CoreMLTarget
@@ -48,13 +50,19 @@ class SparseWriter:
         return write
 
 
-class HollowWeights(PlannedWeights):
+class HollowWeights(WeightSource):
     """Weights of the right shapes and types that take no memory."""
 
     def __init__(self, plan: Any) -> None:
         self.plan = plan
 
-    def get(self, spec: WeightSpec, scale: float = 1.0) -> Tensor | QuantizedTensor | PalettizedTensor:
+    def scaled(self, spec: WeightSpec, factor: float) -> Scaled:
+        return Scaled(self.get(spec))
+
+    def _quantized(self, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
+        raise NotImplementedError
+
+    def get(self, spec: WeightSpec) -> Tensor | Quantized:
         scheme = self.scheme(spec)
         if isinstance(scheme, Float):
             return torch.ones((), dtype=TORCH_DTYPES[scheme.dtype]).expand(spec.shape)
@@ -63,7 +71,7 @@ class HollowWeights(PlannedWeights):
         if isinstance(scheme, Integer):
             granules = columns // granularity.size if isinstance(granularity, PerBlock) else 1
             scales = torch.ones((), dtype=torch.float16).expand(rows, granules)
-            return QuantizedTensor(scheme, torch.zeros((), dtype=torch.int8).expand(rows, columns), scales)
+            return IntegerTensor(scheme, torch.zeros((), dtype=torch.int8).expand(rows, columns), scales)
         groups = -(-rows // granularity.size) if isinstance(granularity, PerGroupedChannel) else 1
         tables = torch.ones((), dtype=torch.float16).expand(groups, scheme.entries)
         return PalettizedTensor(scheme, torch.zeros((), dtype=torch.uint8).expand(rows, columns), tables)

@@ -18,10 +18,12 @@ from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
 from elmexport.models import find_model, trace
 from elmexport.models.openelm.config import OpenELMConfig
-from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import PalettizedTensor, QuantizedTensor
+from elmexport.quantization.codec import Quantized
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.lut_codec import PalettizedTensor
 from elmexport.quantization.recipes import Plan, resolve
 from elmexport.quantization.schemes import Float, Integer, Lut, PerBlock, PerChannel, PerGroupedChannel, PerTensor, Scheme
+from elmexport.quantization.weight_source import Scaled, WeightSource
 from elmexport.weights import Role, WeightSpec
 from targets.coreml import CoreMLTarget
 from targets.coreml.chunks import MEGABYTE, package_sizes, plan_cuts, stored_bytes
@@ -32,21 +34,24 @@ def plan_of(config: OpenELMConfig, quant: str) -> Plan:
     return resolve(CoreMLTarget().recipe(quant), config)
 
 
-def weights_of_zeros(scheme: Scheme) -> PlannedWeights:
+def weights_of_zeros(scheme: Scheme) -> WeightSource:
     class Zeros:
         def scheme(self, spec: WeightSpec) -> Scheme:
             return scheme
 
-        def get(self, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor | QuantizedTensor | PalettizedTensor:
+        def scaled(self, spec: WeightSpec, factor: float) -> Scaled:
+            return Scaled(self.get(spec))
+
+        def get(self, spec: WeightSpec) -> torch.Tensor | Quantized:
             if isinstance(scheme, Integer):
                 granules = scheme.granularity.count(spec.shape) // spec.shape[0]
-                return QuantizedTensor(scheme, torch.zeros(spec.shape, dtype=torch.int8), torch.ones(spec.shape[0], granules).half())
+                return IntegerTensor(scheme, torch.zeros(spec.shape, dtype=torch.int8), torch.ones(spec.shape[0], granules).half())
             if isinstance(scheme, Lut):
                 tables = torch.zeros(scheme.granularity.count(spec.shape), scheme.entries).half()
                 return PalettizedTensor(scheme, torch.zeros(spec.shape, dtype=torch.uint8), tables)
             return torch.zeros(spec.shape).half()
 
-    return cast(PlannedWeights, Zeros())
+    return cast(WeightSource, Zeros())
 
 
 @pytest.mark.parametrize(

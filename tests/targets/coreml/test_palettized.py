@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from calibration.calibrate import make_sample
 from calibration.collect import collect
 from calibration.preparation import Calibrate, WeightOptions
-from calibration.statistics import Moments
+from calibration.statistics import mean_square_of
 from calibration.weight_set import WeightSet
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -30,9 +30,10 @@ from elmexport.evaluation.self_check import reference_pass
 from elmexport.models import trace
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.progress import SilentProgress
-from elmexport.quantization.quantize import PalettizedTensor, quantize
+from elmexport.quantization.lut_codec import PalettizedTensor
+from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import resolve
-from elmexport.quantization.schemes import Integer, Lut, PerGroupedChannel, find_scheme
+from elmexport.quantization.schemes import CodedScheme, Lut, PerGroupedChannel, find_scheme
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.coreml import open_runtime
 from elmexport.weights import Role, WeightSpec
@@ -62,16 +63,18 @@ def recipe(folder: Path, **schemes: str) -> str:
 
 def dequantized(checkpoint: MemoryCheckpoint, schemes: Mapping[str, str], *, calibrate: Calibrate = "none") -> Weights:
     """Every matrix as `quantize` gives it; with `calibrate` "auto" its errors weighted by what the reference pass of an export finds."""
-    moments: Callable[[WeightSpec], Moments | None] | None = None
+    mean_square: Callable[[WeightSpec], torch.Tensor | None] | None = None
     if calibrate == "auto":
         graph, tokenizer = trace(checkpoint.config, checkpoint.config.max_context_length), load_tokenizer(checkpoint.tokenizer_path)
-        moments = reference_pass(checkpoint, graph, tokenizer, SilentProgress()).moments
+        mean_square = mean_square_of(reference_pass(checkpoint, graph, tokenizer, SilentProgress()).moments)
     weights: Weights = {}
     for spec in checkpoint.config.weights():
         if not spec.role.is_norm:
             scheme = find_scheme(schemes.get(spec.role, schemes["rest"]))
-            assert isinstance(scheme, Integer | Lut)
-            weights[spec.name] = quantize(checkpoint.tensor(spec.name), scheme, "mse", moments and moments(spec)).dequantize().numpy()
+            assert isinstance(scheme, CodedScheme)
+            weights[spec.name] = (
+                quantize(checkpoint.tensor(spec.name), scheme, "mse", mean_square and mean_square(spec)).dequantize().numpy()
+            )
     return weights
 
 
@@ -209,9 +212,12 @@ def test_statistics_weigh_the_k_means(small_checkpoint: MemoryCheckpoint, export
     expected, plain = {}, {}
     for name, scheme in plan.schemes.items():
         spec, weight = small_checkpoint.specs[name], small_checkpoint.tensor(name)
-        if isinstance(scheme, Integer | Lut):
-            moments = None if spec.role is Role.EMBEDDING else statistics.moments(spec)
-            expected[name] = quantize(weight, scheme, "mse", moments).dequantize().numpy()
+        if isinstance(scheme, CodedScheme):
+            expected[name] = (
+                quantize(weight, scheme, "mse", mean_square_of(statistics.moments)(spec) if spec.role is not Role.EMBEDDING else None)
+                .dequantize()
+                .numpy()
+            )
             plain[name] = quantize(weight, scheme).dequantize().numpy()
     assert_holds(artifact, small_checkpoint, expected)
     assert not any(np.array_equal(plain[name], expected[name]) for name in plain if small_checkpoint.specs[name].role is not Role.EMBEDDING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_pieces_are_sentencepieces(tiny: Checkpoint, export_to: ExportTo) -> Non
 
 def test_a_smaller_vocabulary_is_padded(small_config: OpenELMConfig, small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
     rows = small_config.vocab_size + 32
-    config = OpenELMConfig(**{**{name: getattr(small_config, name) for name in small_config.__dataclass_fields__}, "vocab_size": rows})
+    config = replace(small_config, vocab_size=rows)
     arrays = dict(small_checkpoint.arrays)
     table = "transformer.token_embeddings.weight"
     arrays[table] = arrays[table][[*range(512), *range(32)]]

@@ -48,7 +48,9 @@ def test_split_artifacts_run(small_checkpoint: MemoryCheckpoint, export_to: Expo
     limit = int(size.upper().replace("K", "000"))
     assert all(len(one) == 1 or sum(one) <= limit for one in sizes) and all(sizes)
     Artifact.open(parts).verify()
-    assert [(t.name, t.shape) for t in list_tensors(parts)] == [(t.name, t.shape) for t in list_tensors(whole)]
+    assert [(t.name, t.shape) for t in list_tensors(parts, small_checkpoint.config)] == [
+        (t.name, t.shape) for t in list_tensors(whole, small_checkpoint.config)
+    ]
     ids = np.arange(3, 40)
     assert np.array_equal(open_artifact(whole).logits(ids), open_artifact(parts).logits(ids))
 
@@ -121,7 +123,7 @@ def test_the_prebuilt_wheel_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch
     """The two packages that bring ggml compile it differently."""
     import torch
 
-    from elmexport.quantization.ggml import find_ggml_type
+    from elmexport.quantization.schemes import find_scheme
 
     pytest.importorskip("xllamacpp", reason="the prebuilt wheel is not installed: pip install xllamacpp")
     pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install llama-cpp-python")
@@ -131,7 +133,7 @@ def test_the_prebuilt_wheel_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch
 
     def results() -> list[Any]:
         types = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
-        kinds = [kind for kind in (find_ggml_type(f"ggml-{name}") for name in types) if kind is not None]
+        kinds = [find_scheme(f"ggml-{name}") for name in types]
         assert len(kinds) == len(types)
         return [ggml.quantize(weight, kind, weights).tobytes() for kind in kinds for weights in (None, importance)]
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
-from elmexport.quantization.ggml import find_ggml_type
-from elmexport.quantization.quantize import QuantizedTensor, quantize
+from elmexport.quantization.ggml import GgmlType
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import Integer, PerBlock, find_scheme
 from elmexport.target import find_target
 from elmexport.weights import Role
@@ -28,7 +29,7 @@ def gguf_type(scheme: Integer) -> GGMLQuantizationType:
 
 
 @st.composite
-def quantized(draw: st.DrawFn, scheme: Integer, *, extreme: int | None = None) -> QuantizedTensor:
+def quantized(draw: st.DrawFn, scheme: Integer, *, extreme: int | None = None) -> IntegerTensor:
     """Any codes and scales; with `extreme`, each block holds that code, which is what a quantizer takes its scale from."""
     rows, blocks = draw(array_shapes(min_dims=2, max_dims=2, max_side=4))
     low, high = scheme.range
@@ -38,17 +39,17 @@ def quantized(draw: st.DrawFn, scheme: Integer, *, extreme: int | None = None) -
         codes[:, draw(st.integers(0, BLOCK - 1)) :: BLOCK] = extreme
     if scheme.width == 4:
         scales *= draw(st.sampled_from([np.float16(1), np.float16(-1)]))
-    return QuantizedTensor(scheme, torch.from_numpy(codes), torch.from_numpy(scales))
+    return IntegerTensor(scheme, torch.from_numpy(codes), torch.from_numpy(scales))
 
 
 @given(st.one_of(quantized(INT4), quantized(INT8)))
-def test_ggufs_dequantizer_gives_our_values(weight: QuantizedTensor) -> None:
+def test_ggufs_dequantizer_gives_our_values(weight: IntegerTensor) -> None:
     values = quants.dequantize(pack(weight), gguf_type(weight.scheme))
     assert np.array_equal(values, weight.dequantize().numpy())
 
 
 @given(st.one_of(quantized(INT4, extreme=-8), quantized(INT8, extreme=127), quantized(INT8, extreme=-127)))
-def test_same_bytes_as_ggufs_quantizer_where_codes_and_scales_are_the_same(weight: QuantizedTensor) -> None:
+def test_same_bytes_as_ggufs_quantizer_where_codes_and_scales_are_the_same(weight: IntegerTensor) -> None:
     assert np.array_equal(pack(weight), quants.quantize(weight.dequantize().numpy(), gguf_type(weight.scheme)))
 
 
@@ -71,8 +72,8 @@ def test_round_to_nearest_is_ggmls_own(scheme: Integer, name: str, seed: int) ->
     x = rng.standard_normal((256, 256), dtype=np.float32) * 10 ** rng.uniform(-6, 4, (256, 1)).astype(np.float32)
     x[:8, :40] = 0  # blocks of zeros
     x[8:16] = np.round(x[8:16])  # ties, and extremes of both signs
-    kind = find_ggml_type(name)
-    assert kind is not None
+    kind = find_scheme(name)
+    assert isinstance(kind, GgmlType)
     weight = torch.from_numpy(x)
     assert np.array_equal(pack(quantize(weight, scheme, "rtn")), ggml.quantize(weight, kind))
 
@@ -91,7 +92,7 @@ def test_layout_by_hand() -> None:
     codes = torch.zeros(1, BLOCK, dtype=torch.int8)
     codes[0, 0], codes[0, 1], codes[0, 16] = -8, 7, 3
     scales = torch.tensor([[-0.5]], dtype=torch.float16)
-    packed = pack(QuantizedTensor(INT4, codes, scales))
+    packed = pack(IntegerTensor(INT4, codes, scales))
     assert packed.tolist() == [[0x00, 0xB8, 0xB0, 0x8F, *[0x88] * 14]]
 
 

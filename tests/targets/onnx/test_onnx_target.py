@@ -25,10 +25,10 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.export import export_checkpoint
 from elmexport.models.openelm.config import OpenELMConfig
-from elmexport.quantization.planned import PlannedWeights
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.schemes import find_scheme
+from elmexport.quantization.weight_source import CheckpointWeights
 from elmexport.runtimes import open_artifact
 from elmexport.target import find_target
 from elmexport.weights import Role
@@ -184,8 +184,8 @@ def test_dequantized_weights_are_ours(small_config: OpenELMConfig, export_to: Ex
     checkpoint = wide_checkpoint(small_config, share_input_output_layers=tied)
     folder = export_to(checkpoint, "onnx", quant, weights=WeightOptions(calibrate="none"))
     found = quantized_weights("onnx", folder, checkpoint.config)
-    weights = PlannedWeights(checkpoint, resolve(find_target("onnx").recipe(quant), checkpoint.config))
-    quantized = {name: tensor for name, spec in checkpoint.specs.items() if isinstance(tensor := weights.get(spec), QuantizedTensor)}
+    weights = CheckpointWeights(checkpoint, resolve(find_target("onnx").recipe(quant), checkpoint.config))
+    quantized = {name: tensor for name, spec in checkpoint.specs.items() if isinstance(tensor := weights.get(spec), IntegerTensor)}
     assert len(quantized) == 4 * checkpoint.config.num_transformer_layers + (1 if tied else 2)
     assert found.keys() == quantized.keys()
     for name, tensor in quantized.items():
@@ -381,3 +381,26 @@ def test_plain_onnxruntime(exported: Exported, small_checkpoint: MemoryCheckpoin
     if quant == "fp32":
         expected = reference_logits(small_checkpoint.config, small_checkpoint.arrays, ids)
         assert np.abs(log_probs(found) - log_probs(expected)).max() < 2e-3
+
+
+@pytest.mark.parametrize("ops", ["fast", "standard"])
+def test_a_factor_that_fp16_scales_cannot_take_goes_on_the_input(
+    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, ops: str
+) -> None:
+    """Large values times small weights: the residual scale of 2^-5 would take bits from the scales of `attention.out`."""
+    arrays = dict(small_checkpoint.arrays)
+    for i, layer in enumerate(small_checkpoint.config.layers):
+        qkv, out = (f"transformer.layers.{i}.attn.{name}.weight" for name in ("qkv_proj", "out_proj"))
+        arrays[qkv] = arrays[qkv].copy()
+        arrays[qkv][-layer.kv_heads * small_checkpoint.config.head_dim :] *= 2.0**10
+        arrays[out] = arrays[out] * np.float32(2.0**-10)
+    recipe = tmp_path / "half.toml"
+    recipe.write_text(
+        'name = "half"\nwords = "8-bit"\nactivations = "fp16"\nnorms = "fp16"\nscales = "fp16"\nfallback = "fp16"\nmax_self_check_kl = 0.01\n'
+        '[[rule]]\nscheme = "int8-block32"\n'
+    )
+    weights = WeightOptions(method="rtn", calibrate="none")
+    checkpoint = MemoryCheckpoint(small_checkpoint.config, arrays, tokenizer_path=small_checkpoint.tokenizer_path)
+    artifact = export_to(checkpoint, "onnx", str(recipe), weights=weights, settings={"ops": ops}, verify=True)
+    nodes = [node.name for node in onnx.load(model_path(artifact), load_external_data=False).graph.node]
+    assert sum(name.endswith("scaled_input") for name in nodes) >= len(small_checkpoint.config.layers)  # of some `ffn.down` too

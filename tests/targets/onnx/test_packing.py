@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from elmexport.quantization.quantize import QuantizedTensor
-from elmexport.quantization.schemes import Integer, PerBlock, PerChannel, scheme_name
+from elmexport.quantization.integer_codec import IntegerTensor
+from elmexport.quantization.schemes import Integer, PerBlock, PerChannel
 from targets.onnx import BLOCKS
 from targets.onnx.packing import pack_codes, pack_flat, pack_zeros
 
@@ -25,8 +25,8 @@ SCHEMES = [
 ]
 
 
-@pytest.fixture(params=SCHEMES, ids=scheme_name)
-def quantized(request: pytest.FixtureRequest) -> QuantizedTensor:
+@pytest.fixture(params=SCHEMES, ids=lambda scheme: scheme.recipe_name)
+def quantized(request: pytest.FixtureRequest) -> IntegerTensor:
     """Every code, scales of both signs, and every zero point."""
     scheme: Integer = request.param
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def quantized(request: pytest.FixtureRequest) -> QuantizedTensor:
     blocks = COLUMNS // scheme.block(COLUMNS)
     codes = torch.arange(low, high + 1, dtype=torch.int8).repeat(ROWS * COLUMNS // 15)[: ROWS * COLUMNS].reshape(ROWS, COLUMNS)
     zeros = None if scheme.symmetric else torch.randint(0, 16, (ROWS, blocks), generator=generator, dtype=torch.int8)
-    return QuantizedTensor(scheme, codes, torch.randn(ROWS, blocks, generator=generator).to(torch.float16), zeros)
+    return IntegerTensor(scheme, codes, torch.randn(ROWS, blocks, generator=generator).to(torch.float16), zeros)
 
 
 def run(node: onnx.NodeProto, data: NDArray[np.generic], initializers: dict[str, NDArray[np.generic]]) -> NDArray[np.float32]:
@@ -53,11 +53,11 @@ def run(node: onnx.NodeProto, data: NDArray[np.generic], initializers: dict[str,
     return result
 
 
-def attributes(quantized: QuantizedTensor) -> dict[str, int]:
+def attributes(quantized: IntegerTensor) -> dict[str, int]:
     return {"bits": quantized.scheme.width, "block_size": quantized.scheme.block(COLUMNS)}
 
 
-def product(quantized: QuantizedTensor, x: NDArray[np.float32], **more: int) -> NDArray[np.float32]:
+def product(quantized: IntegerTensor, x: NDArray[np.float32], **more: int) -> NDArray[np.float32]:
     inputs = {"codes": pack_codes(quantized), "scales": quantized.scales.to(torch.float32).numpy()}
     if quantized.zeros is not None:
         inputs["zeros"] = pack_zeros(quantized.zeros)
@@ -65,13 +65,13 @@ def product(quantized: QuantizedTensor, x: NDArray[np.float32], **more: int) -> 
     return run(helper.make_node("MatMulNBits", ["x", *inputs], ["y"], domain="com.microsoft", **sizes), x, inputs)
 
 
-def test_matmul_reads_our_codes(quantized: QuantizedTensor) -> None:
+def test_matmul_reads_our_codes(quantized: IntegerTensor) -> None:
     columns = product(quantized, np.eye(COLUMNS, dtype=np.float32))
     assert np.array_equal(columns.T, quantized.dequantize().numpy())
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-def test_products_in_8_bits(quantized: QuantizedTensor, tokens: int) -> None:
+def test_products_in_8_bits(quantized: IntegerTensor, tokens: int) -> None:
     """The kernels that artifacts use: for one token and for many they are not the same."""
     x = np.random.default_rng(0).standard_normal((tokens, COLUMNS), dtype=np.float32)
     expected = x.astype(np.float64) @ quantized.dequantize().numpy().astype(np.float64).T
@@ -79,8 +79,10 @@ def test_products_in_8_bits(quantized: QuantizedTensor, tokens: int) -> None:
     assert np.sqrt((error**2).mean() / (expected**2).mean()) < 0.02
 
 
-@pytest.mark.parametrize("quantized", [scheme for scheme in SCHEMES if scheme.symmetric], indirect=True, ids=scheme_name)
-def test_gather_reads_our_codes(quantized: QuantizedTensor) -> None:
+@pytest.mark.parametrize(
+    "quantized", [scheme for scheme in SCHEMES if scheme.symmetric], indirect=True, ids=lambda scheme: scheme.recipe_name
+)
+def test_gather_reads_our_codes(quantized: IntegerTensor) -> None:
     node = helper.make_node(
         "GatherBlockQuantized",
         ["codes", "x", "scales"],
@@ -96,7 +98,7 @@ def test_gather_reads_our_codes(quantized: QuantizedTensor) -> None:
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "onnx's reference evaluator"])
-def test_dequantize_linear_reads_our_codes(quantized: QuantizedTensor, engine: str) -> None:
+def test_dequantize_linear_reads_our_codes(quantized: IntegerTensor, engine: str) -> None:
     """As ONNX's own 4- and 8-bit types, blocks along the first axis."""
     width, block = quantized.scheme.width, quantized.scheme.block(COLUMNS)
     kind = TensorProto.INT8 if width == 8 else TensorProto.INT4 if quantized.zeros is None else TensorProto.UINT4
@@ -122,6 +124,6 @@ def test_odd_numbers_of_4_bit_values() -> None:
 
 
 def test_only_blocks_are_packed() -> None:
-    per_row = QuantizedTensor(Integer(8, PerChannel()), torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1, dtype=torch.float16))
+    per_row = IntegerTensor(Integer(8, PerChannel()), torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1, dtype=torch.float16))
     with pytest.raises(AssertionError, match="per output channel"):
         pack_codes(per_row)

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from elmexport.errors import ElmExportError
-from elmexport.quantization.planned import PlannedWeights, cast
-from elmexport.quantization.quantize import QuantizedTensor
+from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.recipes import Recipe, Rule, resolve
 from elmexport.quantization.schemes import Float, find_scheme
+from elmexport.quantization.weight_source import CheckpointWeights, cast
 from tests.memory_checkpoint import MemoryCheckpoint
 
 QKV = "transformer.layers.1.attn.qkv_proj.weight"
 
 
-def planned(checkpoint: MemoryCheckpoint, scheme: str, **changed: np.ndarray) -> PlannedWeights:
+def planned(checkpoint: MemoryCheckpoint, scheme: str, **changed: np.ndarray) -> CheckpointWeights:
     """`checkpoint` with some arrays replaced, everything but norms in `scheme`."""
     recipe = Recipe("test", "for tests", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp16"), 1.0, (Rule(find_scheme(scheme)),))
     copy = MemoryCheckpoint(checkpoint.config, checkpoint.arrays | changed)
-    return PlannedWeights(copy, resolve(recipe, checkpoint.config))
+    return CheckpointWeights(copy, resolve(recipe, checkpoint.config))
 
 
 def with_value(checkpoint: MemoryCheckpoint, value: float) -> dict[str, np.ndarray]:
@@ -35,17 +35,37 @@ def with_value(checkpoint: MemoryCheckpoint, value: float) -> dict[str, np.ndarr
 def test_quantized_times_alpha(small_checkpoint: MemoryCheckpoint, scheme: str) -> None:
     weights = planned(small_checkpoint, scheme)
     spec = small_checkpoint.specs[QKV]
-    plain, scaled = weights.get(spec), weights.get(spec, 2.0**-3)
-    assert isinstance(plain, QuantizedTensor) and isinstance(scaled, QuantizedTensor)
-    assert torch.equal(scaled.codes, plain.codes)
-    assert torch.equal(scaled.dequantize(), plain.dequantize() / 8)
+    plain, scaled = weights.get(spec), weights.scaled(spec, 2.0**-3)
+    assert isinstance(plain, IntegerTensor) and isinstance(scaled.weight, IntegerTensor) and scaled.rest == 1
+    assert torch.equal(scaled.weight.codes, plain.codes)
+    assert torch.equal(scaled.weight.dequantize(), plain.dequantize() / 8)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "factor"), [("int4-block32", 2.0**-20), ("int8-channel", 2.0**-20), ("lut4-group8", 2.0**-20), ("int4-block32", 2.0**30)]
+)
+def test_a_factor_that_the_scales_cannot_take_is_left_over(small_checkpoint: MemoryCheckpoint, scheme: str, factor: float) -> None:
+    weights = planned(small_checkpoint, scheme)
+    spec = small_checkpoint.specs[QKV]
+    found, plain = weights.scaled(spec, factor), weights.get(spec)
+    assert not isinstance(found.weight, torch.Tensor) and not isinstance(plain, torch.Tensor)
+    assert found.rest == factor
+    assert torch.equal(found.weight.dequantize(), plain.dequantize())
+
+
+def test_types_of_the_target_s_own_ask_for_the_numbers(small_checkpoint: MemoryCheckpoint) -> None:
+    weights = planned(small_checkpoint, "ggml-q8_0")
+    spec = small_checkpoint.specs[QKV]
+    assert torch.equal(weights.numbers(spec), small_checkpoint.tensor(QKV))
+    with pytest.raises(AssertionError, match="quantized by the target"):
+        weights.get(spec)
 
 
 @pytest.mark.parametrize(("scheme", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_float_times_alpha(small_checkpoint: MemoryCheckpoint, scheme: str, dtype: torch.dtype) -> None:
-    found = planned(small_checkpoint, scheme).get(small_checkpoint.specs[QKV], 0.25)
-    assert isinstance(found, torch.Tensor)
-    assert torch.equal(found, (torch.from_numpy(small_checkpoint.arrays[QKV]) / 4).to(dtype))
+    found = planned(small_checkpoint, scheme).scaled(small_checkpoint.specs[QKV], 0.25)
+    assert found.rest == 1 and isinstance(found.weight, torch.Tensor)
+    assert torch.equal(found.weight, (torch.from_numpy(small_checkpoint.arrays[QKV]) / 4).to(dtype))
 
 
 def test_norms_stay_as_the_recipe_says(small_checkpoint: MemoryCheckpoint) -> None:

@@ -1,0 +1,129 @@
+"""The contract of a codec: what must be known of a kind of scheme to quantize to it, store it, and read it back.
+
+Each `CodedScheme` names its codec. Nothing outside the codec's module, and the targets that can hold its tensors, knows how a
+scheme represents numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from elmexport.errors import ElmExportError
+from elmexport.quantization.grids import Grid
+from elmexport.quantization.schemes import CodedScheme
+
+Rounding = Literal["mse", "rtn"]
+"""How codes are found from the weight alone: "rtn" rounds to nearest, "mse" searches parameters of least squared error."""
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Type and shape of one tensor of those that store a quantized tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Quantized(ABC):
+    """A weight as codes and parameters. Subclasses are frozen dataclasses.
+
+    `codes` are integers `[…, out, in]`, one for each value, not packed; `scheme` says what they mean.
+    """
+
+    scheme: CodedScheme
+    codes: Tensor
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The values, float32 `[…, out, in]`."""
+
+    @abstractmethod
+    def scaled(self, factor: float) -> Self | None:
+        """The tensor times a power of two, exactly; None where its parameters would overflow, or lose bits to underflow."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors that store it, of the types and shapes of `Codec.layout`; codes are packed."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """The codes and parameters of a matrix `[out, in]` as GPTQ changes them, beginning with these."""
+
+
+class Codec(ABC):
+    """Quantization to one scheme of a kind."""
+
+    def __init__(self, scheme: CodedScheme) -> None:
+        self.scheme = scheme
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, method: Rounding, importance: Tensor | None) -> Quantized:
+        """Quantize `weight` `[…, out, in]` (any float dtype), which has passed `check`.
+
+        `importance` float32 `[in]`, its mean 1, weights the squared errors of "mse".
+
+        Raises:
+            ElmExportError: the scheme has no such `method`.
+        """
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, ...]) -> dict[str, Part]:
+        """The tensors that store a tensor of `shape`, by name, in the order in which files hold them."""
+
+    @abstractmethod
+    def from_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Quantized:
+        """The tensor of `shape` that `parts` store: the inverse of `Quantized.parts`."""
+
+    @abstractmethod
+    def beyond(self, low: float, high: float) -> str | None:
+        """What keeps values from `low` to `high` (finite or not) from being represented, as a clause; None where nothing does."""
+
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that the scheme cannot hold.
+
+        Raises:
+            ElmExportError: the shape does not fit the scheme, or values are out of its range.
+        """
+        reason = self.scheme.refuses(tuple(weight.shape))
+        if reason is not None:
+            raise ElmExportError(f"a tensor of shape {list(weight.shape)} cannot be quantized to {self.scheme}: {reason}")
+        # Checked before a search: it would take an overflowing scale for a bad candidate, and end at zero.
+        reason = self.beyond(*(float(end) for end in weight.aminmax()))
+        if reason is not None:
+            raise ElmExportError(f"{reason}; export this checkpoint in a float format")
+
+
+def find_codec(scheme: CodedScheme) -> Codec:
+    """The codec of `scheme`."""
+    module, _, name = scheme.codec.partition(":")
+    kind: type[Codec] = getattr(import_module(module), name)
+    return kind(scheme)
+
+
+def beyond_fp16(largest: float, reach: float, what: str) -> str | None:
+    """The clause for `Codec.beyond` where a `largest` magnitude above `reach` makes `what` ("a scale") leave fp16."""
+    if largest <= reach:
+        return None
+    return f"the largest weight, {largest:.3g}, needs {what} that exceeds fp16's 65504 (codes reach {reach:.3g})"
+
+
+def fp16_times(values: Tensor, factor: float) -> Tensor | None:
+    """Float16 `values` times `factor`, None where the product is no float16 number."""
+    product = values.to(torch.float32) * factor
+    rounded = product.to(torch.float16)
+    return rounded if torch.equal(rounded.to(torch.float32), product) else None
