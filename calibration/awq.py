@@ -17,6 +17,7 @@ from calibration.gptq import output_error
 from calibration.statistics import Moments, Statistics
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.graph.device import torch_device
 from elmexport.quantization.codec import find_codec
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import CodedScheme, Scheme
@@ -35,7 +36,7 @@ def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], st
     Raises:
         ElmExportError: statistics without a linear of the model.
     """
-    dims = checkpoint.config.dims
+    dims, device = checkpoint.config.dims, torch_device()
     found: dict[int, dict[str, Tensor]] = {}
     for spec in checkpoint.specs.values():
         chosen, name = scheme(spec), _FIELDS.get(spec.role)
@@ -49,10 +50,10 @@ def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], st
         shared = None
         if name == "out":
             scales = dims.layers[spec.layer].kv_heads * dims.head_dim
-            shared = for_query_heads(torch.arange(scales), dims, spec.layer)
-        scale = awq_scale(checkpoint.tensor(spec.name), chosen, moments, shared)
+            shared = for_query_heads(torch.arange(scales, device=device), dims, spec.layer)
+        scale = awq_scale(checkpoint.tensor(spec.name).to(device), chosen, moments.to(device), shared)
         if scale is not None:
-            found.setdefault(spec.layer, {})[name] = scale
+            found.setdefault(spec.layer, {})[name] = scale.cpu()
     return {layer: LayerFold(**fold) for layer, fold in found.items()}
 
 
@@ -66,8 +67,9 @@ def awq_scale(weight: Tensor, scheme: CodedScheme, moments: Moments, shared: Ten
         ElmExportError: the weight does not fit the scheme.
     """
     find_codec(scheme).check(weight)
-    shared = torch.arange(weight.shape[1]) if shared is None else shared
-    size = (torch.zeros(int(shared.max()) + 1).index_add_(0, shared, moments.mean_square) / torch.bincount(shared)).sqrt()
+    shared = torch.arange(weight.shape[1], device=weight.device) if shared is None else shared
+    sums = moments.mean_square.new_zeros(int(shared.max()) + 1).index_add_(0, shared, moments.mean_square)
+    size = (sums / torch.bincount(shared)).sqrt()
     if size.max() == 0:
         return None
     size = size.clamp(min=_SMALLEST * float(size.max()))
@@ -89,4 +91,4 @@ def _rows(weight: Tensor, scheme: CodedScheme) -> Tensor:
     unit = scheme.row_group
     groups = len(weight) // unit
     chosen = torch.linspace(0, groups - 1, min(groups, max(1, _ROWS // unit))).round().to(torch.int64)
-    return weight.view(groups, unit, -1)[chosen].reshape(-1, weight.shape[1])
+    return weight.view(groups, unit, -1)[chosen.to(weight.device)].reshape(-1, weight.shape[1])

@@ -14,12 +14,13 @@ from typing import TypedDict, Unpack
 from calibration.collect import collect
 from calibration.statistics import FORMAT, Statistics
 from calibration.text import Sample, calibration_text, random_windows, read_text, sample_windows
-from calibration.work import FolderWork, complete_file
+from calibration.work import FolderWork
 from elmexport import __version__
 from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 from elmexport.progress import Progress, SilentProgress
 
 DEFAULT_TOKENS = 32768

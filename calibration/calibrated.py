@@ -21,11 +21,12 @@ from calibration.statistics import Moments, Statistics
 from calibration.table import quantize_table
 from calibration.text import Sample
 from calibration.weight_set import FORMAT, WeightFacts, WeightSet, quantized_schemes, weight_writer
-from calibration.work import complete_file
 from elmexport import __version__
 from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
+from elmexport.graph.device import torch_device
 from elmexport.progress import Progress
 from elmexport.quantization.codec import Quantized
 from elmexport.quantization.quantize import quantize
@@ -129,20 +130,22 @@ def _is_foldable(spec: WeightSpec) -> bool:
 def _from_statistics(
     checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress, damped: Callable[[WeightSpec, float], None]
 ) -> Iterator[tuple[WeightSpec, Quantized]]:
+    device = torch_device()
     specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], CodedScheme)]
     progress.stage("quantizing", sum(spec.size for spec in specs))
     for spec in specs:
         scheme = plan.schemes[spec.name]
         assert isinstance(scheme, CodedScheme)
         moments = moments_of(spec)
-        weight = checkpoint.tensor(spec.name)
+        hessian = None if moments is None or moments.hessian is None else moments.hessian.to(device)
+        weight = checkpoint.tensor(spec.name).to(device)
         try:
-            if moments is None or moments.hessian is None:
+            if hessian is None or (spec.role is Role.EMBEDDING and not scheme.is_coarse):
                 yield spec, quantize(weight, scheme)
             elif spec.role is Role.EMBEDDING:
-                yield spec, quantize_table(weight, scheme, moments.hessian) if scheme.is_coarse else quantize(weight, scheme)
+                yield spec, quantize_table(weight, scheme, hessian)
             else:
-                yield spec, gptq(weight, scheme, moments.hessian, damped=partial(damped, spec))
+                yield spec, gptq(weight, scheme, hessian, damped=partial(damped, spec))
         except ElmExportError as error:
             raise ElmExportError(f"{spec.name}: {error}") from None
         progress.advance(spec.size)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from calibration.sensitivity import KLEvaluator, Sensitivity, sensitivities
 from calibration.text import Sample
-from calibration.work import complete_file
 from elmexport import __version__
 from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 from elmexport.progress import Progress
 from elmexport.quantization.schemes import CodedScheme, find_scheme
 

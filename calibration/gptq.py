@@ -67,7 +67,7 @@ def gptq(
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
     """Mean squared error of a linear's output, summed over the outputs: tr(E H Eᵀ) of the weight's error `[out, in]`."""
-    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+    return float(((error @ hessian) * error).cpu().sum(dtype=torch.float64))  # not every device has float64
 
 
 def _sweep(grid: Grid, w: Tensor, error: Tensor, feedback: Tensor, order: Tensor, *, triangular: bool = False) -> None:
@@ -77,7 +77,7 @@ def _sweep(grid: Grid, w: Tensor, error: Tensor, feedback: Tensor, order: Tensor
     feedback comes from earlier rows only.
     """
     n = len(w)
-    channels = order.tolist()
+    channels = order.cpu().tolist()
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
         known = slice(0, start if triangular else n)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import MappedTensors, read_metadata, write_safetensors
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FORMAT = 1  # of the file; a reader refuses a newer one
@@ -34,6 +36,11 @@ class Moments:
     mean_square: Tensor  # float32 [in]: E[x²]
     mean_abs: Tensor | None  # float32 [in]: E[|x|]; None only where llama.cpp measured (an importance matrix)
     hessian: Tensor | None  # float32 [in, in]: E[x xᵀ], symmetric, its diagonal equal to `mean_square`; None where not asked for
+
+    def to(self, device: torch.device) -> Moments:
+        """The same on `device`."""
+        mean_abs, hessian = (None if tensor is None else tensor.to(device) for tensor in (self.mean_abs, self.hessian))
+        return Moments(self.tokens, self.mean_square.to(device), mean_abs, hessian)
 
 
 def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callable[[WeightSpec], Tensor | None]:
@@ -122,11 +129,11 @@ class Statistics:
         Raises:
             ElmExportError: no such file, another kind of file, a damaged one, or one of a newer format.
         """
-        header = read_metadata(path)
+        header = read_metadata(path, "statistics file", "make one with `elmexport calibrate --out FILE`")
         if METADATA_KEY not in header:
             raise ElmExportError(f"{path} holds no calibration statistics; make them with `elmexport calibrate --out FILE`")
         facts = _facts(path, header[METADATA_KEY])
-        tensors = FileTensors(path)
+        tensors = MappedTensors(path, "calibrate again")
         kinds = (MEAN_SQUARE, MEAN_ABS, *([HESSIAN] if facts.hessian else []))
         wanted = {TOKEN_COUNTS, *(f"{activation}.{kind}" for activation in facts.inputs.values() for kind in kinds)}
         missing = sorted(wanted - set(tensors))
@@ -149,71 +156,6 @@ def load_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
             f"while {checkpoint.source.name} has {wanted[:12]}…; calibrate this one with `elmexport calibrate`"
         )
     return statistics
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` one after another, so that mapped ones are never in memory together; the library's own writer gathers them first."""
-    dtypes = {"torch.float32": "F32", "torch.int64": "I64"}
-    sizes = {name: (tensor.element_size(), tensor.numel()) for name, tensor in tensors.items()}
-    order = sorted(sizes, key=lambda name: (-sizes[name][0], name))  # the library's own order: every tensor lies aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + math.prod(sizes[name])
-        header[name] = {"dtype": dtypes[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name].contiguous().numpy().data)
-
-
-class FileTensors(Mapping[str, "Tensor"]):
-    """The tensors of a safetensors file, mapped anew at every access."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        self._path = path
-        with safe_open(path, framework="pt") as file:
-            self._names = tuple(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ElmExportError(f"{self._path} changed while it was in use ({error}); calibrate again") from None
-        if tensor.ndim == 1 and not bool(tensor.isfinite().all()):
-            raise ElmExportError(f"{self._path} is damaged: {name} holds NaN or infinity; calibrate again")
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ElmExportError(
-            f"{path} is no statistics file, or is truncated or damaged ({error}); make one with `elmexport calibrate --out FILE`"
-        ) from None
-    except OSError as error:
-        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a file that `elmexport calibrate` wrote") from None
 
 
 def _facts(path: Path, text: str) -> Facts:

@@ -7,7 +7,6 @@ that only the system's file cache, which shrinks when memory is short, holds the
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,10 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from calibration.statistics import FileTensors, read_metadata, write_safetensors
+from elmexport.files import MappedTensors, complete_file, read_metadata, write_safetensors
 
 _METADATA_KEY = "elmexport.calibration_part"
+_FIX = "calibrate again"
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class FolderWork(Work):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read(self, path: Path) -> StageResult:
-        figures = json.loads(read_metadata(path)[_METADATA_KEY])
-        return StageResult(FileTensors(path), figures["residual_peak"], figures["norm_peaks"])
+        figures = json.loads(read_metadata(path, "part of a calibration", _FIX)[_METADATA_KEY])
+        return StageResult(MappedTensors(path, _FIX), figures["residual_peak"], figures["norm_peaks"])
 
     def _stream(self, stage: int) -> Path:
         return self._folder / f"stream-{stage}"
@@ -154,13 +154,3 @@ class _FileBoundary:
     def write(self, batch: slice, x: Tensor) -> None:
         if self._sink is not None:
             self._sink.write(x.contiguous().numpy().data)
-
-
-@contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; what was written gets its own name when it is complete and on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    with partial.open("r+b") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.cores import asked_threads
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import batches, copies, padded
-from elmexport.runtimes.threads import asked_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue

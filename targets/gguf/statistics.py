@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from calibration.statistics import MEAN_SQUARE, Facts, Statistics
-from calibration.work import complete_file
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 from elmexport.models import trace
 from elmexport.models.base import ModelConfig
 from targets.gguf import GgufTarget

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from calibration.awq import awq_folds
+from calibration.calibrated import gptq_weights
 from calibration.collect import collect
+from calibration.folding import FoldedCheckpoint
 from calibration.sensitivity import KLEvaluator
 from calibration.table import head_moments
 from calibration.text import Sample
@@ -17,13 +22,19 @@ from elmexport.graph.forward import KVCaches, forward, linear_stages
 from elmexport.graph.ir import Node
 from elmexport.models import trace
 from elmexport.progress import SilentProgress
+from elmexport.quantization.recipes import Recipe, Rule, resolve
+from elmexport.quantization.schemes import Float, find_scheme
 from elmexport.runtimes.torch import TorchRuntime
+from elmexport.weights import Role
 from tests.fake_device import DEVICE, FakeDevice
 from tests.memory_checkpoint import MemoryCheckpoint
 
 USERS = (
+    "calibration.awq",
+    "calibration.calibrated",
     "calibration.collect",
     "calibration.sensitivity",
+    "calibration.sequential",
     "calibration.table",
     "elmexport.evaluation.self_check",
     "elmexport.runtimes.torch",
@@ -124,3 +135,41 @@ def test_everything_that_runs_the_model(small_checkpoint: MemoryCheckpoint, ids:
         found = figures()
     for here, there in zip(expected, found, strict=True):
         np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_every_calibrated_method(
+    small_checkpoint: MemoryCheckpoint, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Codes are found on the device: from statistics, along the text, and for folded weights."""
+    sample = Sample(ids, "random ids")
+    statistics = collect(small_checkpoint, sample, hessian=True)
+    kinds = {Role.EMBEDDING: "int4-block32", Role.ATTENTION_QKV: "int4-asym-block32", Role.ATTENTION_OUT: "lut4-group8"}
+    rules = (*(Rule(find_scheme(name), frozenset({role})) for role, name in kinds.items()), Rule(Float("fp32")))
+    plan = resolve(Recipe("test", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp32"), 1.0, rules), small_checkpoint.config)
+
+    def fold() -> FoldedCheckpoint:
+        return FoldedCheckpoint(small_checkpoint, awq_folds(small_checkpoint, lambda spec: plan.schemes[spec.name], statistics))
+
+    def codes(place: str) -> list[list[np.ndarray]]:
+        monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / place))
+        found = [
+            gptq_weights(small_checkpoint, plan, statistics, SilentProgress()),
+            gptq_weights(small_checkpoint, plan, sample, SilentProgress()),
+            gptq_weights(small_checkpoint, plan, sample, SilentProgress(), fold),
+        ]
+        return [[weights.get(small_checkpoint.specs[name]).codes.numpy() for name in weights.facts.schemes] for weights in found]
+
+    expected = codes("here")
+    for user in USERS:
+        monkeypatch.setattr(f"{user}.torch_device", lambda: DEVICE)
+    # The fake device is one thread's.
+    monkeypatch.setattr("elmexport.quantization.integer_codec.in_threads", lambda work, starts: [work(start) for start in starts])
+    with FakeDevice():
+        found = codes("there")
+    assert all(len(codes) == 1 + 2 * 5 for codes in found)
+    for here, there in zip(expected[0], found[0], strict=True):
+        assert (here != there).mean() < 1e-3
+    for here, there in zip(expected[1] + expected[2], found[1] + found[2], strict=True):
+        # A little off in the attention, which has another kernel there; 48 tokens leave much to chance.
+        assert np.abs(here.astype(int) - there).mean() < 0.5
