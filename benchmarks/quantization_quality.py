@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.allocate import allocate, by_gptq, candidates
+from calibration.allocate import allocate, candidates, with_gain
 from calibration.awq import awq_folds
 from calibration.calibrate import make_sample
 from calibration.collect import collect
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
+from calibration.methods.gptq import GPTQ
 from calibration.sensitivity import KLEvaluator, sensitivities
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Statistics, mean_square_of
@@ -163,7 +164,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
             ),
             "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s).mean_square).dequantize()),
             "mse, 128 tokens": lambda: each(
-                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(reference.moments)(s)).dequantize()
+                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(reference.statistics.moments)(s)).dequantize()
             ),
             "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: by_hessian(w, s, k, moments(checkpoint, s).hessian)),
             "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: by_hessian(w, s, k, moments(folded, s).hessian)),
@@ -182,7 +183,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
     measured = sensitivities(checkpoint, offered, short, KLEvaluator(checkpoint, short), SilentProgress())
     for bits in MIXED:
         for method in ("mse, 128 tokens", "gptq"):
-            items = [by_gptq(item) for item in measured] if method == "gptq" else measured
+            items = [with_gain(item, GPTQ.gain) for item in measured] if method == "gptq" else measured
             plan = resolve(allocate(items, checkpoint.config, int4, bits).recipe, checkpoint.config)
             name = f"--bits-per-weight {bits:g} {method}"
             yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(plan)[method]())

@@ -1,4 +1,4 @@
-"""Choosing bits: the mix of schemes, matrix by matrix, of least predicted divergence at a given size.
+"""Bit allocation: the mix of schemes, matrix by matrix, of least predicted divergence at a given size.
 
 Every matrix takes one of several schemes, and their divergences add up (`calibration.sensitivity`): a multiple-choice knapsack. It is solved
 exactly, but for rounding: the embedding may be a fifth of the model, too large a piece for a greedy choice.
@@ -14,6 +14,7 @@ from math import ceil
 import numpy as np
 
 from calibration.costs import known_sensitivities
+from calibration.methods.base import Gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint
@@ -30,11 +31,6 @@ from elmexport.weights import Role, WeightSpec
 # A target takes those that it can express: tables, the only ones between 4 and 8 bits, are Core ML's.
 CANDIDATES = ("int4-block128", "int4-block64", "int4-block32", "lut6-group64", "lut6-group16", "int8-block32")
 
-
-# What is left of the divergence when GPTQ finds the codes, of a layer's matrix and of a tied embedding in less than 8 bits: about as in
-# `tiny`, docs/quantization-results.md.
-GPTQ_GAIN = 0.33
-TABLE_GAIN = 0.7
 _GRAINS = 20000
 TOKENS, WINDOW = 1024, 256  # of the text that costs are measured on
 
@@ -50,7 +46,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each matrix of a model costs in each scheme that it may have, and the evaluator by which to measure what came of a choice."""
+    """Costs of each matrix of a model in each scheme that it may have, and what measures the divergence of a choice."""
 
     measured: Sequence[Sensitivity]
     evaluator: KLEvaluator
@@ -68,23 +64,23 @@ class Costs:
 
 
 def choose_bits(
-    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gptq: bool, progress: Progress
+    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gain: Gain, progress: Progress
 ) -> tuple[Allocation, KLEvaluator]:
-    """The allocation for `checkpoint`, and the evaluator by which to measure what came of it.
+    """Allocate bits to `checkpoint`; returns what measures the divergence of the choice too.
 
     Raises:
         ElmExportError: see `allocate`.
     """
     specs = list(checkpoint.specs.values())
     check_budget(specs, candidates(target, specs), base, bits_per_weight)  # before the minutes that measuring takes
-    costs = measure_costs(checkpoint, target, base, gptq=gptq, progress=progress)
+    costs = measure_costs(checkpoint, target, base, gain=gain, progress=progress)
     return costs.allocate(bits_per_weight), costs.evaluator
 
 
-def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq: bool, progress: Progress) -> Costs:
-    """What `allocate` needs, for the schemes that `target` can hold. The text is the bundled prose.
+def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gain: Gain, progress: Progress) -> Costs:
+    """Measure what `allocate` needs, for the schemes that `target` can hold. The text is the bundled prose.
 
-    Costs are measured with scales of least weighted error. `gptq` says that the codes will be GPTQ's.
+    Costs are measured with scales of least weighted error; `gain` is that of the method which will find the codes.
     """
     window = min(WINDOW, checkpoint.config.dims.context)
     if checkpoint.tokenizer_path is None:
@@ -94,7 +90,7 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq:
     specs = list(checkpoint.specs.values())
     evaluator = KLEvaluator(checkpoint, sample)
     measured = known_sensitivities(checkpoint, candidates(target, specs), sample, evaluator, progress)
-    return Costs([by_gptq(item) for item in measured] if gptq else measured, evaluator, checkpoint.config, base)
+    return Costs([with_gain(item, gain) for item in measured], evaluator, checkpoint.config, base)
 
 
 def mixed_name(bits_per_weight: float) -> str:
@@ -152,11 +148,11 @@ def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe,
     return Allocation(recipe, plan.bits_per_weight, sum(item.kl[chosen[item.spec.name]] for item in measured))
 
 
-def by_gptq(item: Sensitivity) -> Sensitivity:
-    """`item` under GPTQ."""
+def with_gain(item: Sensitivity, gain: Gain) -> Sensitivity:
+    """Predict `item` under a method of `gain`."""
     if item.spec.role is Role.EMBEDDING:
-        return replace(item, kl={scheme: kl * (TABLE_GAIN if scheme.is_coarse else 1.0) for scheme, kl in item.kl.items()})
-    return replace(item, kl={scheme: kl * GPTQ_GAIN for scheme, kl in item.kl.items()})
+        return replace(item, kl={scheme: kl * (gain.table if scheme.is_coarse else 1.0) for scheme, kl in item.kl.items()})
+    return replace(item, kl={scheme: kl * gain.linear for scheme, kl in item.kl.items()})
 
 
 def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> dict[str, CodedScheme]:

@@ -43,11 +43,14 @@ def gptq_weights(
     source: Sample | Statistics,
     progress: Progress,
     fold: Callable[[], FoldedCheckpoint] | None = None,
+    *,
+    method: str = "gptq",
 ) -> WeightSet:
-    """The weights of `checkpoint` under `plan` by GPTQ, out of the cache if they have been computed before.
+    """Compute the weights of `checkpoint` under `plan` by GPTQ, or take them out of the cache if they have been computed before.
 
     With a text (`Sample`), layer by layer in order (`quantize_in_order`); with statistics, each tensor by itself from its Hessian, without
-    running the model. `fold` gives the model to quantize instead (AWQ); it is not called where the cache holds its result.
+    running the model. `fold` gives the model to quantize instead (AWQ); it is not called where the cache holds its result. `method` is what all
+    of it is called.
 
     Raises:
         ElmExportError: statistics without Hessians, weights that do not fit their schemes, or a cache that cannot be written.
@@ -66,7 +69,7 @@ def gptq_weights(
         identity=checkpoint.identity(),
         schemes=quantized_schemes(plan),
         folded=() if fold is None else tuple(name for name, spec in checkpoint.specs.items() if _is_foldable(spec)),
-        method="gptq" if fold is None else "awq+gptq",
+        method=method,
         sequential=sequential,
         text=text,
         text_sha256=digest,
@@ -96,7 +99,7 @@ def gptq_weights(
 
 
 def moments_of(checkpoint: Checkpoint, statistics: Statistics) -> MomentsOf:
-    """The moments of what each matrix of `checkpoint`, folded or not, reads; `statistics` are of the model that is not folded."""
+    """Give the moments of what each matrix of `checkpoint`, folded or not, reads; `statistics` are of the model that is not folded."""
 
     def get(spec: WeightSpec) -> Moments | None:
         moments = statistics.moments(spec)

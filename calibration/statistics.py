@@ -1,4 +1,4 @@
-"""What a model showed while it read the calibration text: second moments of every linear layer's input, and peaks.
+"""Statistics of activations on a calibration text: second moments of every linear layer's input, and peaks.
 
 One safetensors file holds it all. Statistics of activations are stored once, under the name that the traced graph gives the activation
 (`layers.3.attn_norm`), however many weights read it; `calibration.collect` measures them.
@@ -34,7 +34,7 @@ class Moments:
 
     tokens: int
     mean_square: Tensor  # float32 [in]: E[x²]
-    mean_abs: Tensor | None  # float32 [in]: E[|x|]; None only where llama.cpp measured (an importance matrix)
+    mean_abs: Tensor | None  # float32 [in]: E[|x|]; None in an importance matrix and in a short pass
     hessian: Tensor | None  # float32 [in, in]: E[x xᵀ], symmetric, its diagonal equal to `mean_square`; None where not asked for
 
     def to(self, device: torch.device) -> Moments:
@@ -65,7 +65,9 @@ class Facts:
     window: int  # tokens of one window
     hessian: bool
     inputs: Mapping[str, str]  # name of each weight to that of the activation it reads
-    residual_peaks: tuple[float, ...]  # largest magnitude on the residual stream after the embedding, then in each layer
+    residual_peaks: tuple[
+        float, ...
+    ]  # largest magnitude on the residual stream after the embedding, then in each layer; one of all in a short pass
     norm_peaks: Mapping[str, float]  # by the name of each norm's weight: the largest sum of squares it met (q/k norms: in one head)
 
 
@@ -87,7 +89,7 @@ class Statistics:
 
     @property
     def token_counts(self) -> Tensor | None:
-        """How often each token was read, int64 `[vocab]`; None only for an importance matrix."""
+        """How often each token was read, int64 `[vocab]`; None in an importance matrix and in a short pass."""
         return self.tensors.get(TOKEN_COUNTS)
 
     def moments(self, spec: WeightSpec) -> Moments | None:

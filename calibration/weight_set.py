@@ -116,13 +116,13 @@ class StoredWeights(WeightSource):
     def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
         """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""
         super().__init__(checkpoint, plan)
-        self._weights, self._norms = weights, weights.norms()
+        self.weight_set, self._norms = weights, weights.norms()
 
     def numbers(self, spec: WeightSpec) -> Tensor:
         return self._norms[spec.name] if spec.name in self._norms else super().numbers(spec)
 
     def _quantized(self, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
-        return self._weights.get(spec)
+        return self.weight_set.get(spec)
 
 
 def quantized_schemes(plan: Plan) -> dict[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from elmexport.artifact import Artifact
 from elmexport.checkpoint.base import Checkpoint

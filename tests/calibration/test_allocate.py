@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import linprog
 
 from calibration.allocate import allocate, candidates, choose_bits
+from calibration.methods.base import Gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import Sample
 from elmexport.errors import ElmExportError
@@ -77,7 +78,7 @@ def test_the_recipe_can_be_written_and_read(small_checkpoint: MemoryCheckpoint, 
 
 def test_too_small_a_size_is_refused_before_any_work(small_checkpoint: MemoryCheckpoint) -> None:
     with pytest.raises(ElmExportError, match=r"--bits-per-weight 2 is less than the narrowest .* ask for 5\.\d\d or more"):
-        choose_bits(small_checkpoint, find_target("gguf"), BASE, 2.0, gptq=False, progress=SilentProgress())
+        choose_bits(small_checkpoint, find_target("gguf"), BASE, 2.0, gain=Gain(), progress=SilentProgress())
 
 
 def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpoint) -> None:

@@ -124,7 +124,7 @@ def test_everything_that_runs_the_model(small_checkpoint: MemoryCheckpoint, ids:
         found = [tensor.numpy() for tensor in statistics.tensors.values()]
         found += [runtime.logits(ids[0]), runtime.logits(ids[0][:1], 16), *runtime.continuations([ids[1], ids[2][:3]], 16)]
         reference = reference_pass(small_checkpoint, trace(small_checkpoint.config), None, SilentProgress())
-        found += [reference.logits, *(square.numpy() for square in reference.mean_squares.values())]
+        found += [reference.logits, *(square.numpy() for square in reference.statistics.tensors.values())]
         found.append(np.array(KLEvaluator(small_checkpoint, sample).divergence({})))
         return [*found, head_moments(small_checkpoint, sample, SilentProgress()).cpu().numpy()]
 
@@ -156,7 +156,7 @@ def test_every_calibrated_method(
         found = [
             gptq_weights(small_checkpoint, plan, statistics, SilentProgress()),
             gptq_weights(small_checkpoint, plan, sample, SilentProgress()),
-            gptq_weights(small_checkpoint, plan, sample, SilentProgress(), fold),
+            gptq_weights(small_checkpoint, plan, sample, SilentProgress(), fold, method="awq+gptq"),
         ]
         return [[weights.get(small_checkpoint.specs[name]).codes.numpy() for name in weights.facts.schemes] for weights in found]
 

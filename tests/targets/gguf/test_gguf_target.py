@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
 from numpy.typing import NDArray
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize

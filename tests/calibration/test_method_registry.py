@@ -1,0 +1,35 @@
+"""The registry of methods: what the command line and the options know of each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from calibration.methods import DEFAULT, METHODS, find_method, methods_help
+from calibration.methods.base import Gain
+from elmexport.errors import ElmExportError
+
+
+def test_every_row_is_a_method() -> None:
+    for name in METHODS:
+        method = find_method(name)
+        assert method.name == name and method.words in methods_help()
+    assert find_method(DEFAULT).needs_text is False
+
+
+def test_what_the_options_ask_of_them() -> None:
+    assert [name for name in METHODS if find_method(name).needs_text] == ["gptq", "awq", "awq+gptq"]
+    assert [name for name in METHODS if find_method(name).makes_weight_set] == ["gptq", "awq+gptq"]
+    assert all((find_method(name).gain == Gain()) is ("gptq" not in name) for name in METHODS)
+
+
+def test_an_unknown_one() -> None:
+    with pytest.raises(ElmExportError, match=r"--method magic does not exist; choose mse, rtn, gptq, awq, awq\+gptq"):
+        find_method("magic")
+
+
+def test_their_words_cost_no_heavy_import() -> None:
+    code = "import sys; from calibration.methods import methods_help; methods_help(); print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
