@@ -14,7 +14,7 @@ from math import ceil
 import numpy as np
 
 from calibration.costs import known_sensitivities
-from calibration.methods.base import Gain
+from calibration.method import Gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from calibration.folding import Folds, LayerFold, folded_moments, for_query_heads, has_gate
+from calibration.folding import FoldedCheckpoint, Folds, LayerFold, folded_moments, for_query_heads, has_gate
 from calibration.gptq import output_error
 from calibration.statistics import Moments, Statistics
 from elmexport.checkpoint.base import Checkpoint
@@ -20,6 +20,7 @@ from elmexport.errors import ElmExportError
 from elmexport.graph.device import torch_device
 from elmexport.quantization.codec import find_codec
 from elmexport.quantization.quantize import quantize
+from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme, Scheme
 from elmexport.weights import Role, WeightSpec
 
@@ -28,6 +29,11 @@ _SMALLEST = 1e-4  # of the largest activation: what a silent channel counts as
 _ROWS = 512  # output channels, evenly spread, on which an exponent is judged
 
 _FIELDS = {Role.ATTENTION_QKV: "qkv", Role.ATTENTION_OUT: "out", Role.FFN_GATE_UP: "gate_up", Role.FFN_UP: "gate_up", Role.FFN_DOWN: "down"}
+
+
+def awq_model(checkpoint: Checkpoint, plan: Plan, statistics: Statistics) -> FoldedCheckpoint:
+    """Rescale the input channels of `checkpoint` for the schemes of `plan`; see `awq_folds`."""
+    return FoldedCheckpoint(checkpoint, awq_folds(checkpoint, lambda spec: plan.schemes[spec.name], statistics))
 
 
 def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], statistics: Statistics) -> Folds:

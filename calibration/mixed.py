@@ -10,7 +10,7 @@ from typing import Any
 from calibration.allocate import Allocation, Costs, choose_bits, drop_name, measure_costs
 from calibration.dequantized import Dequantized, DequantizedCheckpoint
 from calibration.facts import rounded
-from calibration.methods.base import Gain, Prepared
+from calibration.method import Gain, Prepared
 from calibration.sensitivity import KLEvaluator
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from calibration.method import Method
 from calibration.methods import DEFAULT, find_method
-from calibration.methods.base import Method
 from elmexport.errors import ElmExportError
 
 Calibrate = Literal["auto", "none"] | Path

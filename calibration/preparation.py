@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from calibration.calibrated import save_weights
 from calibration.inputs import Inputs
+from calibration.method import Job, Prepared
 from calibration.methods import DEFAULT
-from calibration.methods.base import Job, Prepared
 from calibration.mixed import MeasureDrop, of_size, within_drop
 from calibration.options import WeightOptions
 from calibration.statistics import Statistics

@@ -1,15 +1,30 @@
-"""A weight set as the weights of an export."""
+"""Weights of an export out of a weight set: one that GPTQ computes or the cache holds, or the user's."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from calibration.calibrated import gptq_weights
 from calibration.facts import set_facts
-from calibration.methods.base import Prepared
+from calibration.folding import FoldedCheckpoint
+from calibration.method import Job, Prepared
 from calibration.statistics import Statistics
 from calibration.weight_set import StoredWeights, WeightSet
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.quantization.recipes import Plan
+
+
+def prepare_gptq(job: Job, method: str, fold: Callable[[], FoldedCheckpoint] | None = None) -> Prepared:
+    """Find the codes of `job` by GPTQ; see `gptq_weights`.
+
+    Raises:
+        ElmExportError: see `gptq_weights`.
+    """
+    source = job.inputs.sample or job.inputs.statistics
+    assert source is not None
+    weights = gptq_weights(job.checkpoint, job.plan, source, job.progress, fold, method=method)
+    return prepared_set(job.checkpoint, job.plan, weights, source if isinstance(source, Statistics) else None)
 
 
 def prepared_set(checkpoint: Checkpoint, plan: Plan, weights: WeightSet, statistics: Statistics | None = None) -> Prepared:

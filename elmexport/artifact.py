@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from elmexport.errors import ElmExportError
 from elmexport.files import remove_stale, sync_file, temporary_sibling
+from elmexport.formats import find_format
+from elmexport.manifest import FIX, FileFacts, Manifest, read_manifest
 from elmexport.weights import Role
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest; a reader refuses a newer one
 
 
 @contextlib.contextmanager
@@ -81,13 +82,17 @@ def _check_free(out: Path, force: bool) -> None:
         )
 
 
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write `manifest.json`: `content` plus the SHA-256 and size in bytes of every file in `folder`."""
-    listing = {
-        str(path.relative_to(folder).as_posix()): {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in _files(folder)
-    }
-    manifest = {"format": FORMAT, **content, "files": listing}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest.json`, its `files` filled in: SHA-256 and size in bytes of every file in `folder`. Returns it as written.
+
+    Raises:
+        ElmExportError: something in it that no manifest may hold, as a target's setting that is a list.
+    """
+    listing = {path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, file_sha256(path)) for path in _files(folder)}
+    text = msgspec.structs.replace(manifest, files=listing).to_json().encode()
+    complete = read_manifest(text, MANIFEST)  # or nobody could read it later
+    (folder / MANIFEST).write_bytes(text)
+    return complete
 
 
 @dataclass(frozen=True)
@@ -95,40 +100,29 @@ class Artifact:
     """A finished artifact folder."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @classmethod
     def open(cls, path: Path) -> Artifact:
         """Read the manifest.
 
         Raises:
-            ElmExportError: no manifest, a damaged one, or one of a newer format.
+            ElmExportError: no manifest, a damaged one, one of a newer version, or of a format that nobody here knows.
         """
+        file = path / MANIFEST
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            if not isinstance(manifest, dict):
-                raise ValueError(f"it holds a JSON {type(manifest).__name__}, not an object")
-            missing = [key for key in ("format", "target", "model", "quant", "files") if key not in manifest]
-            if not missing and not (isinstance(manifest["format"], int) and isinstance(manifest["files"], dict)):
-                raise ValueError("a number and an object are expected under format and files")
+            text = file.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            raise ElmExportError(
-                f"{path} holds no {MANIFEST}: it is not an artifact, or its export was interrupted; export it again"
-            ) from None
-        except ValueError as error:  # not UTF-8, not JSON, or of another shape
-            raise ElmExportError(f"{path / MANIFEST} is damaged ({error}); export it again") from None
-        if missing:
-            raise ElmExportError(f"{path / MANIFEST} lacks {', '.join(missing)}; export it again")
-        if manifest["format"] > FORMAT:
-            raise ElmExportError(f"{path}: manifest format {manifest['format']}, this version reads up to {FORMAT}; update elmexport")
-        for name, facts in manifest["files"].items():
-            if not (isinstance(facts, dict) and {"bytes", "sha256"} <= set(facts)):
-                raise ElmExportError(f"{path / MANIFEST} is damaged (it lacks the size or the hash of {name}); export it again")
+            raise ElmExportError(f"{path} holds no {MANIFEST}: it is not an artifact, or its export was interrupted; {FIX}") from None
+        except OSError as error:
+            raise ElmExportError(f"cannot read {file}: {error.strerror or error}; copy the artifact again or {FIX}") from None
+        manifest = read_manifest(text, str(file))
+        find_format(manifest.target, f"{file}: target")
         return cls(path, manifest)
 
     @property
     def target(self) -> str:
-        return str(self.manifest["target"])
+        return self.manifest.target
 
     def check_sizes(self) -> None:
         """Compare presence and size of every file with the manifest; instant.
@@ -136,21 +130,21 @@ class Artifact:
         Raises:
             ElmExportError: a file is missing or has another size.
         """
-        problems = [problem for name, facts in self.manifest["files"].items() if (problem := _size_problem(self.path / name, name, facts))]
+        problems = [problem for name, facts in self.manifest.files.items() if (problem := _size_problem(self.path / name, name, facts))]
         if problems:
             raise ElmExportError(f"{self.path} is damaged: {'; '.join(problems)}. Copy it again or export it again")
 
     def verify(self) -> list[str]:
         """Compare every file's SHA-256 with the manifest, and look for files it does not list; returns the problems found."""
         problems = []
-        for name, facts in self.manifest["files"].items():
+        for name, facts in self.manifest.files.items():
             problem = _size_problem(self.path / name, name, facts)
-            if problem is None and file_sha256(self.path / name) != facts["sha256"]:
+            if problem is None and file_sha256(self.path / name) != facts.sha256:
                 problem = f"{name} has been altered (its SHA-256 differs from the manifest's)"
             if problem is not None:
                 problems.append(problem)
         found = {path.relative_to(self.path).as_posix() for path in _files(self.path)} - {MANIFEST}
-        return problems + [f"{name} is not in the manifest" for name in sorted(found - set(self.manifest["files"]))]
+        return problems + [f"{name} is not in the manifest" for name in sorted(found - set(self.manifest.files))]
 
 
 @dataclass(frozen=True)
@@ -174,11 +168,11 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _size_problem(path: Path, name: str, facts: Mapping[str, Any]) -> str | None:
+def _size_problem(path: Path, name: str, facts: FileFacts) -> str | None:
     if not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
-    return None if size == facts["bytes"] else f"{name} has {size} bytes, the manifest says {facts['bytes']}"
+    return None if size == facts.bytes else f"{name} has {size} bytes, the manifest says {facts.bytes}"
 
 
 def _on_the_way(path: Path, folder: Path) -> bool:

@@ -11,6 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import msgspec
+
 from calibration.allocate import drop_name, mixed_name
 from calibration.facts import rounded
 from calibration.options import WeightOptions
@@ -28,10 +30,11 @@ from elmexport.evaluation.task_drop import TaskDrop
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
 from elmexport.importance import read_importance
+from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Quantization, SelfCheck
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
-from elmexport.quantization.recipes import Plan, Recipe, load_recipe, resolve
+from elmexport.quantization.recipes import Recipe, load_recipe, resolve
 from elmexport.target import Checked, ExportJob, Target, Written, find_target
 
 RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
@@ -53,7 +56,7 @@ class ExportResult:
     """A finished export."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     notes: tuple[str, ...]  # what the user should know that is not an error, tensors that their scheme could not take among it
     has_tokenizer: bool  # whether the artifact turns text into tokens by itself
 
@@ -172,12 +175,27 @@ def export_checkpoint(
         notes += written.notes
         if options.mixes:
             write_recipe(recipe, folder / RECIPE, f"chosen for {checkpoint.source.name}; use it again with --quant {RECIPE}")
-        quantization = {**recipe.to_dict(), **prepared.facts}
-        manifest = _describe(checkpoint, chosen, quantization, plan, context, alpha, calibration) | dict(written.manifest)
+        checked = SelfCheck(done=False, reason="not asked for")
         if verify:
-            manifest["self_check"], note = _self_check(chosen, folder, reference(), recipe, context, progress)
+            checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
-        write_manifest(folder, manifest)
+        manifest = Manifest(
+            format=FORMAT,
+            model=_model(checkpoint),
+            target=chosen.name,
+            settings=chosen.settings(),
+            quant=msgspec.convert({**recipe.to_dict(), **prepared.facts}, Quantization),
+            fallbacks=tuple(Fallback(tensor, reason) for tensor, reason in plan.fallbacks),
+            bits_per_weight=round(plan.bits_per_weight, 4),
+            context=context,
+            alpha=alpha,
+            calibration=calibration,
+            tools={"elmexport": __version__, "python": platform.python_version(), "torch": version("torch"), **chosen.tools()},
+            self_check=checked,
+            chain=written.chain,
+            files={},
+        )
+        manifest = write_manifest(folder, manifest)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 
@@ -202,53 +220,33 @@ def read_recipe(target: Target, quant: str | None) -> Recipe:
     return target.adapt(recipe)
 
 
-def _alpha(statistics: Statistics | None) -> tuple[float, dict[str, Any]]:
-    """The factor on the residual stream, and how it was found, for the manifest."""
+def _alpha(statistics: Statistics | None) -> tuple[float, Calibration]:
+    """The factor on the residual stream, and how it was found."""
     if statistics is None or statistics.residual_peak is None:
-        return DEFAULT_ALPHA, {"method": "default", "text": None, "tokens": 0}
+        return DEFAULT_ALPHA, Calibration("default", None, 0)
     peak, facts = rounded(statistics.residual_peak), statistics.facts
-    return choose_alpha(peak), {"method": "measured", "text": facts.text, "tokens": facts.tokens, "residual_peak": peak}
+    return choose_alpha(peak), Calibration("measured", facts.text, facts.tokens, peak)
 
 
 def _self_check(
     target: Target, folder: Path, reference: ReferenceRun, recipe: Recipe, context: int, progress: Progress
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[SelfCheck, list[str]]:
     try:
         result, logits = self_check(target.name, folder, reference, recipe.max_self_check_kl, progress)
     except MissingDependencyError as error:
-        return {"done": False, "reason": str(error)}, [f"self-check not done: {error}"]
+        return SelfCheck(done=False, reason=str(error)), [f"self-check not done: {error}"]
     target.finish(folder, Checked(reference.ids, reference.logits, logits, context))
-    figures = {"kl_mean": rounded(result.kl_mean), "kl_max": rounded(result.kl_max), "top1_agreement": rounded(result.top1_agreement)}
-    return {"done": True, "text": reference.text, "tokens": result.tokens, **figures}, []
+    found = SelfCheck(
+        done=True,
+        text=reference.text,
+        tokens=result.tokens,
+        kl_mean=rounded(result.kl_mean),
+        kl_max=rounded(result.kl_max),
+        top1_agreement=rounded(result.top1_agreement),
+    )
+    return found, []
 
 
-def _describe(
-    checkpoint: Checkpoint,
-    target: Target,
-    quant: dict[str, Any],
-    plan: Plan,
-    context: int,
-    alpha: float,
-    calibration: dict[str, Any] | None,
-) -> dict[str, Any]:
-    source = checkpoint.source
-    return {
-        "model": {
-            "name": source.name,
-            "source": source.origin,
-            "revision": source.revision,
-            "identity": checkpoint.identity(),
-            "parameters": checkpoint.config.parameter_count,
-            "config": checkpoint.config.to_dict(),
-        },
-        "target": target.name,
-        "settings": target.settings(),
-        "quant": quant,
-        "fallbacks": [{"tensor": name, "reason": reason} for name, reason in plan.fallbacks],
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "context": context,
-        "alpha": alpha,
-        "calibration": calibration,
-        "tools": {"elmexport": __version__, "python": platform.python_version(), "torch": version("torch"), **target.tools()},
-        "self_check": {"done": False, "reason": "not asked for"},
-    }
+def _model(checkpoint: Checkpoint) -> Model:
+    source, config = checkpoint.source, checkpoint.config
+    return Model(source.name, source.origin, source.revision, checkpoint.identity(), config.parameter_count, config.to_dict())

@@ -1,19 +1,17 @@
 """What an artifact holds: whether its files are those of its manifest, and its tensors as the format's own reader finds them.
 
-Each target package says how to list the tensors of its format: `targets/<target>/inspect.py` has `list_tensors(folder, config)`.
+How to list the tensors of a format stands in its row, `elmexport.formats.Format.reader`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.errors import ElmExportError
+from elmexport.formats import find_format, load
 from elmexport.models import config_from_dict
-from elmexport.models.base import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,5 @@ def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
     Raises:
         ElmExportError: files that the format's reader cannot make sense of.
     """
-    config = config_from_dict(artifact.manifest["model"]["config"], where=str(artifact.path / MANIFEST))
-    return tuple(_reader(artifact.target)(artifact.path, config))
-
-
-def _reader(target: str) -> Callable[[Path, ModelConfig], Iterable[StoredTensor]]:
-    from elmexport.target import find_target
-
-    reader: Callable[[Path, ModelConfig], Iterable[StoredTensor]] = import_module(
-        f"{type(find_target(target)).__module__}.inspect"
-    ).list_tensors
-    return reader
+    config = config_from_dict(artifact.manifest.model.config, where=str(artifact.path / MANIFEST))
+    return tuple(load(find_format(artifact.target).reader)(artifact.path, config))

@@ -1,7 +1,6 @@
-"""The contract of a target (an output format) and the registry of those that exist.
+"""The contract of a target: what writes the files of one format. `elmexport.formats` says which there are.
 
-A target is one package with a lowering from the traced graph, packing of weights, and recipes as data. Third parties add one through
-the entry-point group `elmexport.targets`.
+A target is one package with a lowering from the traced graph, packing of weights, and recipes as data.
 """
 
 from __future__ import annotations
@@ -10,32 +9,28 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.artifact import file_sha256
-from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
-from elmexport.graph.ir import Graph
-from elmexport.models.base import ModelConfig
+from elmexport.formats import find_format, load
+from elmexport.manifest import Chain, FileSetting, Setting
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Scheme
-from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import Role
 
-TARGETS: Mapping[str, str] = {
-    "onnx": "targets.onnx:OnnxTarget",
-    "coreml": "targets.coreml:CoreMLTarget",
-    "gguf": "targets.gguf:GgufTarget",
-}
-ENTRY_POINT_GROUP = "elmexport.targets"
+if TYPE_CHECKING:  # a target's class is imported for its --help, which nothing heavy may delay
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from elmexport.checkpoint.tokenizer import Tokenizer
+    from elmexport.graph.ir import Graph
+    from elmexport.models.base import ModelConfig
+    from elmexport.quantization.weight_source import WeightSource
 
 Advance = Callable[[int], None]
 
@@ -47,7 +42,7 @@ class ExportJob:
     `graph` already carries the residual rescaling. `advance(n)` reports that n more weights (elements) have been written.
     """
 
-    name: str  # display name for file names, "OpenELM-450M"
+    name: str  # display name, for file names
     config: ModelConfig
     graph: Graph
     weights: WeightSource
@@ -67,9 +62,9 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class Written:
-    """What should be known of files just written: entries for the manifest beside its own, and notes for the user."""
+    """What should be known of files just written: how they run one after another, where they do, and notes for the user."""
 
-    manifest: Mapping[str, Any] = field(default_factory=dict)
+    chain: Chain | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -83,15 +78,38 @@ class Checked:
     context: int  # tokens that the artifact's cache holds
 
 
+@dataclass(frozen=True)
+class Option:
+    """How the command line offers one field of a target."""
+
+    help: str
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None  # the values that it may have
+
+
+def option(help: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Mapping[str, Option]:
+    """Make a field of a target an option of its command: `field(default="a", metadata=option("What it does.", choices=("a", "b")))`."""
+    return {"option": Option(help, metavar, choices)}
+
+
+def options(kind: type[Target]) -> Mapping[str, Option]:
+    """The options that the fields of the target `kind` are, by field."""
+    if not is_dataclass(kind):
+        return {}
+    return {field.name: field.metadata["option"] for field in fields(kind) if "option" in field.metadata}
+
+
 class Target(ABC):
     """One output format.
 
-    A target that has settings of its own is a frozen dataclass: each field is one setting, with a default. The command line offers
-    them as options of the target's command (`elmexport.cli.target_options`).
+    A target that has settings of its own is a frozen dataclass: each field is one setting, with a default. Those with `option` among their
+    metadata are options of the target's command.
     """
 
     name: ClassVar[str]
     quants: ClassVar[tuple[str, ...]]  # the values of --quant, the default first
+    quants_note: ClassVar[str] = ""  # a sentence below their list in the command's help
+    example: ClassVar[str] = "--model tiny"  # the command's options in its help's example
 
     def recipe(self, quant: str) -> Recipe:
         """The recipe called `quant`, read from the `recipes/` folder of the target's package.
@@ -101,7 +119,13 @@ class Target(ABC):
         """
         if quant not in self.quants:
             raise ElmExportError(f"--quant {quant} is not available for {self.name}; choose {', '.join(self.quants)}")
-        return self.adapt(load_recipe(files(type(self).__module__).joinpath("recipes", f"{quant}.toml")))
+        return self.adapt(self.stored_recipe(quant))
+
+    def stored_recipe(self, quant: str) -> Recipe:
+        """The recipe `quant`, one of `quants`, as it lies in the `recipes/` folder of the target's package."""
+        package = import_module(type(self).__module__).__package__
+        assert package is not None
+        return load_recipe(files(package).joinpath("recipes", f"{quant}.toml"))
 
     def adapt(self, recipe: Recipe) -> Recipe:
         """`recipe`, the target's own or a user's, as the target's settings leave it.
@@ -141,12 +165,10 @@ class Target(ABC):
     def finish(self, folder: Path, checked: Checked) -> None:  # noqa: B027  (optional: most formats need no more)
         """Add to the artifact what comes of the self-check, after it has passed."""
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Setting]:
         """The target's settings for the manifest: plain values, and of a file its name and hash."""
         found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)} if is_dataclass(self) else {}
-        return {
-            name: {"file": value.name, "sha256": file_sha256(value)} if isinstance(value, Path) else value for name, value in found.items()
-        }
+        return {name: FileSetting(value.name, file_sha256(value)) if isinstance(value, Path) else value for name, value in found.items()}
 
     def tools(self) -> Mapping[str, str]:
         """Names and versions of the packages that shaped the files, for the manifest."""
@@ -154,19 +176,18 @@ class Target(ABC):
 
 
 def find_target(name: str, settings: Mapping[str, Any] | None = None) -> Target:
-    """The target called `name`, with its own settings where they differ from the defaults.
+    """Make the target of the format `name`, with its own settings where they differ from the defaults.
 
     Raises:
-        ElmExportError: no such target, or a setting that it does not have.
+        ElmExportError: no such format, or a setting that its target does not have.
     """
-    known = dict(TARGETS) | {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in TARGETS}
-    if name not in known:
-        raise ElmExportError(f"unknown target {name!r}; known: {', '.join(known)}")
-    module, _, attribute = known[name].partition(":")
-    kind: type[Target] = getattr(import_module(module), attribute)
+    kind: type[Target] = load(find_format(name, "target").target)
     given = dict(settings or {})
     allowed: list[str] = [field.name for field in fields(kind)] if is_dataclass(kind) else []
     unknown = [setting for setting in given if setting not in allowed]
     if unknown:
         raise ElmExportError(f"{name} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}")
+    for setting, described in options(kind).items():
+        if setting in given and described.choices is not None and given[setting] not in described.choices:
+            raise ElmExportError(f"--{setting.replace('_', '-')} is {given[setting]!r}; choose {' or '.join(described.choices)}")
     return kind(**given)

@@ -19,6 +19,7 @@ from elmexport.checkpoint.save import save_checkpoint
 from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.export import export, export_checkpoint
+from elmexport.manifest import RuleFacts, SelfCheck
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.weight_source import WeightSource
@@ -36,21 +37,21 @@ def test_manifest(target: str, tiny: Checkpoint, tmp_path: Path) -> None:
     artifact = Artifact.open(result.path)
     assert artifact.verify() == []
     manifest = artifact.manifest
-    assert manifest["model"]["name"] == "OpenELM-tiny"
-    assert manifest["model"]["identity"] == tiny.identity()
-    assert OpenELMConfig.from_dict(manifest["model"]["config"]) == OpenELMConfig.from_dict(tiny.config.to_dict())
-    assert (manifest["target"], manifest["context"]) == (target, tiny.config.max_context_length)
-    assert manifest["quant"]["name"] == "int4"
-    assert manifest["quant"]["words"]
-    assert manifest["self_check"]["done"]
-    assert manifest["self_check"]["tokens"] == 128
-    assert 0 < manifest["self_check"]["kl_mean"] < 0.03
-    assert manifest["self_check"]["top1_agreement"] > 0.85
+    assert manifest.model.name == "OpenELM-tiny"
+    assert manifest.model.identity == tiny.identity()
+    assert OpenELMConfig.from_dict(manifest.model.config) == OpenELMConfig.from_dict(tiny.config.to_dict())
+    assert (manifest.target, manifest.context) == (target, tiny.config.max_context_length)
+    assert manifest.quant.name == "int4"
+    assert manifest.quant.words
+    assert manifest.self_check.done
+    assert manifest.self_check.tokens == 128
+    assert 0 < manifest.self_check.kl_mean < 0.03
+    assert manifest.self_check.top1_agreement > 0.85
     # Codes, scales and floats are all that the weights take; the graph itself does not grow with them.
-    weights = manifest["bits_per_weight"] / 8 * tiny.config.parameter_count
-    size = sum(facts["bytes"] for name, facts in manifest["files"].items() if not name.startswith(("tokenizer", "golden")))
+    weights = manifest.bits_per_weight / 8 * tiny.config.parameter_count
+    size = sum(facts.bytes for name, facts in manifest.files.items() if not name.startswith(("tokenizer", "golden")))
     assert weights < size < weights + 600_000
-    assert str(tmp_path) not in json.dumps(manifest)
+    assert str(tmp_path) not in manifest.to_json()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -80,7 +81,7 @@ def test_a_broken_artifact_is_discarded(target: str, tiny: Checkpoint, tmp_path:
 
 def test_without_verification_the_manifest_says_so(tiny: Checkpoint, tmp_path: Path) -> None:
     result = export_checkpoint(tiny, "onnx", "fp32", out=tmp_path / "artifact", verify=False)
-    assert result.manifest["self_check"] == {"done": False, "reason": "not asked for"}
+    assert result.manifest.self_check == SelfCheck(done=False, reason="not asked for")
 
 
 def test_a_missing_engine_does_not_cost_the_export(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,8 +91,8 @@ def test_a_missing_engine_does_not_cost_the_export(tiny: Checkpoint, tmp_path: P
     monkeypatch.setattr("elmexport.evaluation.self_check.open_as", absent)
     result = export_checkpoint(tiny, "gguf", "int8", out=tmp_path / "artifact")
     assert any(note.startswith("self-check not done: running GGUF files needs llama.cpp") for note in result.notes)
-    assert result.manifest["self_check"]["done"] is False
-    assert "pip install llama-cpp-python" in result.manifest["self_check"]["reason"]
+    assert result.manifest.self_check.done is False
+    assert "pip install llama-cpp-python" in result.manifest.self_check.reason
 
 
 def test_an_artifact_without_a_tokenizer_says_so(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_an_artifact_without_a_tokenizer_says_so(small_checkpoint: MemoryCheckpo
     save_checkpoint(model, small_checkpoint.config, {name: torch.from_numpy(array) for name, array in small_checkpoint.arrays.items()})
     result = export(str(model), "onnx", "fp32", out=tmp_path / "artifact", random_weights=0)
     assert any(note.startswith("no tokenizer found") for note in result.notes)
-    assert result.manifest["self_check"]["text"] == "pseudo-random ids"
+    assert result.manifest.self_check.text == "pseudo-random ids"
 
 
 @pytest.mark.parametrize("target", ["onnx", "coreml"])
@@ -155,9 +156,9 @@ def test_a_recipe_of_the_user_s_own(tiny: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(RECIPE.format(name="mine", scheme="int4-block64"))
     result = export_checkpoint(tiny, "onnx", str(path), out=tmp_path / "artifact")
-    assert result.manifest["quant"]["name"] == "mine"
-    assert result.manifest["quant"]["rule"][0] == {"scheme": "int4-block64", "roles": ["ffn.down"]}
-    assert 0 < result.manifest["self_check"]["kl_mean"] < 0.01
+    assert result.manifest.quant.name == "mine"
+    assert result.manifest.quant.rule[0] == RuleFacts("int4-block64", roles=("ffn.down",))
+    assert 0 < result.manifest.self_check.kl_mean < 0.01
     assert (result.path / "onnx" / "model_mine.onnx").is_file()
 
 
@@ -187,10 +188,10 @@ def test_bits_per_weight(tiny: Checkpoint, tmp_path: Path) -> None:
     """What was chosen lies in the artifact, costs about what was predicted, and gives the same artifact when used as a recipe."""
     result = export_checkpoint(tiny, "onnx", out=tmp_path / "a", weights=WeightOptions(bits_per_weight=6.5))
     manifest = result.manifest
-    assert manifest["quant"]["name"] == "mixed-6.5"
-    assert 6.0 < manifest["bits_per_weight"] <= 6.5
-    cost = manifest["quant"]["allocation"]
-    assert 0.6 < cost["measured_kl"] / cost["predicted_kl"] < 1.6
+    assert manifest.quant.name == "mixed-6.5"
+    assert 6.0 < manifest.bits_per_weight <= 6.5
+    cost = manifest.quant.allocation
+    assert 0.6 < cost.measured_kl / cost.predicted_kl < 1.6
     again = export_checkpoint(tiny, "onnx", str(result.path / "recipe.toml"), out=tmp_path / "b")
     assert (again.path / "onnx" / "model_mixed-6.5.onnx_data").read_bytes() == (
         result.path / "onnx" / "model_mixed-6.5.onnx_data"
@@ -223,9 +224,9 @@ def test_a_large_residual_stream_fits_fp16(
 ) -> None:
     checkpoint = inflated(small_checkpoint, 2.0**16)
     result = export_checkpoint(checkpoint, target, "fp16", out=tmp_path / "artifact", settings=settings)
-    assert result.manifest["calibration"]["method"] == "measured"
-    assert result.manifest["calibration"]["residual_peak"] > 1e5
-    assert result.manifest["alpha"] == choose_alpha(result.manifest["calibration"]["residual_peak"]) < 1
+    assert result.manifest.calibration.method == "measured"
+    assert result.manifest.calibration.residual_peak > 1e5
+    assert result.manifest.alpha == choose_alpha(result.manifest.calibration.residual_peak) < 1
     ids = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 100)
     expected = reference_logits(checkpoint.config, checkpoint.arrays, ids)
     assert kl(expected, open_artifact(result.path).logits(ids)).mean() < 1e-3
@@ -241,9 +242,9 @@ def test_without_rescaling_a_large_residual_stream_overflows(
 
 def test_alpha_without_calibration(tiny: Checkpoint, tmp_path: Path) -> None:
     result = export_checkpoint(tiny, "coreml", "fp16", out=tmp_path / "artifact", weights=WeightOptions(calibrate="none"))
-    assert result.manifest["alpha"] == DEFAULT_ALPHA
-    assert result.manifest["calibration"]["method"] == "default"
-    assert result.manifest["self_check"]["kl_mean"] < 1e-3
+    assert result.manifest.alpha == DEFAULT_ALPHA
+    assert result.manifest.calibration.method == "default"
+    assert result.manifest.self_check.kl_mean < 1e-3
 
 
 Damage = Callable[[Path], None]

@@ -50,7 +50,7 @@ def test_lists_the_whole_model(target: str, quant: str, tiny: Checkpoint, export
         expected_elements[spec.role] += spec.size
     assert elements == expected_elements
     stored = sum(tensor.bytes for tensor in inspection.tensors)
-    files = sum(facts["bytes"] for name, facts in inspection.artifact.manifest["files"].items() if "tokenizer" not in name)
+    files = sum(facts.bytes for name, facts in inspection.artifact.manifest.files.items() if "tokenizer" not in name)
     assert 0.85 * files < stored <= files
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 
-from calibration.methods.base import Method
+from calibration.method import Method
 from elmexport.errors import ElmExportError
 
 METHODS: Mapping[str, str] = {  # in the order in which --help lists them

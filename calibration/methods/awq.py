@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from calibration.methods.base import Job, Method, Prepared
-
-if TYPE_CHECKING:
-    from calibration.folding import FoldedCheckpoint
+from calibration.method import Job, Method, Prepared
 
 
 class AWQ(Method):
@@ -16,6 +11,7 @@ class AWQ(Method):
     needs_text = True
 
     def prepare(self, job: Job) -> Prepared:
+        from calibration.awq import awq_model
         from calibration.calibrated import moments_of
         from calibration.facts import method_facts
         from calibration.statistics import mean_square_of
@@ -23,16 +19,6 @@ class AWQ(Method):
 
         statistics = job.inputs.statistics
         assert statistics is not None
-        folded = fold(job)
+        folded = awq_model(job.checkpoint, job.plan, statistics)
         weights = CheckpointWeights(folded, job.plan, "mse", mean_square_of(moments_of(folded, statistics)))
         return Prepared(weights, statistics, method_facts(self.name, statistics))
-
-
-def fold(job: Job) -> FoldedCheckpoint:
-    """The job's model with its input channels rescaled."""
-    from calibration.awq import awq_folds
-    from calibration.folding import FoldedCheckpoint
-
-    assert job.inputs.statistics is not None
-    folds = awq_folds(job.checkpoint, lambda spec: job.plan.schemes[spec.name], job.inputs.statistics)
-    return FoldedCheckpoint(job.checkpoint, folds)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
-
-from calibration.methods.awq import fold
-from calibration.methods.base import Job
-from calibration.methods.gptq import GPTQ
-
-if TYPE_CHECKING:
-    from calibration.folding import FoldedCheckpoint
+from calibration.method import GPTQ_GAIN, Job, Method, Prepared
 
 
-class AWQGPTQ(GPTQ):
+class AWQGPTQ(Method):
     name = "awq+gptq"
     words = "both"
+    needs_text = True
+    makes_weight_set = True
+    gain = GPTQ_GAIN
 
-    def _fold(self, job: Job) -> Callable[[], FoldedCheckpoint]:
-        return partial(fold, job)
+    def prepare(self, job: Job) -> Prepared:
+        from calibration.awq import awq_model
+        from calibration.folding import FoldedCheckpoint
+        from calibration.stored import prepare_gptq
+
+        def fold() -> FoldedCheckpoint:
+            assert job.inputs.statistics is not None
+            return awq_model(job.checkpoint, job.plan, job.inputs.statistics)
+
+        return prepare_gptq(job, self.name, fold)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from calibration.methods.base import Job, Method, Prepared
+from calibration.method import Job, Method, Prepared
 
 if TYPE_CHECKING:
     from elmexport.quantization.recipes import Plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.methods.base import Job, Method, Prepared
+from calibration.method import Job, Method, Prepared
 
 
 class RTN(Method):

@@ -4,8 +4,8 @@ Every measurement is a process of its own (`worker`), so that load time and peak
 defines the figures.
 """
 
-from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, PrefillResult, Summary
+from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, Summary
 from elmexport.bench.rounds import benchmark
 from elmexport.bench.workload import Workload
 
-__all__ = ["ArtifactResult", "Benchmark", "DecodeResult", "PrefillResult", "Summary", "Workload", "benchmark"]
+__all__ = ["ArtifactResult", "Benchmark", "DecodeResult", "Machine", "PrefillResult", "Summary", "Workload", "benchmark"]

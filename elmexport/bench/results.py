@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(Struct, frozen=True):
     """One figure over all runs."""
 
     median: float
@@ -29,8 +30,7 @@ class Summary:
         return (self.highest - self.lowest) / self.median
 
 
-@dataclass(frozen=True)
-class PrefillResult:
+class PrefillResult(Struct, frozen=True):
     """A prompt of `tokens` read into an empty cache. `ratio`: to the first artifact's median, None where that did not measure the same."""
 
     tokens: int
@@ -38,8 +38,7 @@ class PrefillResult:
     ratio: float | None
 
 
-@dataclass(frozen=True)
-class DecodeResult:
+class DecodeResult(Struct, frozen=True):
     """`tokens` decoded one by one after `depth` tokens. `bytes_per_token` and `bandwidth_fraction` are None for bare model files."""
 
     depth: int
@@ -50,8 +49,7 @@ class DecodeResult:
     bandwidth_fraction: float | None
 
 
-@dataclass(frozen=True)
-class ArtifactResult:
+class ArtifactResult(Struct, frozen=True):
     """One artifact. Sizes in bytes; `note` says what the figures do not mean."""
 
     path: str
@@ -69,11 +67,19 @@ class ArtifactResult:
     note: str | None
 
 
-@dataclass(frozen=True)
-class Benchmark:
+class Machine(Struct, frozen=True):
+    """Where it was measured; `packages` by name, null where one is not installed."""
+
+    system: str
+    cpus: int | None
+    python: str
+    packages: Mapping[str, str | None]
+
+
+class Benchmark(Struct, frozen=True):
     """All artifacts, in the order given. `bandwidth` in bytes per second, as read by `threads` threads between the runs."""
 
-    machine: Mapping[str, Any]
+    machine: Machine
     threads: int
     repeat: int
     bandwidth: Summary
@@ -81,4 +87,15 @@ class Benchmark:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document."""
-        return {"schema": SCHEMA, **asdict(self)}
+        return {"schema": SCHEMA, **msgspec.to_builtins(self)}
+
+
+def benchmark_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of `Benchmark.to_dict`: every key is present."""
+    schema = msgspec.json.schema(Benchmark)
+    for definition in schema["$defs"].values():
+        definition |= {"required": list(definition["properties"]), "additionalProperties": False}
+    whole = schema["$defs"]["Benchmark"]
+    whole["properties"] = {"schema": {"const": SCHEMA}, **whole["properties"]}
+    whole["required"].insert(0, "schema")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.artifact import MANIFEST, Artifact
-from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, PrefillResult, Summary
+from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, Summary
 from elmexport.bench.traffic import Traffic, traffic
 from elmexport.bench.workload import Workload
 from elmexport.cores import VARIABLE, available_cores
@@ -129,8 +129,8 @@ def _subject(path: Path, workload: Workload, fit: Collection[str]) -> _Subject:
     kind, quant = artifact_kind(path), None
     if (path / MANIFEST).is_file():
         manifest = Artifact.open(path).manifest
-        quant = str(manifest["quant"]["name"])
-        workload.fitted(manifest["context"], fit).check_context(path.name, manifest["context"])
+        quant = manifest.quant.name
+        workload.fitted(manifest.context, fit).check_context(path.name, manifest.context)
     return _Subject(path, kind, quant, _size(path), traffic(path))
 
 
@@ -165,16 +165,11 @@ def _python(module: str, *arguments: str, threads: int, stdin: str = "") -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> Machine:
     packages: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = None
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "python": platform.python_version(),
-        "packages": packages,
-    }
+    return Machine(f"{platform.system()} {platform.machine()}", os.cpu_count(), platform.python_version(), packages)

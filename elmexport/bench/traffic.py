@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from elmexport.artifact import MANIFEST, Artifact, StoredTensor
+from elmexport.formats import find_format
 from elmexport.inspection import list_tensors
+from elmexport.manifest import Manifest
 from elmexport.models import config_from_dict
 from elmexport.weights import Role
 
-_FP16, _FP32 = 2, 4  # bytes
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def traffic(path: Path) -> Traffic | None:
     if not (path / MANIFEST).is_file():
         return None
     artifact = Artifact.open(path)
-    return Traffic(_weights(list_tensors(artifact)), _cache(artifact.manifest))
+    return Traffic(_weights(list_tensors(artifact)), _cache(artifact.manifest, str(path / MANIFEST)))
 
 
 def _weights(tensors: tuple[StoredTensor, ...]) -> int:
@@ -46,8 +46,7 @@ def _weights(tensors: tuple[StoredTensor, ...]) -> int:
     return sum(tensor.bytes for tensor in weights if not (untied and tensor.role is Role.EMBEDDING))
 
 
-def _cache(manifest: Mapping[str, Any]) -> int:
-    dims = config_from_dict(manifest["model"]["config"]).dims
-    # llama.cpp's runtime keeps fp32 whatever the weights are; the others keep what they compute in.
-    fp32 = manifest["target"] == "gguf" or manifest["quant"]["activations"] == "fp32"
-    return 2 * sum(layer.kv_heads for layer in dims.layers) * dims.head_dim * (_FP32 if fp32 else _FP16)
+def _cache(manifest: Manifest, where: str) -> int:
+    dims = config_from_dict(manifest.model.config, where=where).dims
+    width = find_format(manifest.target).cache_bytes or _WIDTHS[manifest.quant.activations]
+    return 2 * sum(layer.kv_heads for layer in dims.layers) * dims.head_dim * width

@@ -5,12 +5,10 @@ The last line of stdout is JSON: the figures, or `error` and `exit_code` of an `
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Collection, Mapping
-from importlib import import_module
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,7 @@ from elmexport.bench.measure import measure
 from elmexport.bench.memory import peak_bytes, resident_bytes
 from elmexport.bench.workload import Workload
 from elmexport.errors import ElmExportError
-from elmexport.runtimes import RUNTIMES, artifact_kind, open_as
-
-# Loaded before the clock starts: what remains of the time to open an artifact is the artifact's.
-_ENGINES: Mapping[str, str] = {"onnx": "onnxruntime", "gguf": "llama_cpp"}
+from elmexport.runtimes import artifact_kind, open_as, preload
 
 
 def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
@@ -32,10 +27,7 @@ def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
         MissingDependencyError: the engine is not installed.
     """
     kind = artifact_kind(path)
-    import_module(RUNTIMES[kind])
-    if kind in _ENGINES:
-        with contextlib.suppress(ModuleNotFoundError):  # the runtime says how to install it
-            import_module(_ENGINES[kind])
+    preload(kind)
     before = resident_bytes()
     start = time.perf_counter()
     runtime = open_as(kind, path)

@@ -43,7 +43,7 @@ def bench(
 
     \b
     Example:
-      elmexport bench OpenELM-450M-onnx-int4 OpenELM-450M-gguf-int4 --depth 0,1024 --threads 4
+      elmexport bench 450M-onnx 450M-gguf --depth 0,1024 --threads 4
     """
     from elmexport.bench import Workload, benchmark
     from elmexport.bench.workload import DEPTHS, GENERATE, PARTS, PROMPTS
@@ -77,9 +77,9 @@ def _counts(text: str, option: str) -> tuple[int, ...]:
 
 
 def _describe(result: Benchmark) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in result.machine["packages"].items() if version is not None)
+    packages = ", ".join(f"{name} {version}" for name, version in result.machine.packages.items() if version is not None)
     lines = [
-        f"{result.machine['system']}, {result.machine['cpus']} cores, {result.threads} threads, {result.repeat} rounds",
+        f"{result.machine.system}, {result.machine.cpus} cores, {result.threads} threads, {result.repeat} rounds",
         packages,
         f"read bandwidth {size(round(result.bandwidth.median))}/s (spread {result.bandwidth.spread:.0%})",
         "",

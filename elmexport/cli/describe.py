@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from elmexport.artifact import Artifact
+if TYPE_CHECKING:
+    from elmexport.artifact import Artifact
 
 
 def print_json(document: Any) -> None:
@@ -41,25 +42,26 @@ def describe(artifact: Artifact) -> str:
 
 def _facts(artifact: Artifact) -> Iterator[tuple[str, str]]:
     manifest = artifact.manifest
-    model, quant, check = manifest["model"], manifest["quant"], manifest["self_check"]
-    revision = f", revision {model['revision']}" if model["revision"] else ""
-    yield "model", f"{model['name']}, {model['parameters']:,} parameters ({model['source']}{revision})"
-    yield "format", artifact.target
-    yield "quantization", f"{quant['name']}: {quant['words']}"
-    yield "size", f"{size(sum(file['bytes'] for file in manifest['files'].values()))}, {manifest['bits_per_weight']:.2f} bits per weight"
-    for number, package in enumerate(manifest.get("chain", {"packages": []})["packages"], start=1):
-        first, last = package["layers"]
+    model, quant, check = manifest.model, manifest.quant, manifest.self_check
+    revision = f", revision {model.revision}" if model.revision else ""
+    yield "model", f"{model.name}, {model.parameters:,} parameters ({model.source}{revision})"
+    yield "format", manifest.target
+    yield "quantization", f"{quant.name}: {quant.words}"
+    yield "size", f"{size(sum(file.bytes for file in manifest.files.values()))}, {manifest.bits_per_weight:.2f} bits per weight"
+    for number, package in enumerate(() if manifest.chain is None else manifest.chain.packages, start=1):
+        first, last = package.layers
         layers = f"layer {first}" if first == last else f"layers {first} to {last}"
-        yield f"package {number}", f"{package['file']}: {layers}, {size(package['weight_bytes'])} of weights"
-    yield "context", f"{manifest['context']:,} tokens"
-    if manifest["alpha"] != 1:
-        found = "measured" if manifest["calibration"]["method"] == "measured" else "a safe default, not measured"
-        yield "residual scale", f"{manifest['alpha']:g}, so that fp16 cannot overflow ({found})"
-    for fallback in manifest["fallbacks"]:
-        yield "fallback", f"{fallback['tensor']}: {fallback['reason']}"
-    if check["done"]:
-        kl = f"KL divergence {check['kl_mean']:.3g} nats per token, top-1 agreement {check['top1_agreement']:.1%}"
-        yield "self-check", f"{kl}, over {check['tokens']} tokens of {check['text']}"
+        yield f"package {number}", f"{package.file}: {layers}, {size(package.weight_bytes)} of weights"
+    yield "context", f"{manifest.context:,} tokens"
+    if manifest.alpha != 1:
+        measured = manifest.calibration is not None and manifest.calibration.method == "measured"
+        found = "measured" if measured else "a safe default, not measured"
+        yield "residual scale", f"{manifest.alpha:g}, so that fp16 cannot overflow ({found})"
+    for fallback in manifest.fallbacks:
+        yield "fallback", f"{fallback.tensor}: {fallback.reason}"
+    if check.kl_mean is None or check.top1_agreement is None:
+        yield "self-check", f"not done: {check.reason}"
     else:
-        yield "self-check", f"not done: {check['reason']}"
+        kl = f"KL divergence {check.kl_mean:.3g} nats per token, top-1 agreement {check.top1_agreement:.1%}"
+        yield "self-check", f"{kl}, over {check.tokens} tokens of {check.text}"
     yield "path", str(artifact.path)

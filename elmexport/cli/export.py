@@ -1,10 +1,10 @@
-"""`elmexport onnx`, `elmexport coreml`, `elmexport gguf`: one declaration, one command for each target."""
+"""The command that exports to a format: what every target's has in common, and the target's own options."""
 
 from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,75 +14,8 @@ import typer
 from calibration.methods import DEFAULT, METHODS, methods_help
 from elmexport.cli.describe import describe, print_json
 from elmexport.cli.progress import progress_bar
-from elmexport.cli.target_options import target_options
-
-# What each command's --help says. The lists of --quant are the targets' own; a test holds them together.
-TARGETS: Mapping[str, str] = {
-    "onnx": """Export a model to ONNX, for onnxruntime.
-
-    \b
-    --quant is one of
-      int4           4-bit weights in blocks of 32; embedding and head 8-bit (default)
-      int4-block64   the same in blocks of 64: smaller, faster, less exact
-      int4-block128  the same in blocks of 128
-      int4-asym      4-bit weights with zero points; embedding and head 8-bit
-      int4-all       4-bit weights in blocks of 32, embedding and head as well
-      int8           8-bit weights in blocks of 32
-      fp16           half precision
-      fp32           full precision
-
-    \b
-    Example:
-      elmexport onnx --model 450M --quant int8 --out openelm-onnx
-    """,
-    "coreml": """Export a model to Core ML. Works on Linux too.
-
-    \b
-    --quant is one of
-      int4   4-bit weights in blocks of 32; embedding and head 8-bit (default)
-      int8   8-bit weights, one scale for each output channel
-      lut4   4-bit look-up tables, one for every 8 output channels; embedding and head 8-bit
-      lut6   6-bit look-up tables, one for every 16 output channels; embedding and head 8-bit
-      lut8   8-bit look-up tables, one for each matrix; embedding and head 8-bit
-      fp16   half precision
-
-    \b
-    Example:
-      elmexport coreml --model tiny --quant int4
-    """,
-    "gguf": """Export a model to GGUF, for llama.cpp.
-
-    \b
-    --quant is one of
-      int4    Q4_0, scales of least error; embedding Q8_0 (default)
-      int8    Q8_0
-      fp16    F16
-      bf16    BF16
-      fp32    F32
-    llama.cpp's own, byte for byte; bits per weight of 450M (pip install xllamacpp)
-      q8_0    8.5
-      q6_k    6.6
-      q5_1    6.1
-      q5_k_m  5.8
-      q5_0    5.6
-      q5_k_s  5.6
-      q4_1    5.2
-      q4_k_m  5.1
-      iq4_nl  4.9
-      q4_k_s  4.8
-      q4_0    4.7
-      iq4_xs  4.7
-      q3_k_l  4.7
-      q3_k_m  4.2
-      q3_k_s  3.8
-      q2_k    3.5
-
-    \b
-    Example:
-      elmexport gguf --model 1.1B-Instruct --quant q4_k_m --context 1024
-    """,
-}
-
+from elmexport.cli.target_options import setting_values, target_options
+from elmexport.target import Target
 
 MethodName = StrEnum("MethodName", {name: name for name in METHODS})  # type: ignore[misc]  # the values of --method
 
@@ -93,8 +26,8 @@ def _calibrate(value: str) -> Literal["auto", "none"] | Path:
     return "none" if value == "none" else Path(value)
 
 
-def command(target: str) -> Callable[..., None]:
-    """The command that exports to `target`."""
+def command(target: type[Target]) -> Callable[..., None]:
+    """Declare the command that exports to `target`, for typer."""
 
     def export(
         model: Annotated[
@@ -185,14 +118,14 @@ def command(target: str) -> Callable[..., None]:
         with progress_bar() as progress:
             result = library_export(
                 model,
-                target,
+                target.name,
                 quant,
                 out=out,
                 context=context,
                 weights=weights,
                 verify=not no_verify,
                 force=force,
-                settings=settings,
+                settings=setting_values(settings),
                 random_weights=random_weights,
                 tokenizer=tokenizer,
                 revision=revision,
@@ -202,7 +135,7 @@ def command(target: str) -> Callable[..., None]:
             typer.echo(f"note: {note}", err=True)
         artifact = Artifact.open(result.path)
         if json:
-            print_json({"path": str(result.path), **artifact.manifest})
+            print_json({"path": str(result.path), **artifact.manifest.to_dict()})
             return
         typer.echo(describe(artifact))
         path = shlex.quote(str(result.path))

@@ -24,7 +24,7 @@ def inspect(
 
     \b
     Example:
-      elmexport inspect OpenELM-tiny-gguf-int4 --tensors
+      elmexport inspect tiny-gguf --tensors
     """
     from elmexport.artifact import StoredTensor
     from elmexport.inspection import inspect_artifact
@@ -36,12 +36,13 @@ def inspect(
     if json:
         listing = None if found.tensors is None else [{**vars(tensor), "shape": list(tensor.shape)} for tensor in found.tensors]
         print_json(
-            {"path": str(artifact), "problems": list(found.problems), **found.artifact.manifest} | ({"tensors": listing} if tensors else {})
+            {"path": str(artifact), "problems": list(found.problems), **found.artifact.manifest.to_dict()}
+            | ({"tensors": listing} if tensors else {})
         )
     else:
         typer.echo(describe(found.artifact))
         typer.echo("\nfiles")
-        typer.echo(table([(name, size(facts["bytes"])) for name, facts in found.artifact.manifest["files"].items()], right=frozenset({1})))
+        typer.echo(table([(name, size(facts.bytes)) for name, facts in found.artifact.manifest.files.items()], right=frozenset({1})))
         if found.tensors is not None:
             typer.echo("\ntensors")
             typer.echo(table([("name", "role", "stored as", "shape", "bytes"), *map(row, found.tensors)], right=frozenset({4})))

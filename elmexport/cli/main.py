@@ -14,10 +14,13 @@ from typing import Annotated
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, eval, export, generate, inspect, lint, logits, models, report
+from elmexport.cli import bench, calibrate, eval, generate, inspect, lint, logits, models, report
+from elmexport.cli.format_commands import FormatGroup
 from elmexport.errors import ElmExportError
 
-app = typer.Typer(name="elmexport", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="elmexport", cls=FormatGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
 
 
 def _version(asked: bool) -> None:
@@ -30,20 +33,18 @@ def _version(asked: bool) -> None:
 def elmexport(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Export OpenELM language models to ONNX, Core ML and GGUF, quantized to 8 or 4 bits, and check what the quantization cost.
+    """Export on-device language models to ONNX, Core ML and GGUF, quantized to 8 or 4 bits, and check what the quantization cost.
 
     The whole path on the small model that is built in, no download needed:
 
     \b
-      elmexport coreml --model tiny --quant int4
-      elmexport generate OpenELM-tiny-coreml-int4 "It was a dark night"
+      elmexport coreml --model tiny --quant int4 --out tiny-coreml
+      elmexport generate tiny-coreml "It was a dark night"
 
     Exit codes: 0 done, 1 an artifact failed its check, 2 bad use or bad input, 3 the environment lacks something.
     """
 
 
-for _target, _help in export.TARGETS.items():
-    app.command(_target, help=_help)(export.command(_target))
 app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(eval.evaluate)
 app.command("report")(report.report)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from elmexport.artifact import MANIFEST, Artifact, file_sha256
 from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint
@@ -16,18 +14,13 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import ModelFacts, Subject
+from elmexport.manifest import Model
 from elmexport.models import config_from_dict
 from elmexport.progress import Progress
-from elmexport.runtimes import artifact_kind, open_as
+from elmexport.runtimes import CHECKPOINT, artifact_kind, engine_name, open_as
 from elmexport.runtimes.base import Runtime
 
 FP16 = "fp16"  # --against fp16: the model itself
-_ENGINES = {  # the names that the runtimes have once they are open
-    "onnx": "onnxruntime",
-    "coreml": "core ml" if sys.platform == "darwin" else "mil executor",
-    "gguf": "llama.cpp",
-    "checkpoint": "torch",
-}
 
 
 @dataclass(frozen=True)
@@ -45,21 +38,20 @@ def artifact_entrant(path: Path) -> Entrant:
         ElmExportError: see `elmexport.runtimes.artifact_kind`.
     """
     kind = artifact_kind(path)
-    if kind == "checkpoint":
+    if kind == CHECKPOINT:
         return _checkpoint_entrant(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
     files = _files(path)
     identity = hashlib.sha256("".join(f"{name} {file_sha256(file)}\n" for name, file in files).encode()).hexdigest()
     quant, words, bits, model = "unknown", "not recorded", None, ModelFacts("unknown", None)
     if (path / MANIFEST).is_file():
         manifest = Artifact.open(path).manifest
-        quant, words = str(_fact(path, manifest, "quant", "name")), str(_fact(path, manifest, "quant", "words"))
-        bits = float(_fact(path, manifest, "bits_per_weight"))
-        model = ModelFacts(str(_fact(path, manifest, "model", "name")), str(_fact(path, manifest, "model", "identity")))
+        quant, words, bits = manifest.quant.name, manifest.quant.words, manifest.bits_per_weight
+        model = ModelFacts(manifest.model.name, manifest.model.identity)
     subject = Subject(
         label=path.resolve().name,
         path=str(path),
         target=kind,
-        engine=_ENGINES[kind],
+        engine=engine_name(kind),
         quant=quant,
         words=words,
         bits_per_weight=bits,
@@ -81,20 +73,20 @@ def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | 
     """
     kind = artifact_kind(artifact)
     manifest = Artifact.open(artifact).manifest if (artifact / MANIFEST).is_file() else None
-    own = None if manifest is None else str(_fact(artifact, manifest, "model", "identity"))
-    context = None if manifest is None else int(_fact(artifact, manifest, "context"))
-    if against == FP16 and kind == "checkpoint":  # the model itself
+    own = None if manifest is None else manifest.model.identity
+    context = None if manifest is None else manifest.context
+    if against == FP16 and kind == CHECKPOINT:  # the model itself
         against = str(artifact)
     if against != FP16:
-        if artifact_kind(Path(against)) != "checkpoint":
+        if artifact_kind(Path(against)) != CHECKPOINT:
             entrant = artifact_entrant(Path(against))
         else:
             entrant = _checkpoint_entrant(open_checkpoint(against, tokenizer=NO_TOKENIZER), against, context, rounded=True)
     elif manifest is None:
         raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
     else:
-        entrant = _checkpoint_entrant(_named_checkpoint(artifact, manifest, progress), "", context, rounded=True)
-    if kind == "checkpoint":
+        entrant = _checkpoint_entrant(_named_checkpoint(artifact, manifest.model, progress), "", context, rounded=True)
+    if kind == CHECKPOINT:
         own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
     other = entrant.subject.model
     if own is not None and other.identity is not None and own != other.identity:
@@ -105,20 +97,18 @@ def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | 
     return entrant
 
 
-def _named_checkpoint(artifact: Path, manifest: Any, progress: Progress | None) -> Checkpoint:
-    """The checkpoint that a manifest's `model` names."""
-    source, name = str(_fact(artifact, manifest, "model", "source")), str(_fact(artifact, manifest, "model", "name"))
-    if source == "embedded":
+def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -> Checkpoint:
+    """The checkpoint that the manifest of `artifact` names."""
+    if model.source == "embedded":
         return open_checkpoint("tiny", tokenizer=NO_TOKENIZER)
-    if source.startswith("hub:"):
-        revision = manifest["model"].get("revision")
-        return open_checkpoint(source.removeprefix("hub:"), revision=revision, tokenizer=NO_TOKENIZER, progress=progress)
-    seed = re.fullmatch(r"random weights, seed (\d+)", source)
+    if model.source.startswith("hub:"):
+        return open_checkpoint(model.source.removeprefix("hub:"), revision=model.revision, tokenizer=NO_TOKENIZER, progress=progress)
+    seed = re.fullmatch(r"random weights, seed (\d+)", model.source)
     if seed is not None:
-        config = config_from_dict(_fact(artifact, manifest, "model", "config"), where=str(artifact / MANIFEST))
-        return RandomCheckpoint(config, name.removesuffix(f"-random{seed[1]}"), int(seed[1]))
+        config = config_from_dict(model.config, where=str(artifact / MANIFEST))
+        return RandomCheckpoint(config, model.name.removesuffix(f"-random{seed[1]}"), int(seed[1]))
     raise ElmExportError(
-        f"{artifact} was exported from {name}, a {source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
+        f"{artifact} was exported from {model.name}, a {model.source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
     )
 
 
@@ -130,8 +120,8 @@ def _checkpoint_entrant(checkpoint: Checkpoint, path: str, context: int | None, 
     subject = Subject(
         label=f"{checkpoint.source.name} {FP16}" if rounded else checkpoint.source.name,
         path=path,
-        target="checkpoint",
-        engine=_ENGINES["checkpoint"],
+        target=CHECKPOINT,
+        engine=engine_name(CHECKPOINT),
         quant="fp16 reference" if rounded else "none",
         words=words,
         bits_per_weight=16.0 if rounded else None,
@@ -157,12 +147,3 @@ def _files(path: Path) -> list[tuple[str, Path]]:
         return [(name, file) for file in found if (name := file.relative_to(path).as_posix()) != MANIFEST]
     # beside an .onnx lie its external data, model.onnx_data or model.onnx.data
     return [(file.name, file) for file in sorted(path.parent.iterdir()) if file.is_file() and file.name.startswith(path.name)]
-
-
-def _fact(path: Path, manifest: Any, *keys: str) -> Any:
-    value = manifest
-    for key in keys:
-        if not isinstance(value, dict) or key not in value:
-            raise ElmExportError(f"{path / MANIFEST} lacks {'.'.join(keys)}; export it again")
-        value = value[key]
-    return value

@@ -8,9 +8,10 @@ in the reason. A baseline is the other way about: nobody chose a limit there, so
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.baseline import baseline_gates, moved

@@ -1,6 +1,6 @@
 """What an evaluation found: one artifact's own results (`Evaluation`), and the document that compares them with a reference (`Report`).
 
-The JSON layout is described by `report.schema.json` beside this file and in docs/evaluation.md. Shares are between 0 and 1, drops in
+The JSON layout is described in docs/evaluation.md, its schema is `elmexport.evaluation.schema.report_schema`. Shares are between 0 and 1, drops in
 percentage points, divergences in nats per token.
 """
 
@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct, field, to_builtins
+
 from elmexport import __version__
+from elmexport.documents import parse_json, to_struct
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.document import decode, decode_fields, encode, expect
 from elmexport.files import write_text
 
 SCHEMA = 1  # of the document; a reader refuses a newer one
+FIX = "give a file that elmexport eval wrote"
+_AGAIN = "write the report again with this version of elmexport"
 
 
-@dataclass(frozen=True)
-class ModelFacts:
+class ModelFacts(Struct, frozen=True):
     """The model that an artifact was made from; `identity` is `Checkpoint.identity`, None where the artifact does not say."""
 
     name: str
     identity: str | None
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True):
     """What was evaluated."""
 
-    label: str  # "OpenELM-tiny-onnx-int4"
+    label: str  # the folder's name
     path: str
     target: str  # "onnx", or "checkpoint" for the model itself
     engine: str  # `Runtime.name`
@@ -44,16 +45,14 @@ class Subject:
     model: ModelFacts
 
 
-@dataclass(frozen=True)
-class ItemScores:
+class ItemScores(Struct, frozen=True):
     """What one model made of one item: every metric, and the log-likelihood of each choice in nats."""
 
     metrics: Mapping[str, float]
     scores: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(Struct, frozen=True):
     """One document of a task. Two artifacts' items pair where both `id` and `hash` agree."""
 
     id: int  # lm-eval's doc_id
@@ -66,16 +65,14 @@ class Item:
     reference: ItemScores | None = None
 
 
-@dataclass(frozen=True)
-class Flips:
+class Flips(Struct, frozen=True):
     """Items whose answer was right in one model and wrong in the other."""
 
     right_to_wrong: int
     wrong_to_right: int
 
 
-@dataclass(frozen=True)
-class TaskComparison:
+class TaskComparison(Struct, frozen=True):
     """One task against the reference; the figures are of the task's `metric`. None: the metric has no such figure."""
 
     reference: Mapping[str, float]  # its metrics
@@ -89,9 +86,8 @@ class TaskComparison:
     ratio_ci: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that OpenELM's tables quote."""
+class TaskResult(Struct, frozen=True):
+    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that published tables quote."""
 
     metrics: Mapping[str, float]
     n: int
@@ -100,43 +96,53 @@ class TaskResult:
     higher_is_better: bool  # of `metric`
     stderr: Mapping[str, float]
     items: tuple[Item, ...]
-    published: float | None = None  # per cent, OpenELM's own figure for this model, few-shot setting and metric
+    published: float | None = None  # per cent, the authors' own figure for this model, few-shot setting and metric
     comparison: TaskComparison | None = None
 
     def to_document(self) -> dict[str, Any]:
-        """Flat: metrics and comparison stand beside the other keys."""
-        own = {key: encode(getattr(self, key)) for key in ("n", "fewshot", "metric", "higher_is_better", "stderr", "published")}
-        against = dict.fromkeys(_COMPARISON_KEYS) if self.comparison is None else encode(self.comparison)
-        return {**self.metrics, **own, **against, "items": encode(self.items)}
+        """The task as it stands in the document: flat, metrics and comparison beside the other keys."""
+        own: dict[str, Any] = to_builtins(self)
+        metrics, comparison, items = (own.pop(key) for key in ("metrics", "comparison", "items"))
+        return {**metrics, **own, **(comparison or dict.fromkeys(COMPARISON_KEYS)), "items": items}
 
     @classmethod
-    def from_document(cls, document: Mapping[str, Any], where: str) -> TaskResult:
-        names = [key for key in document if key not in _TASK_KEYS]
-        metrics = decode(Mapping[str, float], {name: document[name] for name in names}, where)
-        comparison = decode_fields(TaskComparison, document, where) if document.get("reference") is not None else None
-        result = cls(**decode_fields(cls, {**document, "metrics": metrics, "comparison": None}, where))
-        if result.metric not in metrics:
-            raise ElmExportError(f"{where}.metric is {result.metric!r}, but the task's metrics are {', '.join(metrics) or 'none'}")
-        return replace(result, comparison=None if comparison is None else TaskComparison(**comparison))
+    def from_document(cls, document: Any, where: str, root: str) -> TaskResult:
+        """Read what `to_document` gave; `where` is the file, `root` the place in it.
+
+        Raises:
+            ElmExportError: keys that are missing, or of other types.
+        """
+        if not isinstance(document, dict):
+            return to_struct(document, cls, where, _AGAIN, root=root)  # says what is wrong
+        own = {key: document[key] for key in cls.__struct_fields__ if key in document}
+        found = {key: value for key, value in document.items() if key not in TASK_KEYS}
+        own["metrics"] = to_struct(found, dict[str, float], where, _AGAIN, root=root)
+        own["comparison"] = None
+        if document.get("reference") is not None:
+            own["comparison"] = to_struct(document, TaskComparison, where, _AGAIN, root=root)
+        task = to_struct(own, cls, where, _AGAIN, root=root)
+        if task.metric not in task.metrics:
+            raise ElmExportError(
+                f"{where}: {root}.metric is {task.metric!r}, but the task's metrics are {', '.join(task.metrics) or 'none'}; {_AGAIN}"
+            )
+        return task
 
 
-_COMPARISON_KEYS = tuple(TaskComparison.__dataclass_fields__)
-_TASK_KEYS = {*TaskResult.__dataclass_fields__, *_COMPARISON_KEYS}
+COMPARISON_KEYS = TaskComparison.__struct_fields__
+TASK_KEYS = {*TaskResult.__struct_fields__, *COMPARISON_KEYS}  # all others are metrics
 
 
-@dataclass(frozen=True)
-class DepthBucket:
+class DepthBucket(Struct, frozen=True):
     """KL divergence at some depths in the window: tokens read before the prediction, `start` to `end` exclusive."""
 
-    start: int = field(metadata={"key": "from"})
-    end: int = field(metadata={"key": "to"})
+    start: int = field(name="from")
+    end: int = field(name="to")
     mean: float
     p99: float
     tokens: int
 
 
-@dataclass(frozen=True)
-class KlSummary:
+class KlSummary(Struct, frozen=True):
     """KL(reference || artifact) of next-token distributions, nats per token."""
 
     mean: float
@@ -150,8 +156,7 @@ class KlSummary:
     by_depth: tuple[DepthBucket, ...]
 
 
-@dataclass(frozen=True)
-class PerplexitySummary:
+class PerplexitySummary(Struct, frozen=True):
     """Perplexity per token; `ratio` is artifact / reference."""
 
     value: float
@@ -162,8 +167,7 @@ class PerplexitySummary:
     text: str
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(Struct, frozen=True):
     """Sums over runs of consecutive tokens, the units that are resampled: what a later comparison needs to pair with this one.
 
     Blocks of two results pair where `text_hash` and `tokens` agree.
@@ -176,8 +180,7 @@ class Blocks:
     kl: tuple[float, ...] | None
 
 
-@dataclass(frozen=True)
-class TextResult:
+class TextResult(Struct, frozen=True):
     """The pass over a text."""
 
     perplexity: PerplexitySummary
@@ -185,8 +188,7 @@ class TextResult:
     blocks: Blocks
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Struct, frozen=True):
     """One artifact's own results."""
 
     artifact: Subject
@@ -196,8 +198,7 @@ class Evaluation:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(Struct, frozen=True):
     """One limit, checked. `task` is None for limits on the text pass."""
 
     name: str  # "max-drop"
@@ -208,8 +209,7 @@ class Gate:
     reason: str  # one line
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(Struct, frozen=True, kw_only=True):
     """An artifact's results beside a reference's, and the gates. `from_json(to_json(report)) == report`."""
 
     schema: int = SCHEMA
@@ -236,31 +236,31 @@ class Report:
         Raises:
             ElmExportError: a figure that is not finite.
         """
+        document = to_builtins(self) | {"tasks": {name: task.to_document() for name, task in self.tasks.items()}}
         try:
-            return json.dumps(encode(self), ensure_ascii=False, allow_nan=False)
+            return json.dumps(document, ensure_ascii=False, allow_nan=False)
         except ValueError:
             raise ElmExportError(f"the results of {self.artifact.label} hold figures that are not finite; the artifact is broken") from None
 
     @classmethod
     def from_json(cls, text: str, name: str) -> Report:
-        """Read what `to_json` wrote; `name` is what errors call it, the file's path.
+        """Read what `to_json` wrote; `name` is what errors call it, the file's path. Keys that are not known are ignored.
 
         Raises:
             ElmExportError: not JSON, a newer schema, missing keys, or values of other types.
         """
-        try:
-            document = json.loads(text)
-        except ValueError as error:
-            raise ElmExportError(f"{name} is not JSON ({error}); give a file that elmexport eval wrote") from None
-        expect(document, dict, name)
-        if "schema" not in document or "artifact" not in document:
-            raise ElmExportError(f"{name} is JSON, but no report (it lacks schema or artifact); give a file that elmexport eval wrote")
-        schema = decode(int, document["schema"], f"{name}: schema")
-        if schema > SCHEMA:
-            raise ElmExportError(f"{name}: report schema {schema}, this version reads up to {SCHEMA}; update elmexport")
-        report = cls(**decode_fields(cls, document, f"{name}: report"))
-        assert isinstance(report, Report)
-        return report
+        document = parse_json(text, name, FIX)
+        if isinstance(document, dict):
+            if "schema" not in document or "artifact" not in document:
+                raise ElmExportError(f"{name} is JSON, but no report (it lacks schema or artifact); {FIX}")
+            schema = document["schema"]
+            if isinstance(schema, int) and schema > SCHEMA:
+                raise ElmExportError(f"{name}: report schema {schema}, this version reads up to {SCHEMA}; update elmexport")
+            tasks = document.get("tasks")
+            if isinstance(tasks, dict):
+                read = {task: TaskResult.from_document(entry, name, f"report.tasks.{task}") for task, entry in tasks.items()}
+                document = document | {"tasks": read}
+        return to_struct(document, cls, name, _AGAIN, root="report")
 
 
 def read_report(path: Path) -> Report:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
 from importlib import import_module
 from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
+from elmexport.formats import find_format, formats, load
 from elmexport.runtimes.base import Runtime
 
-# By target. Each module has `open_runtime(folder) -> Runtime`, which takes an artifact folder or the bare model file or package.
-RUNTIMES: Mapping[str, str] = {
-    "onnx": "elmexport.runtimes.onnxruntime",
-    "coreml": "elmexport.runtimes.coreml",
-    "gguf": "elmexport.runtimes.llama_cpp",
-    "checkpoint": "elmexport.runtimes.torch",
-}
-_SUFFIXES: Mapping[str, str] = {".onnx": "onnx", ".mlpackage": "coreml", ".gguf": "gguf"}
+CHECKPOINT = "checkpoint"  # the kind of a model that is no artifact; torch runs it
 
 
 def open_artifact(path: str | Path) -> Runtime:
-    """Open what an export wrote (or a bare `.onnx`, `.mlpackage` or `.gguf`, or a checkpoint folder) in the engine that runs it.
+    """Open what an export wrote (or a bare model file, or a checkpoint folder) in the engine that runs it.
 
     Raises:
         ElmExportError: nothing there, not an artifact, or damaged files.
@@ -32,25 +26,26 @@ def open_artifact(path: str | Path) -> Runtime:
 
 
 def open_as(kind: str, path: Path, *, check: bool = False) -> Runtime:
-    """Open `path` in the engine for `kind`, a key of `RUNTIMES`, without asking what it is.
+    """Open `path` in the engine for `kind`, the name of a format or `CHECKPOINT`, without asking what it is.
 
-    `check`: for a comparison with the model, which needs logits, even of an artifact that keeps them to itself. An engine that can look
-    inside has an `open_for_check`.
+    `check`: for a comparison with the model, which needs logits, even of an artifact that keeps them to itself.
 
     Raises:
         ElmExportError: no engine for that kind, or damaged files.
         MissingDependencyError: the engine is not installed.
     """
-    if kind not in RUNTIMES:
-        raise ElmExportError(f"no runtime opens artifacts of target {kind!r}; known: {', '.join(RUNTIMES)}")
-    module = import_module(RUNTIMES[kind])
-    runtime = getattr(module, "open_for_check" if check and hasattr(module, "open_for_check") else "open_runtime")(path)
+    if kind == CHECKPOINT:
+        reference = "elmexport.runtimes.torch:open_runtime"
+    else:
+        row = find_format(kind)
+        reference = (row.runtime_for_check if check else None) or row.runtime
+    runtime = load(reference)(path)
     assert isinstance(runtime, Runtime)
     return runtime
 
 
 def artifact_kind(path: Path) -> str:
-    """The key of `RUNTIMES` for `path`.
+    """Tell what `path` is: the name of a format, or `CHECKPOINT`.
 
     Raises:
         ElmExportError: nothing there, or nothing that a runtime opens.
@@ -61,11 +56,31 @@ def artifact_kind(path: Path) -> str:
         artifact = Artifact.open(path)
         artifact.check_sizes()
         return artifact.target
-    if path.suffix in _SUFFIXES:
-        return _SUFFIXES[path.suffix]
+    suffixes: list[str] = []
+    for row in formats():
+        if path.suffix in row.suffixes:
+            return row.name
+        suffixes += row.suffixes
     if (path / "config.json").is_file() or path.suffix == ".pt":
-        return "checkpoint"
+        return CHECKPOINT
     raise ElmExportError(
-        f"{path}: neither an artifact (a folder with {MANIFEST}), nor a {', '.join(_SUFFIXES)} file, nor a checkpoint folder with config.json; "
+        f"{path}: neither an artifact (a folder with {MANIFEST}), nor a {', '.join(suffixes)} file, nor a checkpoint folder with config.json; "
         "an export that was interrupted leaves no artifact: run it again"
     )
+
+
+def engine_name(kind: str) -> str:
+    """Tell the `Runtime.name` that an artifact of `kind` will have once it is open."""
+    return "torch" if kind == CHECKPOINT else find_format(kind).engine
+
+
+def preload(kind: str) -> None:
+    """Import the runtime of `kind` and its engine, so that opening an artifact takes the artifact's own time alone."""
+    if kind == CHECKPOINT:
+        import_module("elmexport.runtimes.torch")
+        return
+    row = find_format(kind)
+    load(row.runtime)
+    if row.engine_package is not None:
+        with contextlib.suppress(ModuleNotFoundError):  # the runtime says how to install it
+            import_module(row.engine_package)

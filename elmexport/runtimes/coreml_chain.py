@@ -1,69 +1,56 @@
-"""The packages of a model, one or several in a row, found and put in order.
-
-Each package of several says in its metadata (`elmexport.chain`) which one it is: `{"index": 0, "files": ["a-1of2.mlpackage", …], "layers": [0,
-9]}`, the files being all of them in the order in which they run, and the layers the first and the last of this one.
-"""
+"""The packages of a model, one or several in a row, found and put in order by what their metadata say."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from elmexport.contracts.coreml import CACHE_OUTPUTS, CHAIN_METADATA, HIDDEN, HIDDEN_OUT, METADATA_PREFIX, PackageIndex
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.coreml_contract import HIDDEN, HIDDEN_OUT, NEW
-from elmexport.runtimes.mil.link import link
-from elmexport.runtimes.mil.program import Program, load_program
-
-CHAIN = "elmexport.chain"  # the key in a package's metadata
+from elmexport.mil.link import link
+from elmexport.mil.program import Program, load_program
 
 
 def load_chain(path: Path) -> list[Program]:
-    """The programs of an artifact folder in the order in which they run, or the one of a bare package.
+    """Load the programs of an artifact folder in the order in which they run, or the one of a bare package.
 
     Raises:
         ElmExportError: no package, a damaged one, one of several alone, missing ones, ones that do not belong together or whose names were changed.
     """
     if path.suffix == ".mlpackage":
         program = load_program(path)
-        if (chain := _chain(program)) is not None:
-            raise ElmExportError(
-                f"{path} is package {chain['index'] + 1} of {len(chain['files'])} of one model; give the folder that holds all of them"
-            )
+        if (place := _index(program)) is not None:
+            raise ElmExportError(f"{path} is {place.words} of one model; give the folder that holds all of them")
         return [program]
     programs = {package.name: load_program(package) for package in sorted(path.glob("*.mlpackage"))}
-    chains = {name: chain for name, program in programs.items() if (chain := _chain(program)) is not None}
-    if not chains:
+    indices = {name: index for name, program in programs.items() if (index := _index(program)) is not None}
+    if not indices:
         if len(programs) != 1:
             raise ElmExportError(f"{path} should hold one .mlpackage, and holds {', '.join(programs) or 'none'}; give the package itself")
         return list(programs.values())
-    return _in_order(path, programs, chains)
+    return _in_order(path, programs, indices)
 
 
 def join(programs: Sequence[Program], path: Path) -> Program:
-    """The packages as one program, which the MIL executor runs; `path` stands for it in messages. One package stays as it is.
+    """Link the packages into one program, which the MIL executor runs; `path` stands for it in messages. One package stays as it is.
 
     Raises:
         ElmExportError: packages that do not fit together.
     """
-    return programs[0] if len(programs) == 1 else link(programs, path, {HIDDEN_OUT: HIDDEN}, {*NEW, *NEW.values()})
+    return programs[0] if len(programs) == 1 else link(programs, path, {HIDDEN_OUT: HIDDEN}, {*CACHE_OUTPUTS, *CACHE_OUTPUTS.values()})
 
 
-def _chain(program: Program) -> dict[str, Any] | None:
+def _index(program: Program) -> PackageIndex | None:
     try:
-        chain = json.loads(program.metadata.get(CHAIN, "null"))
-        if chain is not None and not (isinstance(chain["index"], int) and 0 <= chain["index"] < len(chain["files"])):
-            raise ValueError("its index is none of its files'")
+        return PackageIndex.from_metadata(program.metadata)
     except (ValueError, KeyError, TypeError) as error:
         raise ElmExportError(
-            f"{program.path} is damaged ({CHAIN} in its metadata: {error}); copy the package again or export it again"
+            f"{program.path} is damaged ({CHAIN_METADATA} in its metadata: {error}); copy the package again or export it again"
         ) from None
-    return None if chain is None else dict(chain)
 
 
-def _in_order(path: Path, programs: Mapping[str, Program], chains: Mapping[str, Mapping[str, Any]]) -> list[Program]:
-    files: list[str] = next(iter(chains.values()))["files"]
+def _in_order(path: Path, programs: Mapping[str, Program], indices: Mapping[str, PackageIndex]) -> list[Program]:
+    files = next(iter(indices.values())).files
     if missing := [name for name in files if name not in programs]:
         raise ElmExportError(
             f"{path} lacks {', '.join(missing)}: the model was cut into {len(files)} packages, and all must be there under their names; "
@@ -74,15 +61,11 @@ def _in_order(path: Path, programs: Mapping[str, Program], chains: Mapping[str, 
             f"{path} holds {', '.join(others)} besides the {len(files)} packages of its model; move what does not belong to it"
         )
     for index, name in enumerate(files):
-        chain = chains.get(name)
-        if chain is None or chain["index"] != index or chain["files"] != files:
-            found = (
-                "a whole model"
-                if chain is None
-                else f"package {chain['index'] + 1} of {len(chain['files'])} ({chain['files'][chain['index']]})"
-            )
+        found = indices.get(name)
+        if found is None or found.index != index or found.files != files:
+            words = "a whole model" if found is None else f"{found.words} ({found.files[found.index]})"
             raise ElmExportError(
-                f"{path / name} should be package {index + 1} of {len(files)}, and is {found}: files were renamed or mixed; "
+                f"{path / name} should be package {index + 1} of {len(files)}, and is {words}: files were renamed or mixed; "
                 "copy the folder again or export it again"
             )
     ordered = [programs[name] for name in files]
@@ -99,5 +82,5 @@ def _in_order(path: Path, programs: Mapping[str, Program], chains: Mapping[str, 
 
 
 def _facts(program: Program) -> dict[str, str]:
-    """What all packages of one export say alike."""
-    return {key: value for key, value in program.metadata.items() if key.startswith("elmexport.") and key != CHAIN}
+    """Metadata that is the same in all packages of one export."""
+    return {key: value for key, value in program.metadata.items() if key.startswith(METADATA_PREFIX) and key != CHAIN_METADATA}

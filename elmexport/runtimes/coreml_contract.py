@@ -1,21 +1,4 @@
-"""The interface of the Core ML packages that we export: names, and what is read of it from a package.
-
-Two functions, `prefill` (T tokens) and `decode` (one token).
-
-| name | kind | type and shape |
-|---|---|---|
-| `input_ids` | input | int32 `[1, T]` |
-| `position` | input | int32 `[1]`: place in the cache of the first token |
-| `last_token` | input of `prefill` | int32 `[1]`: which of the T tokens the output follows |
-| `key_cache`, `value_cache` | states, or inputs | fp16 `[1, KV heads of all layers, context, head_dim]` |
-| `new_keys`, `new_values` | outputs, where the caches are inputs | fp16 `[1, KV heads of all layers, T, head_dim]` |
-| `logits`; or its parts `logits_0`, `logits_1`, … | outputs | fp16 `[1, 1, vocab]`; parts join along the last axis |
-| or `token`, `value` | outputs | int32, fp16 `[1, 1]` |
-
-A model may be cut into packages that run one after another (`coreml_chain`). The first has `input_ids`, the last `last_token`, the logits, or
-`token` and `value`; each has the caches of its own layers. What one package gives as `hidden_out`, fp16 `[1, 1, T, model_dim]`, the next one
-takes as `hidden`.
-"""
+"""The contract of a Core ML package, read from its program: `elmexport.contracts.coreml` says what the names mean."""
 
 from __future__ import annotations
 
@@ -23,37 +6,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
+from elmexport.contracts.coreml import (
+    CACHE_OUTPUTS,
+    DECODE,
+    INPUT_IDS,
+    KEY_CACHE,
+    LAST_TOKEN,
+    NEW_KEYS,
+    NEW_VALUES,
+    POSITION,
+    PREFILL,
+    TOKEN,
+    VALUE,
+    VALUE_CACHE,
+    Interface,
+    is_logits,
+    logits_names,
+)
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.program import MilFunction, Program, Reference, TensorType
+from elmexport.mil.program import MilFunction, Program, TensorType, ValueReference
 
-PREFILL, DECODE = "prefill", "decode"
-INPUT_IDS, POSITION, LAST_TOKEN = "input_ids", "position", "last_token"
-KEY_CACHE, VALUE_CACHE = "key_cache", "value_cache"
-NEW_KEYS, NEW_VALUES = "new_keys", "new_values"
-HIDDEN, HIDDEN_OUT = "hidden", "hidden_out"
-LOGITS = "logits"
-TOKEN, VALUE = "token", "value"
-
-NEW = {KEY_CACHE: NEW_KEYS, VALUE_CACHE: NEW_VALUES}
 _RANKS = {INPUT_IDS: 2, POSITION: 1, LAST_TOKEN: 1, KEY_CACHE: 4, VALUE_CACHE: 4, NEW_KEYS: 4, NEW_VALUES: 4, TOKEN: 2, VALUE: 2}
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What a package is made for. `scores` are by function the values `[1, 1, n]` that, joined along the last axis, are the logits: outputs, or
-    (`argmax`) what the most likely token is taken from. `caches` maps the name of each cache to that of the output which is written into it
-    where (`cache_io`) the caches are inputs, not states. In a chain of packages, names of caches end in the package's number: `key_cache.0`."""
+    """Sizes and names of a package, beside its interface.
 
-    chunk: int  # tokens of prefill
+    `scores` are by function the values `[1, 1, n]` that, joined along the last axis, are the logits: outputs, or (`argmax`) what the most
+    likely token is taken from. `caches` maps the name of each cache to that of the output which is written into it where (`cache_io`) the
+    caches are inputs, not states. In a chain of packages, names of caches end in the package's number: `key_cache.0`.
+    """
+
+    interface: Interface
     context: int
     vocab_size: int
     scores: Mapping[str, tuple[str, ...]]
     caches: Mapping[str, str]
-    cache_io: bool
-    argmax: bool
 
     def with_scores(self, program: Program) -> Program:
-        """`program`, its scores among the outputs."""
+        """Make a program that has the scores among its outputs."""
         functions = {
             name: replace(function, outputs=tuple(dict.fromkeys((*function.outputs, *self.scores[name]))))
             for name, function in program.functions.items()
@@ -62,7 +54,7 @@ class Contract:
 
 
 def read_contract(program: Program) -> Contract:
-    """The contract of a package, or of several that `coreml_chain.join` made one program.
+    """Read the contract of a package, or of several that `coreml_chain.join` made one program.
 
     Raises:
         ElmExportError: a package of another kind.
@@ -70,20 +62,21 @@ def read_contract(program: Program) -> Contract:
     problem = _problem(program.functions)
     if problem is not None:
         raise ElmExportError(
-            f"{program.path} is not a language model as this version exports them ({problem}); run it with elmexport.runtimes.mil directly"
+            f"{program.path} is not a language model as this version exports them ({problem}); run it with elmexport.mil directly"
         )
     prefill = program.functions[PREFILL]
     types = prefill.types()
-    caches = {f"{cache}{suffix}": f"{new}{suffix}" for suffix in _suffixes(prefill) for cache, new in NEW.items()}
+    caches = {f"{cache}{suffix}": f"{new}{suffix}" for suffix in _suffixes(prefill) for cache, new in CACHE_OUTPUTS.items()}
     (_, tokens), (*_, context, _) = (types[name].shape for name in (INPUT_IDS, next(iter(caches))))
     scores = {name: _scores(function) for name, function in program.functions.items()}
     vocab = sum(types[name].shape[-1] or 0 for name in scores[PREFILL])
     assert tokens is not None and context is not None
-    return Contract(tokens, context, vocab, scores, caches, cache_io=not prefill.states, argmax=TOKEN in prefill.outputs)
+    interface = Interface(tokens, cache_io=not prefill.states, argmax=TOKEN in prefill.outputs)
+    return Contract(interface, context, vocab, scores, caches)
 
 
 def _suffixes(function: MilFunction) -> list[str]:
-    """What the names of caches end in, for each package."""
+    """Endings of the names of caches, one for each package."""
     count = sum(name.startswith(f"{KEY_CACHE}.") for name in (*function.inputs, *function.states))
     return [f".{i}" for i in range(count)] or [""]
 
@@ -96,7 +89,7 @@ def _scores(function: MilFunction) -> tuple[str, ...]:
     if TOKEN not in function.outputs:
         return tuple(name for name in function.outputs if _rank(name) is None)
     sources = (operation.arguments["x"][0] for operation in function.operations if operation.type == "reduce_argmax")
-    return tuple(source.name for source in sources if isinstance(source, Reference))
+    return tuple(source.name for source in sources if isinstance(source, ValueReference))
 
 
 def _problem(functions: Mapping[str, MilFunction]) -> str | None:
@@ -104,7 +97,9 @@ def _problem(functions: Mapping[str, MilFunction]) -> str | None:
     if set(functions) != {PREFILL, DECODE}:
         return f"its functions are {', '.join(functions)}, not {PREFILL} and {DECODE}"
     for name, function in functions.items():
-        caches, news = ([f"{base}{suffix}" for suffix in _suffixes(function) for base in bases] for bases in (NEW, NEW.values()))
+        caches, news = (
+            [f"{base}{suffix}" for suffix in _suffixes(function) for base in bases] for bases in (CACHE_OUTPUTS, CACHE_OUTPUTS.values())
+        )
         cache_io = caches[0] in function.inputs
         result = (TOKEN, VALUE) if TOKEN in function.outputs else _logits(function)
         for what, found, wanted in (
@@ -126,8 +121,7 @@ def _problem(functions: Mapping[str, MilFunction]) -> str | None:
 
 def _logits(function: MilFunction) -> tuple[str, ...]:
     """`logits`, or as many parts as there are."""
-    parts = tuple(name for name in function.outputs if name.startswith(f"{LOGITS}_"))
-    return tuple(f"{LOGITS}_{i}" for i in range(len(parts))) if parts else (LOGITS,)
+    return logits_names(max(1, sum(is_logits(name) for name in function.outputs)))
 
 
 def _shapes(kinds: Mapping[str, TensorType]) -> str:

@@ -1,9 +1,7 @@
-"""Runs the Core ML packages that we export for GPUs: by the MIL executor, or on macOS by Core ML itself.
+"""Runtime of the Core ML packages that we export for GPUs: by the MIL executor, or on macOS by Core ML itself.
 
-The contract is that of swift-transformers' models with a stateful KV cache: one function; inputs `inputIds` int32 `[1, T]` and `causalMask` fp16
-`[1, 1, 1 or T, end]`, both of flexible size; states `keyCache` and `valueCache` `[1, KV heads, context, head_dim]`; output `logits` fp16
-`[1, T, vocab]`. The mask's width `end` says how many tokens the cache holds afterwards, so the first of the T tokens stands at `end - T`. The
-mask may be all zeros, and is here: the model is causal by itself. The part that calls Core ML (`_CoreML`) has not been run on Apple hardware.
+Their interface: `elmexport.contracts.coreml_gpu`. The mask that goes in is all zeros. The part that calls Core ML (`_CoreML`) has not been run
+on Apple hardware.
 """
 
 from __future__ import annotations
@@ -17,15 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.errors import ElmExportError
+from elmexport.mil.coremltools_import import quiet_coremltools
+from elmexport.mil.executor import MilModel, Precision, executor_name
+from elmexport.mil.program import Program
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
-from elmexport.runtimes.mil.coremltools_import import quiet_coremltools
-from elmexport.runtimes.mil.executor import MilModel, Precision
-from elmexport.runtimes.mil.program import Program
+from elmexport.runtimes.coreml_engines import copied_prefix
 
-INPUT_IDS, CAUSAL_MASK, LOGITS = "inputIds", "causalMask", "logits"
-KEY_CACHE, VALUE_CACHE = "keyCache", "valueCache"
 CHUNK = 256  # tokens fed at once, so that the scores of long texts stay small
 
 
@@ -37,7 +35,10 @@ class _Engine(Protocol):
 
 
 class CoreMLGpuRuntime(Runtime):
-    """Feeds up to `CHUNK` tokens at once; of tokens whose logits are not asked for, the head is not computed where the engine can leave it."""
+    """A Core ML package for GPUs, with one sequence in its cache.
+
+    Up to `CHUNK` tokens are fed at once; of tokens whose logits are not asked for, the head is not computed where the engine can leave it.
+    """
 
     def __init__(self, program: Program, engine: _Engine) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class _MilEngine:
     """The MIL executor. `fp32` rounds nothing."""
 
     def __init__(self, program: Program, precision: Precision) -> None:
-        self.name = "mil executor" if precision == "fp16" else "mil executor, fp32"
+        self.name = executor_name(precision)
         self.model = MilModel(program, precision=precision)
         self._states = self.model.make_states()
 
@@ -77,9 +78,7 @@ class _MilEngine:
     def batch(self, ids: NDArray[np.int32], position: int) -> NDArray[np.float32]:
         """`[batch, tokens, vocab]` of `ids` `[batch, tokens]`, each row after the first `position` tokens."""
         batch, length = ids.shape
-        states = {name: state.new_zeros(batch, *state[..., : position + length, :].shape) for name, state in self._states.items()}
-        for name, state in states.items():
-            state[..., :position, :] = self._states[name][..., :position, :]
+        states = copied_prefix(self._states, batch, position, length)
         parts = []
         for start in range(0, length, CHUNK):
             part = torch.from_numpy(ids[:, None, start : start + CHUNK])
@@ -106,7 +105,7 @@ class _CoreML:
 
 
 def matches(program: Program) -> bool:
-    """Whether `program` has the contract above, by the names of its default function."""
+    """Whether `program` has the interface for GPUs, by the names of its default function."""
     function = program.function()
     found = (set(function.inputs), set(function.states), set(function.outputs))
     return found == ({INPUT_IDS, CAUSAL_MASK}, {KEY_CACHE, VALUE_CACHE}, {LOGITS})
@@ -116,7 +115,7 @@ def open_program(program: Program, package: Path, precision: Precision) -> CoreM
     """Open a package for which `matches` is true. `precision` is the MIL executor's.
 
     Raises:
-        ElmExportError: sizes other than the contract's.
+        ElmExportError: sizes other than the interface's.
     """
     _sizes(program)
     return CoreMLGpuRuntime(program, _CoreML(package) if sys.platform == "darwin" else _MilEngine(program, precision))
@@ -126,7 +125,7 @@ def _sizes(program: Program) -> tuple[int, int]:
     """Context and vocabulary.
 
     Raises:
-        ElmExportError: a shape that the contract does not have.
+        ElmExportError: a shape that the interface does not have.
     """
     function = program.function()
     kinds = {**function.inputs, **function.states, **function.output_types()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.contracts.onnx import ATTENTION_MASK, CONTEXT_METADATA, EVERY_TOKEN, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, is_past, present_of
 from elmexport.cores import asked_threads
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
@@ -21,8 +22,6 @@ from elmexport.runtimes.batching import batches, copies, padded
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
-CONTEXT_KEY = "elmexport.context"
-LOGITS_TO_KEEP, EVERY_COLUMN = "logits_to_keep", 0
 # Tokens of a prompt that are read at a time where their logits are not wanted. 512 tokens of 270M int4 took 4 % longer at once than in two
 # parts; the products round their input to 8 bits more than twice as slowly for twice as many rows.
 CHUNK = 256
@@ -45,14 +44,14 @@ class OnnxRuntime(Runtime):
         session = _open(path)
         inputs = {entry.name: entry for entry in session.get_inputs()}
         outputs = {entry.name: entry for entry in session.get_outputs()}
-        context = session.get_modelmeta().custom_metadata_map.get(CONTEXT_KEY)
-        if context is None or "logits" not in outputs:
+        context = session.get_modelmeta().custom_metadata_map.get(CONTEXT_METADATA)
+        if context is None or LOGITS not in outputs:
             raise ElmExportError(
-                f"{path} is an ONNX model, but none that elmexport wrote (its metadata has no {CONTEXT_KEY}); export it with elmexport"
+                f"{path} is an ONNX model, but none that elmexport wrote (its metadata has no {CONTEXT_METADATA}); export it with elmexport"
             )
-        self.context, self.vocab_size = int(context), int(outputs["logits"].shape[2])
+        self.context, self.vocab_size = int(context), int(outputs[LOGITS].shape[2])
         self._session: InferenceSession | None = session
-        self._inputs = [entry for name, entry in inputs.items() if name.startswith("past_key_values.")]
+        self._inputs = [entry for name, entry in inputs.items() if is_past(name)]
         self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
@@ -118,26 +117,26 @@ class _Sequences:
             buffer = OrtValue.ortvalue_from_numpy(np.zeros(shape, _CACHE_DTYPES[past.type]))
             self._caches.append(buffer)
             self._binding.bind_ortvalue_input(past.name, buffer)
-            self._binding.bind_ortvalue_output(past.name.replace("past_key_values", "present"), buffer)
+            self._binding.bind_ortvalue_output(present_of(past.name), buffer)
 
     def copy_prefix(self, source: _Sequences, tokens: int) -> None:
         """Take over the first `tokens` tokens of `source`, which is one sequence, in every sequence."""
         for own, other in zip(self._caches, source._caches, strict=True):
             own.numpy()[:, :, :tokens] = other.numpy()[:, :, :tokens]
 
-    def run(self, ids: NDArray[np.int64], ends: Sequence[int] | NDArray[np.int64], keep: int = EVERY_COLUMN) -> NDArray[np.float32]:
+    def run(self, ids: NDArray[np.int64], ends: Sequence[int] | NDArray[np.int64], keep: int = EVERY_TOKEN) -> NDArray[np.float32]:
         """Logits `[batch, tokens, vocab]` of `ids` `[batch, tokens]`; with them, row i has `ends[i]` tokens and then padding.
 
         With `keep`, logits `[batch, keep, vocab]` of each row's last tokens.
         """
         from onnxruntime import OrtValue
 
-        self._binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids))
-        self._binding.bind_cpu_input("attention_mask", (np.arange(max(ends)) < np.asarray(ends)[:, None]).astype(np.int64))
+        self._binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
+        self._binding.bind_cpu_input(ATTENTION_MASK, (np.arange(max(ends)) < np.asarray(ends)[:, None]).astype(np.int64))
         # An initializer that may be overridden: `bind_cpu_input` knows only the inputs proper.
         kept = OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         self._binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
-        self._binding.bind_output("logits")
+        self._binding.bind_output(LOGITS)
         self._session.run_with_iobinding(self._binding)
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
         return logits

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, StreamDecoder, Tokenizer, load_tokenizer
 from elmexport.errors import ElmExportError
-from elmexport.runtimes import artifact_kind, open_as
+from elmexport.formats import find_format, load
+from elmexport.runtimes import CHECKPOINT, artifact_kind, open_as
 from elmexport.runtimes.generation import Stop, generate
 from elmexport.runtimes.sampler import Sampling
 
@@ -45,17 +46,20 @@ def generate_text(
 
 
 def artifact_tokenizer(kind: str, path: Path) -> Tokenizer:
-    """The tokenizer of an artifact of `kind`: inside a GGUF file, else a file in the artifact's folder, or beside or above a bare model file.
+    """Find the tokenizer of an artifact of `kind`: inside the model file where the format has it there, else in the folder, or beside or above a bare file.
 
     Raises:
         ElmExportError: there is none.
-        MissingDependencyError: llama.cpp, which reads those in GGUF files, is not installed.
+        MissingDependencyError: what reads it is not installed.
     """
-    if kind == "gguf":
-        from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
-
-        return LlamaCppTokenizer(path)
-    folders = (path,) if path.is_dir() and path.suffix != ".mlpackage" else path.absolute().parents[:2]
+    suffixes: tuple[str, ...] = ()
+    if kind != CHECKPOINT:
+        row = find_format(kind)
+        if row.tokenizer is not None:
+            tokenizer: Tokenizer = load(row.tokenizer)(path)
+            return tokenizer
+        suffixes = row.suffixes
+    folders = (path,) if path.is_dir() and path.suffix not in suffixes else path.absolute().parents[:2]
     found = next((file for folder in folders for name in TOKENIZER_FILES if (file := folder / name).is_file()), None)
     if found is None:
         raise ElmExportError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}) with it; pass the model's with --tokenizer PATH")

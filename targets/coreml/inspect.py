@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 from elmexport.artifact import StoredTensor
+from elmexport.mil.program import BlobFileValue, Operation, load_program
 from elmexport.models.base import ModelConfig
-from elmexport.runtimes.mil.program import Blob, Operation, load_program
 from elmexport.weights import Role
 
 # What is added to a tensor's name where its rows are cut into parts, where it is seen as a table, and where it is a constant.
@@ -31,21 +31,21 @@ def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
         seen: set[tuple[int, ...]] = set()
         for function in load_program(package).functions.values():
             for operation in function.operations:
-                blobs = {key: argument for key, (argument, *_) in operation.arguments.items() if isinstance(argument, Blob)}
+                blobs = {key: argument for key, (argument, *_) in operation.arguments.items() if isinstance(argument, BlobFileValue)}
                 stored = tuple(blob.offset for blob in blobs.values())
                 if stored and stored not in seen:
                     seen.add(stored)
                     yield _tensor(operation, blobs, roles)
 
 
-def _tensor(operation: Operation, blobs: dict[str, Blob], roles: Mapping[str, Role]) -> StoredTensor:
+def _tensor(operation: Operation, blobs: dict[str, BlobFileValue], roles: Mapping[str, Role]) -> StoredTensor:
     name, kind = operation.outputs[0]
     size = sum(prod(blob.shape) * int(re.sub(r"\D", "", blob.dtype)) // 8 for blob in blobs.values())
     shape = tuple(axis for axis in kind.shape if axis is not None)
     return StoredTensor(_SUFFIX.sub(r"\1", name), roles.get(_SUFFIX.sub("", name)), _scheme(operation.type, kind.dtype, blobs), shape, size)
 
 
-def _scheme(operation: str, dtype: str, blobs: dict[str, Blob]) -> str:
+def _scheme(operation: str, dtype: str, blobs: dict[str, BlobFileValue]) -> str:
     if operation == "constexpr_blockwise_shift_scale":
         data, scales = blobs["data"], blobs["scale"]
         block = data.shape[1] // scales.shape[1]  # of [out, in, …]

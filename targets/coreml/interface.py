@@ -1,76 +1,24 @@
-"""The package as its users see it: shapes and descriptions of functions, inputs, states and outputs. No coremltools.
-
-Their names are those that the runtime asks for.
-"""
+"""Sizes that every package keeps, and those of the Neural Engine. No coremltools."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from elmexport.graph.ir import Graph
-from elmexport.runtimes.coreml_contract import (
-    DECODE,
-    HIDDEN,
-    HIDDEN_OUT,
-    INPUT_IDS,
-    KEY_CACHE,
-    LAST_TOKEN,
-    LOGITS,
-    NEW_KEYS,
-    NEW_VALUES,
-    POSITION,
-    PREFILL,
-    TOKEN,
-    VALUE,
-    VALUE_CACHE,
-)
 
 PREFILL_TOKENS = 64
 PREFILL_MULTIPLE = 32  # the Neural Engine keeps the last axis in units of 64 bytes, 32 fp16 values
 MAX_DIM = 16384  # the Neural Engine takes no larger dimension
 CONTEXT_MULTIPLE = 32  # states with other dimensions were reported to fail on the Neural Engine (coremltools issue 2631)
 
-_CACHE = "[1, KV heads of the package's layers, context, head_dim]"
-_NEW = "[1, KV heads of the package's layers, tokens, head_dim]"
-DESCRIPTIONS = {
-    INPUT_IDS: "Token ids, BOS first. A prompt shorter than the function's tokens is padded with any id: what padding writes lies behind the last token, and is overwritten before it is seen",
-    POSITION: "Place in the cache of the first token, 0 for a new text; position plus the function's tokens must not exceed the context",
-    LAST_TOKEN: "Which of the tokens given is the last one that is no padding, counted from 0: the output is what follows it",
-    LOGITS: "Scores of the next token after the last one given. In several outputs, logits_0 and on, where the vocabulary has more than 16384 tokens: joined in that order they are the scores of all tokens",
-    TOKEN: "The most likely next token after the last one given",
-    VALUE: "That token's score (logit)",
-    HIDDEN: "Residual stream behind the package before this one, [1, 1, tokens, model_dim]: its hidden_out",
-    HIDDEN_OUT: "Residual stream behind the package's layers, [1, 1, tokens, model_dim]: hidden of the package after this one",
-    KEY_CACHE: f"Keys of the package's layers, rotated: {_CACHE}",
-    VALUE_CACHE: f"Values of the package's layers: {_CACHE}",
-    NEW_KEYS: f"Keys of the tokens given, rotated: {_NEW}. The caller writes them to key_cache, axis 2, from position on",
-    NEW_VALUES: f"Values of the tokens given: {_NEW}. The caller writes them to value_cache, axis 2, from position on",
-}
-
-
-@dataclass(frozen=True)
-class Form:
-    """What a package does beyond the graph. `prefill` tokens in one call of that function; `cache_io`: the cache is an input, keys and values
-    of the tokens given are outputs; otherwise states hold it. `argmax`: the most likely token instead of logits."""
-
-    prefill: int
-    cache_io: bool = False
-    argmax: bool = False
-
-    @property
-    def functions(self) -> dict[str, int]:
-        """The package's functions, and how many tokens each takes."""
-        return {PREFILL: self.prefill, DECODE: 1}
-
-
-def description(feature: str) -> str:
-    """Of an input, state or output by its name."""
-    return DESCRIPTIONS[LOGITS if feature.startswith(f"{LOGITS}_") else feature]
-
 
 def cache_shape(graph: Graph) -> tuple[int, int, int, int]:
-    """`[1, KV heads of the graph's layers, context, head_dim]`.
+    """Shape of a cache, `[1, KV heads of the graph's layers, context, head_dim]`.
 
     Layers have different numbers of KV heads, and states of different shapes do not compile on every chip: all lie on one axis.
     """
     return 1, sum(graph.kv_heads.values()), graph.context, graph.dims.head_dim
+
+
+def query_groups(graph: Graph) -> list[int]:
+    """The numbers of query heads that read one KV head, each once; layers may differ."""
+    counts = (node.attrs["query_heads"] // node.attrs["kv_heads"] for node in graph.attentions)
+    return list(dict.fromkeys(counts))

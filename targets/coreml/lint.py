@@ -1,4 +1,4 @@
-"""What keeps a Core ML package off the Neural Engine, found by reading it: `lint(path)`, with the rules of `targets.coreml.rules`.
+"""Linter of Core ML packages for the Neural Engine: `lint(path)`, with the rules of `targets.coreml.rules`.
 
 Works on an artifact folder, on one package of it, and on any `.mlpackage` that holds an mlprogram, whoever made it. Nothing is run, so
 nothing here says what a given device does: Core ML decides that itself, when it loads the package.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
-from elmexport.runtimes.mil.program import Program, TensorType, load_program
+from elmexport.mil.program import Program, TensorType, load_program
 from targets.coreml.program_view import FunctionView, OperationView
 from targets.coreml.rules import RULES, Rule, Severity
 

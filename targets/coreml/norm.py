@@ -7,14 +7,15 @@ import math
 import numpy as np
 from coremltools.converters.mil.mil import Builder as mb
 
-from targets.coreml.packing import Var
+from elmexport.graph.ir import Node
+from targets.coreml.packing import Var, WeightFile
 
 _SMALLEST_NORMAL = 2.0**-14  # hardware may take smaller fp16 numbers for zero
 _LEAST_RATIO = 2.0**-5
 
 
 def rms_norm(x: Var, weight: Var, eps: float, axis: int) -> Var:
-    """`x / sqrt(mean(x², axis) + eps) * weight`, computed on `y = x / m`, where `m = max(|x|, sqrt(eps))`.
+    """RMS norm `x / sqrt(mean(x², axis) + eps) * weight`, computed on `y = x / m`, where `m = max(|x|, sqrt(eps))`.
 
     `y / sqrt(mean(y²) + (sqrt(eps) / m)²)` is the same number for any m. With this one no square exceeds 1, and the mean is at least
     1 / size wherever x is not all below sqrt(eps). After residual rescaling sqrt(eps) may be too small for fp16: m is then held at the
@@ -31,3 +32,9 @@ def rms_norm(x: Var, weight: Var, eps: float, axis: int) -> Var:
         small = mb.mul(x=small, y=np.float16(max(root / floor, _LEAST_RATIO)))
     inverse = mb.rsqrt(x=mb.add(x=mean, y=mb.mul(x=small, y=small)))
     return mb.mul(x=mb.mul(x=y, y=inverse), y=weight)
+
+
+def head_norm(x: Var, node: Node, which: str, file: WeightFile) -> Var:
+    """RMS norm `which` ("q_norm", "k_norm") of the heads `x` `[1, heads, tokens, head_dim]`, where the attention `node` has one."""
+    spec = node.weights.get(which)
+    return x if spec is None else rms_norm(x, file.vector(spec, (1, 1, 1, spec.size)), node.attrs["eps"], axis=3)

@@ -1,4 +1,4 @@
-"""A program as the lint looks at it: operations with the types of what goes in, and whether they lie before or behind all heavy work."""
+"""View of a program for the linter: operations with the types of what goes in, and whether they lie before or behind all heavy work."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.blob import BlobFile
-from elmexport.runtimes.mil.program import Argument, Blob, Literal, MilFunction, Operation, Program, Reference, TensorType
+from elmexport.mil.blob import BlobFile
+from elmexport.mil.program import Argument, BlobFileValue, ImmediateValue, MilFunction, Operation, Program, TensorType, ValueReference
 
 # What the Neural Engine is there for. Operations that none of these precedes, or none of these follows, are at the edge of a function.
 _WORK = [
@@ -36,7 +36,7 @@ Typed = tuple[str, TensorType]
 
 @dataclass(frozen=True)
 class OperationView:
-    """One operation that computes something.
+    """View of an operation that computes something.
 
     `tensors` are its inputs that are no constants, `weights` the parameters that are constants of two or more axes, `shapes` the shape of every
     parameter that is a tensor. `edge`: none of the heavy operations precedes it, or none follows. There the CPU can do it before the Neural
@@ -48,7 +48,7 @@ class OperationView:
     weights: tuple[str, ...]
     shapes: Mapping[str, tuple[int | None, ...]]
     edge: bool
-    _literals: Mapping[str, Literal]
+    _immediates: Mapping[str, ImmediateValue]
     _files: Mapping[Path, BlobFile]
 
     @property
@@ -67,26 +67,26 @@ class OperationView:
     def integer(self, parameter: str) -> int | None:
         """The value of a parameter that is a constant number."""
         for argument in self.operation.arguments.get(parameter, ()):
-            literal = self._literals.get(argument.name) if isinstance(argument, Reference) else argument
-            if isinstance(literal, Literal) and not isinstance(literal.value, str):
-                return int(literal.value)
+            immediate = self._immediates.get(argument.name) if isinstance(argument, ValueReference) else argument
+            if isinstance(immediate, ImmediateValue) and not isinstance(immediate.value, str):
+                return int(immediate.value)
         return None
 
-    def read(self, blob: Blob) -> NDArray[Any]:
+    def read(self, blob: BlobFileValue) -> NDArray[Any]:
         """A constant of the weight file; a view of the file."""
         return self._files[blob.file].read(blob.offset, blob.dtype, blob.shape)
 
 
 class FunctionView:
-    """One function of a program."""
+    """View of a function."""
 
     def __init__(self, program: Program, function: MilFunction) -> None:
         self.function, self._files = function, program.files
         self._types = dict(function.inputs) | dict(function.states) | {n: k for op in function.operations for n, k in op.outputs}
-        self._literals = {
+        self._immediates = {
             op.outputs[0][0]: value
             for op in function.operations
-            if op.type == "const" and isinstance(value := op.arguments["val"][0], Literal)
+            if op.type == "const" and isinstance(value := op.arguments["val"][0], ImmediateValue)
         }
         self._constants = self._constant_values()
 
@@ -124,22 +124,22 @@ class FunctionView:
             (key if len(arguments) == 1 else f"{key}[{i}]", kind)
             for key, arguments in operation.arguments.items()
             for i, argument in enumerate(arguments)
-            if isinstance(argument, Reference) and argument.name not in self._constants and (kind := self._type(argument)) is not None
+            if isinstance(argument, ValueReference) and argument.name not in self._constants and (kind := self._type(argument)) is not None
         )
         weights = tuple(key for key, argument in _single(operation) if key in kinds and len(kinds[key].shape) > 1 and self._fixed(argument))
         return OperationView(
-            operation, tensors, weights, {key: kind.shape for key, kind in kinds.items()}, edge, self._literals, self._files
+            operation, tensors, weights, {key: kind.shape for key, kind in kinds.items()}, edge, self._immediates, self._files
         )
 
     def _type(self, argument: Argument) -> TensorType | None:
-        if isinstance(argument, Reference):
+        if isinstance(argument, ValueReference):
             return self._types.get(argument.name)
-        if isinstance(argument, Blob):
+        if isinstance(argument, BlobFileValue):
             return TensorType(argument.dtype, argument.shape)
         return None if isinstance(argument.value, str) else TensorType(argument.value.dtype.name, np.shape(argument.value))
 
     def _fixed(self, argument: Argument) -> bool:
-        return not isinstance(argument, Reference) or argument.name in self._constants
+        return not isinstance(argument, ValueReference) or argument.name in self._constants
 
     def _is_constant(self, operation: Operation) -> bool:
         return all(name in self._constants for name, _ in operation.outputs) and bool(operation.outputs)
@@ -147,7 +147,7 @@ class FunctionView:
     def _constant_values(self) -> set[str]:
         found: set[str] = set()
         for operation in self.function.operations:
-            references = [a.name for arguments in operation.arguments.values() for a in arguments if isinstance(a, Reference)]
+            references = [a.name for arguments in operation.arguments.values() for a in arguments if isinstance(a, ValueReference)]
             if operation.type == "const" or operation.type.startswith("constexpr_") or (references and found.issuperset(references)):
                 found.update(name for name, _ in operation.outputs)
         return found
@@ -176,4 +176,4 @@ def _single(operation: Operation) -> Iterator[tuple[str, Argument]]:
 
 
 def _references(operation: Operation) -> Iterator[str]:
-    return (a.name for arguments in operation.arguments.values() for a in arguments if isinstance(a, Reference))
+    return (a.name for arguments in operation.arguments.values() for a in arguments if isinstance(a, ValueReference))

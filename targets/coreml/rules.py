@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.program import Blob, Literal, Operation, TensorType
+from elmexport.mil.program import BlobFileValue, ImmediateValue, Operation, TensorType
 from targets.coreml.interface import CONTEXT_MULTIPLE, MAX_DIM
 from targets.coreml.program_view import FunctionView, OperationView
 
@@ -88,7 +88,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule. A check yields, for each breach, what is wrong in words that follow the operation's name.
+    """A rule of the Neural Engine. A check yields, for each breach, what is wrong in words that follow the operation's name.
 
     Exactly one of the four checks is set. An operation at the edge of its function (see `OperationView.edge`) may be left to the
     CPU before or after the Neural Engine's work; where `edges` is false, it does not break the rule.
@@ -194,7 +194,7 @@ def _kernel(view: OperationView) -> Iterator[str]:
 
 def _infinite(view: OperationView) -> Iterator[str]:
     for name, argument in _constants(view.operation):
-        array = argument.value if isinstance(argument, Literal) else view.read(argument)
+        array = argument.value if isinstance(argument, ImmediateValue) else view.read(argument)
         if not isinstance(array, str) and array.dtype.kind == "f" and _has_infinity(array):
             yield f"{name or 'its value'} holds an infinity"
 
@@ -227,11 +227,11 @@ def _padded(kind: TensorType) -> int:
     return prod(rows) * -(-last * _BYTES[kind.dtype] // LINE) * LINE
 
 
-def _constants(operation: Operation) -> Iterator[tuple[str, Blob | Literal]]:
+def _constants(operation: Operation) -> Iterator[tuple[str, BlobFileValue | ImmediateValue]]:
     """Float constants of an operation that are values, not codes."""
     for name, arguments in operation.arguments.items():
         for argument in arguments:
-            if isinstance(argument, Literal) or (isinstance(argument, Blob) and argument.dtype.startswith("float")):
+            if isinstance(argument, ImmediateValue) or (isinstance(argument, BlobFileValue) and argument.dtype.startswith("float")):
                 yield name, argument
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from elmexport.models.base import ModelConfig
 from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import Scheme
-from elmexport.target import ExportJob, Target
+from elmexport.target import ExportJob, Target, option
 from elmexport.weights import Role
 
 if TYPE_CHECKING:
@@ -38,18 +38,25 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}  # as llama.cpp's tools rea
 
 @dataclass(frozen=True)
 class GgufTarget(Target):
-    """`<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama.
+    """`<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama."""
 
-    `imatrix` is an importance matrix in llama.cpp's GGUF form, `chat_template` a Jinja file or a `tokenizer_config.json` that has one,
-    `split_max_size` the bytes of tensors in a file ("2G").
-    """
+    imatrix: Path | None = field(
+        default=None,
+        metadata=option("Importance matrix in llama.cpp's GGUF form, for the quantizations that llama.cpp names.", metavar="FILE"),
+    )
+    chat_template: Path | None = field(
+        default=None,
+        metadata=option("Chat template to put into the file: Jinja text, or a tokenizer_config.json that has one.", metavar="FILE"),
+    )
+    split_max_size: str | None = field(
+        default=None,
+        metadata=option("Split into files of at most so many bytes of weights each: 500M, 2G. [default: one file]", metavar="SIZE"),
+    )
 
     name: ClassVar[str] = "gguf"
     quants: ClassVar[tuple[str, ...]] = (*OURS, *LLAMA_CPPS)
-
-    imatrix: Path | None = None
-    chat_template: Path | None = None
-    split_max_size: str | None = None
+    quants_note: ClassVar[str] = "Those of llama.cpp are its own, byte for byte; they need ggml's quantizer: pip install xllamacpp"
+    example: ClassVar[str] = "--model 1.1B-Instruct --quant q4_k_m --context 1024"
 
     def recipe(self, quant: str) -> Recipe:
         return super().recipe(ALIASES.get(quant.lower(), quant.lower()))

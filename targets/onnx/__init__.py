@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +11,7 @@ from typing import ClassVar
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
-from elmexport.target import ExportJob, Target
+from elmexport.target import ExportJob, Target, option
 from elmexport.weights import Role
 
 # The file names by which transformers.js finds a quantization; to it, all that is 4-bit and computes in fp32 is "q4".
@@ -23,14 +23,18 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention rotates head dimensions in steps of th
 
 @dataclass(frozen=True)
 class OnnxTarget(Target):
-    """ONNX with weights in one external data file.
+    """ONNX with weights in one external data file."""
 
-    `ops` is "fast" for onnxruntime's `com.microsoft` operators, "standard" for ONNX's own alone (opset 24).
-    """
-
-    ops: str = "fast"
+    ops: str = field(
+        default="fast",
+        metadata=option(
+            "fast: onnxruntime's own operators; standard: operators of ONNX opset 24 alone, for other engines.",
+            choices=("fast", "standard"),
+        ),
+    )
 
     name: ClassVar[str] = "onnx"
+    example: ClassVar[str] = "--model 450M --quant int8 --out 450M-onnx"
     quants: ClassVar[tuple[str, ...]] = (*_INT4, "int8", "fp16", "fp32")
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:

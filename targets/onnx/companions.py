@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
+from elmexport.contracts.onnx import ATTENTION_MASK, INPUT_IDS, LOGITS, past, present
 from elmexport.target import ExportJob
 
 
@@ -44,12 +45,12 @@ def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
                 "num_key_value_heads": max(layer.kv_heads for layer in dims.layers),
                 "num_hidden_layers": len(dims.layers),
                 "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
+                    "input_ids": INPUT_IDS,
+                    "attention_mask": ATTENTION_MASK,
+                    "past_key_names": past("%d", "key"),
+                    "past_value_names": past("%d", "value"),
                 },
-                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                "outputs": {"logits": LOGITS, "present_key_names": present("%d", "key"), "present_value_names": present("%d", "value")},
             },
         },
         "search": {"do_sample": False, "max_length": job.graph.context, "past_present_share_buffer": True},

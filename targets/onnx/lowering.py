@@ -22,6 +22,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
+from elmexport.contracts.onnx import ATTENTION_MASK, CONTEXT_METADATA, INPUT_IDS, LOGITS, past, present
 from elmexport.graph.ir import Node
 from elmexport.graph.ops import rope_angles
 from elmexport.quantization.integer_codec import IntegerTensor
@@ -32,7 +33,6 @@ from targets.onnx.packing import pack_codes, pack_zeros
 from targets.onnx.rows import BATCH, SEQUENCE, TOTAL, Rows
 
 PAST = "past_sequence_length"
-CONTEXT_KEY = "elmexport.context"  # metadata of the model: tokens that its rotary tables reach
 _ACCURACY_LEVEL = 4  # MatMulNBits multiplies in int8; without it, 8-bit weights take a path about 100 times slower
 
 _DTYPES = {"fp32": (ir.DataType.FLOAT, np.float32), "fp16": (ir.DataType.FLOAT16, np.float16)}
@@ -73,17 +73,17 @@ class Lowering:
         for node in self.graph.nodes:
             getattr(self, node.op)(node)
         self._outputs()
-        return self.builder.model(self.job.name, {CONTEXT_KEY: str(self.graph.context)}, self.opset, self.ir_version)
+        return self.builder.model(self.job.name, {CONTEXT_METADATA: str(self.graph.context)}, self.opset, self.ir_version)
 
     # Inputs and outputs
 
     def _inputs(self) -> None:
         build, d = self.builder, self.dims.head_dim
-        ids = build.input("input_ids", ir.DataType.INT64, (BATCH, SEQUENCE))
-        mask = build.input("attention_mask", ir.DataType.INT64, (BATCH, TOTAL))
+        ids = build.input(INPUT_IDS, ir.DataType.INT64, (BATCH, SEQUENCE))
+        mask = build.input(ATTENTION_MASK, ir.DataType.INT64, (BATCH, TOTAL))
         for i in range(len(self.dims.layers)):
-            for kind, short in (("key", "k"), ("value", "v")):
-                self.values[f"{short}_cache.{i}"] = build.input(f"past_key_values.{i}.{kind}", self.dtype, self._cache_shape(i, PAST))
+            self.values[f"k_cache.{i}"] = build.input(past(i, "key"), self.dtype, self._cache_shape(i, PAST))
+            self.values[f"v_cache.{i}"] = build.input(past(i, "value"), self.dtype, self._cache_shape(i, PAST))
         self.rows = Rows(build, ids, mask)
         self.values["ids"] = self.rows.ids
         angles = rope_angles(torch.arange(self.graph.context), d, self.graph.rope_theta, torch.float64)
@@ -96,11 +96,11 @@ class Lowering:
         logits = self.values[self.graph.result]
         if self.dtype != ir.DataType.FLOAT:
             logits = self.builder.op("Cast", "logits.cast", logits, to=ir.DataType.FLOAT)
-        self.builder.output(logits, "logits", ir.DataType.FLOAT, (BATCH, 1, self.dims.vocab_size))
+        self.builder.output(logits, LOGITS, ir.DataType.FLOAT, (BATCH, 1, self.dims.vocab_size))
         for i in range(len(self.dims.layers)):
             shape = self._cache_shape(i, TOTAL)
-            self.builder.output(self.values[self.graph.present_keys[i]], f"present.{i}.key", self.dtype, shape)
-            self.builder.output(self.values[self.graph.present_values[i]], f"present.{i}.value", self.dtype, shape)
+            self.builder.output(self.values[self.graph.present_keys[i]], present(i, "key"), self.dtype, shape)
+            self.builder.output(self.values[self.graph.present_values[i]], present(i, "value"), self.dtype, shape)
 
     def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
         return (BATCH, self.dims.layers[layer].kv_heads, length, self.dims.head_dim)

@@ -7,10 +7,10 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
+from elmexport.contracts.onnx import LOGITS_TO_KEEP
 from targets.onnx.builder import GraphBuilder
 
 BATCH, SEQUENCE, TOTAL = "batch_size", "sequence_length", "total_sequence_length"
-LOGITS_TO_KEEP = "logits_to_keep"
 
 
 class Rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from elmexport.bench import Workload, benchmark
 from elmexport.bench.bandwidth import read_bandwidth
-from elmexport.bench.results import Summary
+from elmexport.bench.results import Summary, benchmark_schema
 from elmexport.bench.rounds import EXECUTOR_NOTE, _Subject, summarize
 from elmexport.bench.traffic import Traffic
 from elmexport.bench.workload import PARTS
@@ -116,12 +115,8 @@ def test_a_process_that_is_killed(small_artifact: SmallArtifact, monkeypatch: py
         benchmark([small_artifact("onnx", "int4")], Workload(), fit=PARTS)
 
 
-def documented() -> dict[str, Any]:
-    """The JSON Schema in docs/benchmarking.md."""
-    text = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"<!-- schema -->\n```json\n(.*?)```", text, re.DOTALL)
-    schema: dict[str, Any] = json.loads(block)
-    return schema
+def test_the_schema_is_a_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(benchmark_schema())
 
 
 @pytest.mark.slow
@@ -131,7 +126,7 @@ def test_a_run_of_three_engines(small_artifact: SmallArtifact, monkeypatch: pyte
     bare = next(folders[0].glob("onnx/*.onnx"))
     result = benchmark([*folders, bare], Workload((16, 96), (0, 64), 8), repeat=2, threads=1)
     document = json.loads(json.dumps(result.to_dict()))
-    jsonschema.validate(document, documented())
+    jsonschema.validate(document, benchmark_schema())
     assert [one.engine for one in result.artifacts] == ["onnxruntime", "llama.cpp", "mil executor", "onnxruntime"]
     assert [one.note for one in result.artifacts] == [None, None, EXECUTOR_NOTE, None]
     assert result.artifacts[0].file_bytes == sum(file.stat().st_size for file in folders[0].rglob("*") if file.is_file())

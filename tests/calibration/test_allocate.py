@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import linprog
 
 from calibration.allocate import allocate, candidates, choose_bits
-from calibration.methods.base import Gain
+from calibration.method import Gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import Sample
 from elmexport.errors import ElmExportError

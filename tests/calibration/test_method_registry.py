@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from calibration.method import Gain
 from calibration.methods import DEFAULT, METHODS, find_method, methods_help
-from calibration.methods.base import Gain
 from elmexport.errors import ElmExportError
 
 

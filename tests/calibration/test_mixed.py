@@ -66,12 +66,12 @@ def test_a_drop_that_nothing_keeps_within(tiny: Checkpoint, tmp_path: Path, monk
 def test_the_reported_drop_is_that_of_the_artifact(tiny: Checkpoint, tmp_path: Path) -> None:
     out = tmp_path / "a"
     manifest = export_checkpoint(tiny, "onnx", out=out, weights=WeightOptions(max_drop=4.0)).manifest
-    found = manifest["quant"]["allocation"]
-    assert manifest["quant"]["name"] == load_recipe(out / "recipe.toml").name == "drop-4"
-    assert found["max_drop"] == 4 and found["drop"] <= 4 and found["items"] == 400
-    assert found["trials"][0]["bits_per_weight"] == pytest.approx(4.3, abs=0.1)
-    assert found["drop_interval"][0] < found["drop"] < found["drop_interval"][1]
+    found = manifest.quant.allocation
+    assert manifest.quant.name == load_recipe(out / "recipe.toml").name == "drop-4"
+    assert found.max_drop == 4 and found.drop <= 4 and found.items == 400
+    assert found.trials[0].bits_per_weight == pytest.approx(4.3, abs=0.1)
+    assert found.drop_interval[0] < found.drop < found.drop_interval[1]
     task = evaluate(out, Settings({"cloze": None}, text_tokens=0)).tasks["cloze"]
     assert task.comparison is not None and task.comparison.drop is not None
     # The engine rounds activations to 8 bits, which flips a few of 400 answers on top.
-    assert task.comparison.drop == pytest.approx(found["drop"], abs=1.5)
+    assert task.comparison.drop == pytest.approx(found.drop, abs=1.5)

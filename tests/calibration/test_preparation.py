@@ -11,7 +11,7 @@ import torch
 from calibration import calibrated
 from calibration.calibrate import make_sample
 from calibration.collect import collect
-from calibration.methods.base import Prepared
+from calibration.method import Prepared
 from calibration.options import WeightOptions
 from calibration.preparation import prepare
 from calibration.statistics import Statistics

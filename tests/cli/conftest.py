@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from elmexport.artifact import write_manifest
 from elmexport.cli.main import main
+from tests.manifests import example_manifest
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,6 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return call
 
 
-MANIFEST: dict[str, Any] = {
-    "model": {"name": "OpenELM-450M", "source": "hub:apple/OpenELM-450M", "revision": "0a1b2c", "parameters": 457179136, "config": {}},
-    "target": "gguf",
-    "quant": {"name": "int4", "words": "4-bit blocks of 32"},
-    "fallbacks": [],
-    "bits_per_weight": 4.7512,
-    "context": 2048,
-    "alpha": 1.0,
-    "calibration": None,
-    "tools": {},
-    "self_check": {"done": True, "text": "bundled prose", "tokens": 128, "kl_mean": 0.01234, "kl_max": 0.3, "top1_agreement": 0.9375},
-}
-
-
 @pytest.fixture
 def artifact(tmp_path: Path) -> Path:
     """A folder like an export's: two files and the manifest that belongs to them."""
@@ -68,5 +54,5 @@ def artifact(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "model.gguf").write_bytes(b"x" * 1_500_000)
     (folder / "tokenizer.model").write_bytes(b"y" * 1000)
-    write_manifest(folder, MANIFEST)
+    write_manifest(folder, example_manifest())
     return folder

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from elmexport.bench import ArtifactResult, Benchmark, DecodeResult, PrefillResult, Summary, Workload
+from elmexport.bench import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, Summary, Workload
 from tests.cli.conftest import Run
 
 
 def result(*artifacts: ArtifactResult) -> Benchmark:
-    machine = {"system": "Linux", "cpus": 4, "python": "3.12", "packages": {"torch": "2", "onnxruntime": None}}
+    machine = Machine("Linux", 4, "3.12", {"torch": "2", "onnxruntime": None})
     return Benchmark(machine, 2, 3, Summary.of([2e10, 1.8e10, 2.2e10]), artifacts)
 
 

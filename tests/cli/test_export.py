@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import pytest
 
 from calibration.options import WeightOptions
 from elmexport.artifact import Artifact, write_manifest
-from elmexport.cli.export import TARGETS
-from elmexport.cli.target_options import OPTIONS
 from elmexport.errors import ElmExportError
 from elmexport.export import ExportResult
+from elmexport.formats import FORMATS
+from elmexport.manifest import Calibration, Fallback, SelfCheck
 from elmexport.progress import SilentProgress
-from elmexport.target import find_target
-from tests.cli.conftest import MANIFEST, Run
+from elmexport.target import find_target, options
+from tests.cli.conftest import Run
+from tests.manifests import example_manifest
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
             "weights": WeightOptions(),
             "verify": True,
             "force": False,
-            "settings": {name: default for name, _, default in OPTIONS["onnx"]},
+            "settings": {"ops": "fast"},
             "random_weights": None,
             "tokenizer": None,
             "revision": None,
@@ -106,13 +107,13 @@ def test_the_summary(run: Run, artifact: Path) -> None:
 
 @pytest.mark.usefixtures("calls")
 def test_the_summary_of_what_is_out_of_the_ordinary(run: Run, artifact: Path) -> None:
-    unusual = {
-        "alpha": 0.0625,
-        "calibration": {"method": "measured"},
-        "fallbacks": [{"tensor": "a.weight", "reason": "rows of 5"}],
-        "self_check": {"done": False, "reason": "not asked for"},
-    }
-    write_manifest(artifact, MANIFEST | unusual)
+    unusual = example_manifest(
+        alpha=0.0625,
+        calibration=Calibration("measured", "bundled prose", 128, 12.5),
+        fallbacks=(Fallback("a.weight", "rows of 5"),),
+        self_check=SelfCheck(done=False, reason="not asked for"),
+    )
+    write_manifest(artifact, unusual)
     out = run("coreml").out
     assert "0.0625, so that fp16 cannot overflow (measured)" in out
     assert re.search(r"fallback +a.weight: rows of 5", out)
@@ -129,16 +130,25 @@ def test_no_text_is_suggested_without_a_tokenizer(run: Run, artifact: Path, monk
 @pytest.mark.usefixtures("calls")
 def test_json_is_one_document(run: Run, artifact: Path) -> None:
     outcome = run("onnx", "--json")
-    assert json.loads(outcome.out) == {"path": str(artifact), **Artifact.open(artifact).manifest}
+    assert json.loads(outcome.out) == {"path": str(artifact), **json.loads(Artifact.open(artifact).manifest.to_json())}
     assert outcome.err == "note: one thing to know\n"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_help_lists_the_target_s_quantizations(target: str) -> None:
-    listed = re.findall(r"^ {6}(\S+) {2,}.*?( \(default\))?$", TARGETS[target], re.MULTILINE)
-    quants = find_target(target).quants
-    assert sorted(name for name, _ in listed) == sorted(quants)
-    assert [name for name, default in listed if default] == [quants[0]]
+@pytest.mark.parametrize("target", FORMATS)
+def test_help_lists_the_target_s_quantizations(run: Run, target: str) -> None:
+    kind = find_target(target)
+    listed = run(target, "--help").out.split("--quant is one of")[1].split("Example:")[0]
+    names = re.findall(r"^ {4}(\S+) +(\d+\.\d)  \S", listed, re.MULTILINE)
+    assert [name for name, _ in names] == list(kind.quants)
+    assert listed.count("(default)") == 1
+    words = " ".join(listed.split())
+    assert all(kind.stored_recipe(quant).words in words for quant in kind.quants)
+    assert f"{kind.stored_recipe(kind.quants[0]).words} (default)" in words
+
+
+@pytest.mark.parametrize(("target", "quant", "bits"), [("gguf", "q4_k_m", "5.1"), ("onnx", "fp16", "16.0"), ("coreml", "int4", "4.9")])
+def test_help_says_how_large_a_quantization_is(run: Run, target: str, quant: str, bits: str) -> None:
+    assert re.search(rf"^ {{4}}{quant} +{bits} ", run(target, "--help").out, re.MULTILINE)
 
 
 def test_a_quantization_that_the_target_lacks(run: Run, tmp_path: Path) -> None:
@@ -157,7 +167,7 @@ def test_an_output_that_exists(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", FORMATS)
 def test_from_the_model_to_text(run: Run, target: str, tmp_path: Path) -> None:
     outcome = run(target, "--model", "tiny", "--quant", "int8", "--out", "out")
     assert outcome.code == 0, outcome.err
@@ -173,11 +183,28 @@ def test_from_the_model_to_text(run: Run, target: str, tmp_path: Path) -> None:
     assert run(target, "--quant", "int8", "--out", "out", "--no-verify", "--force").code == 0
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_setting_of_a_target_is_an_option_of_its_command(target: str) -> None:
+@pytest.mark.parametrize("target", FORMATS)
+def test_every_setting_of_a_target_is_an_option_of_its_command(run: Run, target: str) -> None:
     kind = type(find_target(target))
-    settings = {field.name: field.default for field in fields(kind)} if is_dataclass(kind) else {}
-    assert {name: default for name, _, default in OPTIONS[target]} == settings
+    own = set(options(kind))
+    assert own == {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    page = run(target, "--help").out
+    assert all(f"\n  --{name.replace('_', '-')}" in page for name in own)
+
+
+def test_settings_reach_the_library_as_plain_values(run: Run, calls: list[dict[str, Any]]) -> None:
+    assert run("coreml", "--device", "gpu", "--argmax", "--max-package-mb", "7.5").code == 0
+    settings = calls[0]["settings"]
+    assert settings == {"device": "gpu", "kv": "state", "prefill": None, "argmax": True, "max_package_mb": 7.5}
+    assert type(settings["device"]) is str
+
+
+def test_a_choice_that_there_is_not(run: Run, tmp_path: Path) -> None:
+    outcome = run("onnx", "--ops", "slow")
+    assert outcome.code == 2 and "'slow' is not one of 'fast', 'standard'" in outcome.err
+    with pytest.raises(ElmExportError, match="--ops is 'slow'; choose fast or standard"):
+        find_target("onnx", {"ops": "slow"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_setting_that_the_target_does_not_have_is_refused() -> None:

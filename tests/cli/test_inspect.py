@@ -23,7 +23,7 @@ def test_words(run: Run, artifact: Path) -> None:
 
 def test_json(run: Run, artifact: Path) -> None:
     outcome = run("inspect", artifact, "--json")
-    assert json.loads(outcome.out) == {"path": str(artifact), "problems": [], **Artifact.open(artifact).manifest}
+    assert json.loads(outcome.out) == {"path": str(artifact), "problems": [], **json.loads(Artifact.open(artifact).manifest.to_json())}
     assert outcome.err == ""
 
 
@@ -63,6 +63,6 @@ def test_not_an_artifact(run: Run, artifact: Path, tmp_path: Path) -> None:
     run("inspect", artifact / "model.gguf").refused("model.gguf is a file; give the folder")
     run("inspect", tmp_path).refused("holds no manifest.json")
     (artifact / "manifest.json").write_text("{")
-    run("inspect", artifact).refused("manifest.json is damaged")
+    run("inspect", artifact).refused("manifest.json is not JSON")
     (artifact / "manifest.json").write_text('{"format": 1}')
-    run("inspect", artifact).refused("manifest.json lacks target, model, quant, files")
+    run("inspect", artifact).refused("manifest.json lacks model; export it again")

@@ -128,7 +128,7 @@ def test_a_manifest_of_another_model_is_noticed(tiny: Checkpoint, export_to: Exp
     changed = edited(path, tmp_path / "a", lambda manifest: manifest["model"].update(identity="0" * 64))
     with pytest.raises(ElmExportError, match=r"is of the model 000000000000…, fp16 of OpenELM-tiny, "):
         find_reference(changed)
-    with pytest.raises(ElmExportError, match=r"lacks model\.source; export it again"):
+    with pytest.raises(ElmExportError, match=r"manifest\.json: model lacks source; export it again"):
         find_reference(edited(path, tmp_path / "b", lambda manifest: manifest["model"].pop("source")))
     with pytest.raises(ElmExportError, match="lacks bits_per_weight"):
         artifact_entrant(edited(path, tmp_path / "c", lambda manifest: manifest.pop("bits_per_weight")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +11,7 @@ from xml.etree import ElementTree
 import junitparser
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.comparison import compare

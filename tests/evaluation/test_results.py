@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import Report, read_report, write_report
+from elmexport.evaluation.schema import report_schema
+from tests.damage import places, spoilt
 from tests.evaluation.examples import example_report
-
-
-def schema() -> Any:
-    return json.loads(files("elmexport.evaluation").joinpath("report.schema.json").read_text(encoding="utf-8"))
 
 
 def bare_report() -> Report:
@@ -27,14 +24,14 @@ def bare_report() -> Report:
     return replace(report, reference=None, tasks={"arc_easy": task}, kl=None, perplexity=None, blocks=None, gates=(), lm_eval=None)
 
 
-def test_schema_is_a_schema() -> None:
-    jsonschema.Draft202012Validator.check_schema(schema())
+def test_schema_is_a_report_schema() -> None:
+    jsonschema.Draft202012Validator.check_schema(report_schema())
 
 
 @pytest.mark.parametrize("report", [example_report(), bare_report()], ids=["full", "bare"])
 def test_documents_fit_the_schema_and_survive_a_round_trip(report: Report, tmp_path: Path) -> None:
     document = json.loads(report.to_json())
-    jsonschema.validate(document, schema())
+    jsonschema.validate(document, report_schema())
     assert next(iter(document)) == "schema"
     write_report(report, tmp_path / "report.json")
     assert read_report(tmp_path / "report.json") == report
@@ -83,7 +80,7 @@ def _with(path: str, value: Any) -> Any:
         (_with("kl.tokens", 1.5), "report.kl.tokens is 1.5, where a whole number belongs"),
         (_with("kl.mean_ci", [1.0]), "report.kl.mean_ci has 1 entries, 2 belong there"),
         (_with("tasks.arc_easy.metric", "f1"), "metric is 'f1', but the task's metrics are acc, acc_norm"),
-        (_with("tasks.arc_easy.drop", True), "drop is True, where a finite number belongs"),
+        (_with("tasks.arc_easy.drop", True), "drop is True, where a finite number or null belongs"),
         (_with("tasks", []), r"report.tasks is \[\], where an object belongs"),
         ([1], "where an object belongs"),
     ],
@@ -94,6 +91,18 @@ def test_damaged_documents_are_refused(document: Any, message: str, tmp_path: Pa
     with pytest.raises(ElmExportError, match=message) as error:
         read_report(path)
     assert str(path) in str(error.value)
+
+
+def test_a_document_spoilt_anywhere_is_read_or_refused() -> None:
+    document = json.loads(example_report().to_json())
+    for place in places(document):
+        for words, spoiled in spoilt(document, place):
+            try:
+                Report.from_json(json.dumps(spoiled), "r.json")
+            except ElmExportError as error:
+                assert str(error).startswith("r.json") and len(str(error)) < 250
+            except Exception as error:
+                pytest.fail(f"{place}, {words}: {error!r}")
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.awq import awq_folds
+from calibration.awq import awq_model
 from calibration.calibrated import gptq_weights
 from calibration.collect import collect
 from calibration.folding import FoldedCheckpoint
@@ -149,7 +149,7 @@ def test_every_calibrated_method(
     plan = resolve(Recipe("test", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp32"), 1.0, rules), small_checkpoint.config)
 
     def fold() -> FoldedCheckpoint:
-        return FoldedCheckpoint(small_checkpoint, awq_folds(small_checkpoint, lambda spec: plan.schemes[spec.name], statistics))
+        return awq_model(small_checkpoint, plan, statistics)
 
     def codes(place: str) -> list[list[np.ndarray]]:
         monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / place))

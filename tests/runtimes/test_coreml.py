@@ -21,19 +21,22 @@ from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, VerificationError
+from elmexport.mil.executor import MilModel, Precision
+from elmexport.mil.program import Program
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtime
+from elmexport.runtimes.coreml_contract import Contract
+from elmexport.runtimes.coreml_engines import CoreMLEngine, NarrowedMilEngine, PaddedMilEngine
 from elmexport.runtimes.generation import generate
-from elmexport.runtimes.mil.executor import MilModel
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
-from targets.coreml import head
+from targets.coreml.neural_engine import head
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+from tests.mil.packages import function, write_package
 from tests.reference import kl, reference_logits
-from tests.runtimes.mil.packages import function, write_package
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="on macOS Core ML itself runs the package, not the executor tested here")
 
@@ -177,20 +180,24 @@ class CoreMLModel:
         return self.model.predict(inputs, state, self.function)
 
 
+def padded_engine(program: Program, contract: Contract, precision: Precision) -> PaddedMilEngine:
+    return PaddedMilEngine(MilModel(contract.with_scores(program), precision=precision), contract)
+
+
 @pytest.fixture(params=["executor", "executor at full sizes", "core ml"])
 def open_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Runtime]:
     """Opens an artifact in one of the ways in which packages are run."""
+    engines = {"executor": NarrowedMilEngine, "executor at full sizes": PaddedMilEngine, "core ml": CoreMLEngine}
 
     def call(path: Path) -> Runtime:
         if request.param == "core ml":
             monkeypatch.setattr("elmexport.runtimes.coreml.sys", SimpleNamespace(platform="darwin"))
             monkeypatch.setattr("coremltools.models.MLModel", CoreMLModel)
+        elif request.param == "executor at full sizes":
+            monkeypatch.setattr("elmexport.runtimes.coreml.open_mil_engine", padded_engine)
         runtime = open_artifact(path)
         assert isinstance(runtime, CoreMLRuntime)
-        if request.param == "executor":
-            assert runtime._engine.narrowed
-        elif request.param == "executor at full sizes":
-            runtime._engine.narrowed = False  # type: ignore[misc]
+        assert isinstance(runtime.engine(), engines[request.param])
         assert runtime.name == ("core ml" if request.param == "core ml" else "mil executor")
         return runtime
 
@@ -276,9 +283,7 @@ def test_a_wrong_token_is_found(
 def test_a_package_of_another_kind(tmp_path: Path) -> None:
     made = function({"x": mb.TensorSpec((1, 4), dtype=types.fp16)}, lambda x: mb.relu(x=x))
     package = write_package(tmp_path / "other.mlpackage", {"main": made})
-    with pytest.raises(
-        ElmExportError, match=r"its functions are main, not prefill and decode\); run it with elmexport\.runtimes\.mil directly"
-    ):
+    with pytest.raises(ElmExportError, match=r"its functions are main, not prefill and decode\); run it with elmexport\.mil directly"):
         open_runtime(package)
 
 

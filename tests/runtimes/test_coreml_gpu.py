@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.mil.executor import MilModel
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.coreml import open_runtime
 from elmexport.runtimes.coreml_gpu import CHUNK
 from elmexport.runtimes.generation import generate
-from elmexport.runtimes.mil.executor import MilModel
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint
+from tests.mil.packages import function, write_package
 from tests.reference import kl, reference_logits
-from tests.runtimes.mil.packages import function, write_package
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="on macOS Core ML itself runs the package, not the executor tested here")
 

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from coremltools.converters.mil.mil import Builder as mb
-from numpy.typing import NDArray
 
+from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, VALUE_CACHE
 from elmexport.graph.ir import Graph, Node
-from elmexport.graph.ops import rope_angles
-from elmexport.runtimes.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, VALUE_CACHE
-from targets.coreml.norm import rms_norm
+from targets.coreml.interface import query_groups
+from targets.coreml.norm import head_norm
 from targets.coreml.packing import Var, WeightFile
+from targets.coreml.rope import RotaryTables, rotate
 
 _HIDDEN = -4e4  # added to the scores of tokens that are not to be seen; two of them are infinite in fp16, one is not
 
 
-class Attention:
+class FusedAttention:
     """Lowers the `attention` nodes, in the order of the layers."""
 
     def __init__(self, graph: Graph, file: WeightFile, inputs: Mapping[str, Var]) -> None:
@@ -35,37 +34,27 @@ class Attention:
         self.first_head = 0  # of the layer to come, on the caches' axis
         self.end = mb.slice_by_index(x=mb.shape(x=self.given_mask), begin=[3], end=[4])
         self.position = mb.sub(x=self.end, y=mb.slice_by_index(x=mb.shape(x=inputs[INPUT_IDS]), begin=[1], end=[2]))
-        self.rope = [self._rows(name, which) for which, name in enumerate(("rope_cos", "rope_sin"))]
-        self.mask: Var | None = None  # of one query; with the masks of groups of them
-        self.masks: dict[int, Var] = {}
+        tables = RotaryTables(graph)
+        self.rope = [
+            self._tokens(file.table(name, make), self.position) for name, make in (("rope_cos", tables.cosines), ("rope_sin", tables.sines))
+        ]
+        self.masks: dict[int, Var] = {}  # by the query heads of a KV head; they need the first layer's keys
 
     def __call__(self, qkv: Var, node: Node) -> Var:
         """`[1, T, H d]` from `qkv` `[1, T, (H + 2K) d]`."""
         heads, kv_heads = node.attrs["query_heads"], node.attrs["kv_heads"]
         split = mb.transpose(x=mb.reshape(x=qkv, shape=[1, -1, heads + 2 * kv_heads, self.size]), perm=[0, 2, 1, 3])
         query, key, value = mb.split(x=split, split_sizes=[heads, kv_heads, kv_heads], axis=1)
-        query = self._rotate(self._normalize(query, node, "q_norm"))
-        key = self._rotate(self._normalize(key, node, "k_norm"))
+        query = rotate(head_norm(query, node, "q_norm", self.file), *self.rope)
+        key = rotate(head_norm(key, node, "k_norm", self.file), *self.rope)
         keys, values = (self._append(which, new, kv_heads) for which, new in enumerate((key, value)))
         self.first_head += kv_heads
-        group = heads // kv_heads
-        if group not in self.masks:
-            self.mask = self.mask or self._mask()
-            self.masks[group] = self.mask if group == 1 else mb.concat(values=[self.mask] * group, axis=2)
+        if not self.masks:
+            self.masks = self._masks()
         rows = mb.reshape(x=query, shape=[1, kv_heads, -1, self.size])
-        out = mb.scaled_dot_product_attention(query=rows, key=keys, value=values, attn_mask=self.masks[group])
+        out = mb.scaled_dot_product_attention(query=rows, key=keys, value=values, attn_mask=self.masks[heads // kv_heads])
         out = mb.transpose(x=mb.reshape(x=out, shape=[1, heads, -1, self.size]), perm=[0, 2, 1, 3])
         return mb.reshape(x=out, shape=[1, -1, heads * self.size])
-
-    def _normalize(self, x: Var, node: Node, which: str) -> Var:
-        spec = node.weights.get(which)
-        return x if spec is None else rms_norm(x, self.file.vector(spec, (1, 1, 1, spec.size)), node.attrs["eps"], axis=3)
-
-    def _rotate(self, x: Var) -> Var:
-        """Rotary embedding (rotate-half). The first half of the sines is negated, so that the halves of `x` need only change places."""
-        cosines, sines = self.rope
-        first, second = mb.split(x=x, num_splits=2, axis=3)
-        return mb.add(x=mb.mul(x=x, y=cosines), y=mb.mul(x=mb.concat(values=[second, first], axis=3), y=sines))
 
     def _append(self, which: int, new: Var, kv_heads: int) -> Var:
         """Write `new` `[1, K, T, d]` into a cache at `position`; returns the layer's part of it up to `end`, `[1, K, end, d]`."""
@@ -77,24 +66,13 @@ class Attention:
         heads = mb.slice_by_index(x=cache, begin=[0, first, 0, 0], end=[1, last, self.graph.context, self.size])
         return self._tokens(heads, np.array([0], np.int32))
 
-    def _rows(self, name: str, which: int) -> Var:
-        """Rows of the cosine or sine table for the tokens, `[1, 1, T, d]`."""
-
-        def table() -> NDArray[np.float16]:
-            angles = rope_angles(torch.arange(self.graph.context), self.size, self.graph.rope_theta, torch.float64)[which]
-            if which == 1:
-                angles[:, : self.size // 2] *= -1
-            return angles.to(torch.float16).numpy()[None, None]
-
-        return self._tokens(self.file.table(name, table), self.position)
-
     def _tokens(self, x: Var, start: Var) -> Var:
         """`x` `[1, heads, context, d]` from `start` to `end`. The masks keep the other sizes known to the compiler."""
         others = [True, True, False, True]
         return mb.slice_by_index(x=x, begin=_corner(0, 0, start, 0), end=_corner(0, 0, self.end, 0), begin_mask=others, end_mask=others)
 
-    def _mask(self) -> Var:
-        """`[1, 1, T, end]`: the mask that was given, plus `_HIDDEN` behind each token's own place, and on a first place never written.
+    def _masks(self) -> dict[int, Var]:
+        """By G, `[1, 1, G T, end]`: the mask that was given, plus `_HIDDEN` behind each token's own place, and on a first place never written.
 
         That place is recognized by a key of zeros: what a state begins with, and no key of a token.
         """
@@ -106,7 +84,8 @@ class Attention:
         empty = mb.equal(x=mb.reduce_max(x=mb.abs(x=first_key), axes=[3], keep_dims=True), y=np.float16(0))
         unwritten = mb.mul(x=mb.cast(x=empty, dtype="fp16"), y=mb.cast(x=mb.less(x=columns, y=np.int32(1)), dtype="fp16"))
         hidden = mb.mul(x=mb.maximum(x=later, y=unwritten), y=np.float16(_HIDDEN))
-        return mb.add(x=hidden, y=self.given_mask)
+        mask = mb.add(x=hidden, y=self.given_mask)
+        return {group: mask if group == 1 else mb.concat(values=[mask] * group, axis=2) for group in query_groups(self.graph)}
 
 
 def _corner(*places: Var | int) -> Var:

@@ -1,10 +1,10 @@
-"""The package as its users see it: ranges and descriptions of inputs, states and output. No coremltools."""
+"""Ranges and descriptions of inputs, states and output, as the package itself gives them. No coremltools."""
 
 from __future__ import annotations
 
+from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.graph.ir import Graph
 from elmexport.models import find_model
-from elmexport.runtimes.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 
 DESCRIPTIONS = {
     INPUT_IDS: "Token ids [1, T], BOS first; T is any number from 1 to the context",
@@ -17,16 +17,15 @@ DESCRIPTIONS = {
     KEY_CACHE: "Keys of all layers, rotated: [1, KV heads of all layers, context, head_dim]",
     VALUE_CACHE: "Values of all layers: [1, KV heads of all layers, context, head_dim]",
 }
-MODEL_NAME = "co.huggingface.exporters.name"  # metadata by which swift-transformers finds a model's files on the hub
 
 
 def input_ranges(graph: Graph) -> dict[str, tuple[tuple[int, int], ...]]:
-    """The least and largest size of each axis of the inputs."""
+    """Ranges of the inputs: the least and largest size of each axis."""
     one, any_number = (1, 1), (1, graph.context)
     return {INPUT_IDS: (one, any_number), CAUSAL_MASK: (one, one, any_number, any_number)}
 
 
 def hub_name(name: str) -> str:
-    """The repository of the model called `name` (its display name); an unknown model is its own name."""
+    """Hub repository of the model called `name` (its display name); an unknown model is its own name."""
     known = find_model(name)
     return name if known is None or known.hub_id is None else known.hub_id

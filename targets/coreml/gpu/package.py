@@ -1,22 +1,25 @@
-"""The specification of the form for GPUs, and the files that swift-transformers wants beside the package."""
+"""A package in the form for GPUs: one function, with inputs of flexible size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import coremltools as ct
 from coremltools.converters.mil.mil import Program
 
+from elmexport.contracts.coreml_gpu import FUNCTION
 from elmexport.graph.ir import Graph
+from elmexport.quantization.weight_source import WeightSource
 from targets.coreml.gpu.interface import DESCRIPTIONS, input_ranges
 from targets.coreml.gpu.lowering import lower
-from targets.coreml.package import specification
+from targets.coreml.package import MODEL_FOLDER, finish_package
 from targets.coreml.packing import WeightFile
 
 
-def write_specification(graph: Graph, file: WeightFile, metadata: Mapping[str, str], path: Path) -> None:
-    """Lower `graph` to the package's one function, weights into `file`, and write the model specification to `path`."""
+def write_package(path: Path, graph: Graph, weights: WeightSource, metadata: Mapping[str, str], advance: Callable[[int], None]) -> None:
+    """Write the package `path` with the function of `graph`."""
+    file = WeightFile(path / MODEL_FOLDER, weights, advance, rank=2, max_rows=None)
     function = lower(graph, file)
     function.set_input_types(
         tuple(
@@ -25,10 +28,5 @@ def write_specification(graph: Graph, file: WeightFile, metadata: Mapping[str, s
         )
     )
     program = Program()
-    program.add_function("main", function)
-    model = specification(program, file)
-    description = model.description
-    for feature in (*description.input, *description.state, *description.output):
-        feature.shortDescription = DESCRIPTIONS[feature.name]
-    description.metadata.userDefined.update(metadata)
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    program.add_function(FUNCTION, function)
+    finish_package(path, program, file, DESCRIPTIONS.__getitem__, metadata)

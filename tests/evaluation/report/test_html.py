@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import xml.etree.ElementTree as ET
@@ -10,6 +9,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from importlib.resources import files
 
+import msgspec
 import pytest
 
 from elmexport.evaluation.report.html import html
@@ -55,13 +55,15 @@ def broken() -> Report:
     """Report whose distributions are not finite, as a broken artifact's would be."""
     report = examples.report("broken", tasks=["arc_easy"])
     assert report.kl is not None
-    bucket = dataclasses.replace(report.kl.by_depth[0], mean=math.inf, p99=math.nan)
-    return dataclasses.replace(report, kl=dataclasses.replace(report.kl, mean=math.inf, p99=math.inf, max=math.nan, by_depth=(bucket,)))
+    bucket = msgspec.structs.replace(report.kl.by_depth[0], mean=math.inf, p99=math.nan)
+    return msgspec.structs.replace(
+        report, kl=msgspec.structs.replace(report.kl, mean=math.inf, p99=math.inf, max=math.nan, by_depth=(bucket,))
+    )
 
 
 def bare() -> Report:
     """Report of neither tasks nor text."""
-    return dataclasses.replace(examples.report(tasks=[]), kl=None, perplexity=None, blocks=None)
+    return msgspec.structs.replace(examples.report(tasks=[]), kl=None, perplexity=None, blocks=None)
 
 
 CASES = {
@@ -144,8 +146,8 @@ def test_texts_of_items_are_text() -> None:
 def test_control_characters_and_long_texts_are_shown_as_far_as_they_can_be() -> None:
     report = examples.report(tasks=["arc_easy"], damage=2.0)
     task = report.tasks["arc_easy"]
-    items = tuple(dataclasses.replace(item, text="begins \x00\x1b " + "long " * 2000 + "ends") for item in task.items)
-    text = html([dataclasses.replace(report, tasks={"arc_easy": dataclasses.replace(task, items=items)})])
+    items = tuple(msgspec.structs.replace(item, text="begins \x00\x1b " + "long " * 2000 + "ends") for item in task.items)
+    text = html([msgspec.structs.replace(report, tasks={"arc_easy": msgspec.structs.replace(task, items=items)})])
     assert "\x00" not in text and "\x1b" not in text
     assert "The last 4,000 of 10,014 characters:" in text
     assert "begins" not in text and "ends</div>" in text

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from elmexport.evaluation.report.overview import common_tasks, differences, labels, mean_drop
@@ -23,7 +22,7 @@ def test_without_a_reference_there_is_no_mean_drop() -> None:
 
 def test_labels_that_are_the_same_get_their_paths() -> None:
     one = examples.report(tasks=["boolq"])
-    other = dataclasses.replace(one, artifact=dataclasses.replace(one.artifact, path="/elsewhere/OpenELM-270M-onnx-int4"))
+    other = msgspec.structs.replace(one, artifact=msgspec.structs.replace(one.artifact, path="/elsewhere/OpenELM-270M-onnx-int4"))
     assert labels([one, other, examples.report("c", tasks=["boolq"])]) == [
         "OpenELM-270M-onnx-int4 (./OpenELM-270M-onnx-int4)",
         "OpenELM-270M-onnx-int4 (/elsewhere/OpenELM-270M-onnx-int4)",
@@ -38,10 +37,10 @@ def test_reports_of_one_family_compare_directly() -> None:
 def test_differences_are_named() -> None:
     one = examples.report(tasks=["boolq"])
     assert one.blocks is not None and one.reference is not None
-    texts = dataclasses.replace(one, blocks=dataclasses.replace(one.blocks, text_hash="other"))
+    texts = msgspec.structs.replace(one, blocks=msgspec.structs.replace(one.blocks, text_hash="other"))
     assert differences([one, texts]) == ["KL divergence and perplexity come from different texts."]
-    model = dataclasses.replace(one.artifact.model, identity="other", name="OpenELM-450M")
-    models = dataclasses.replace(one, artifact=dataclasses.replace(one.artifact, model=model))
+    model = msgspec.structs.replace(one.artifact.model, identity="other", name="OpenELM-450M")
+    models = msgspec.structs.replace(one, artifact=msgspec.structs.replace(one.artifact, model=model))
     assert "2 different models (OpenELM-270M, OpenELM-450M)" in differences([one, models])[0]
-    reference = dataclasses.replace(one, reference=dataclasses.replace(one.reference, identity="other"))
+    reference = msgspec.structs.replace(one, reference=msgspec.structs.replace(one.reference, identity="other"))
     assert differences([one, reference]) == ["The artifacts were not compared with the same reference."]

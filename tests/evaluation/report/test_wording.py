@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import dataclasses
 import math
 
+import msgspec
 import pytest
 
 from elmexport.evaluation.report.wording import Finding, factor, number, points, reading, verdict
@@ -13,8 +13,8 @@ from tests.evaluation.report import examples
 def compared(drop: float | None, ends: tuple[float, float] | None, **changes: object) -> TaskResult:
     base = examples.report(tasks=["arc_easy"]).tasks["arc_easy"]
     assert base.comparison is not None
-    plain = dataclasses.replace(base.comparison, drop=drop, drop_ci=ends, flips=Flips(3, 2), detectable_drop=6.2)
-    return dataclasses.replace(base, n=100, comparison=dataclasses.replace(plain, **changes))  # type: ignore[arg-type]
+    plain = msgspec.structs.replace(base.comparison, drop=drop, drop_ci=ends, flips=Flips(3, 2), detectable_drop=6.2)
+    return msgspec.structs.replace(base, n=100, comparison=msgspec.structs.replace(plain, **changes))  # type: ignore[arg-type]
 
 
 def test_noise_is_said_with_the_drop_that_so_many_items_cannot_show() -> None:
@@ -35,7 +35,7 @@ def test_noise_is_said_with_the_drop_that_so_many_items_cannot_show() -> None:
         (compared(None, None, ratio=1.01, ratio_ci=(0.9, 1.1)), Finding.NOISE),
         (compared(None, None), Finding.UNKNOWN),
         (compared(3.0, None), Finding.UNKNOWN),
-        (dataclasses.replace(compared(1.0, None), comparison=None), Finding.UNKNOWN),
+        (msgspec.structs.replace(compared(1.0, None), comparison=None), Finding.UNKNOWN),
     ],
 )
 def test_findings(task: TaskResult, finding: Finding) -> None:
@@ -82,6 +82,6 @@ def test_the_gates_in_one_sentence() -> None:
 
 def test_every_field_of_a_comparison_is_known_here() -> None:
     """A new field is a new figure: show it, or say here why not."""
-    names = {field.name for field in dataclasses.fields(TaskComparison)}
+    names = set(TaskComparison.__struct_fields__)
     shown = {"reference", "drop", "drop_ci", "ci_method", "flips", "mcnemar_p", "detectable_drop", "ratio", "ratio_ci"}
     assert names == shown

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from elmexport.evaluation.report.worst import unit, worst_items
@@ -41,7 +40,7 @@ def test_the_margin_is_to_the_best_wrong_choice() -> None:
 
 
 def test_acc_norm_compares_scores_per_character() -> None:
-    entry = dataclasses.replace(
+    entry = msgspec.structs.replace(
         item(1, (-2.0, -4.0, -10.0), (-2.0, -1.0, -10.0)),
         metrics={"acc_norm": 0.0},
         reference=ItemScores({"acc_norm": 1.0}, (-2.0, -4.0, -10.0)),
@@ -58,7 +57,7 @@ def test_acc_norm_compares_scores_per_character() -> None:
         item(1, (-1.0, -2.0), (-9.0, -1.0), target=None),
         item(1, (-1.0, -2.0), (-9.0, -1.0), was=0.7, now=0.2),  # a share of probability, as truthfulqa_mc2's
         item(1, (-1.0,), (-9.0,)),  # one score: no margin
-        dataclasses.replace(item(1, (-1.0, -2.0), (-9.0, -1.0)), reference=None),
+        msgspec.structs.replace(item(1, (-1.0, -2.0), (-9.0, -1.0)), reference=None),
     ],
 )
 def test_items_without_one_right_choice_are_left_out(entry: Item) -> None:

@@ -10,7 +10,7 @@ import coremltools
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.runtimes.mil.executor import MilModel
+from elmexport.mil.executor import MilModel
 
 _DTYPES = {"float16": np.float16, "int32": np.int32}
 

@@ -21,7 +21,7 @@ from elmexport.models import known_models
 from targets.coreml.lint import LintResult, lint
 from targets.coreml.rules import RULES, Severity
 from tests.conftest import ExportTo
-from tests.runtimes.mil.packages import function, write_package
+from tests.mil.packages import function, write_package
 from tests.targets.coreml.hollow import hollow_package
 
 CONFIGS = {model.alias: model.config for model in known_models()}

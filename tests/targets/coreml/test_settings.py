@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from elmexport.contracts.coreml import Interface
 from elmexport.errors import ElmExportError
 from elmexport.models import find_model, trace
 from elmexport.models.openelm.config import OpenELMConfig
@@ -16,8 +17,7 @@ from elmexport.quantization.recipes import load_recipe
 from elmexport.quantization.schemes import Float
 from elmexport.weights import WeightSpec
 from targets.coreml import CoreMLTarget
-from targets.coreml.interface import Form
-from targets.coreml.lowering import lower
+from targets.coreml.neural_engine.lowering import lower
 from targets.coreml.packing import Blob, WeightFile
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint
@@ -78,9 +78,9 @@ class _NoFile(WeightFile):
         return self.blobs[name]
 
 
-def _largest(config: OpenELMConfig, form: Form, tokens: int, folder: Path) -> int:
+def _largest(config: OpenELMConfig, interface: Interface, tokens: int, folder: Path) -> int:
     file = _NoFile(folder, cast(Any, _Zeros()), lambda count: None)
-    function = lower(trace(config, config.max_context_length), tokens, file, form)
+    function = lower(trace(config, config.max_context_length), tokens, file, interface)
     shapes = [output.shape for operation in function.operations for output in operation.outputs]
     assert max(map(len, shapes)) <= 5
     return max(size for shape in shapes for size in shape)
@@ -94,11 +94,11 @@ def _config(name: str) -> OpenELMConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["270M", "450M", "1.1B", "3B"])
-@pytest.mark.parametrize("form", [Form(64), Form(64, cache_io=True, argmax=True)], ids=["state", "io"])
-def test_no_dimension_of_the_known_models_is_too_large(tmp_path: Path, name: str, form: Form) -> None:
+@pytest.mark.parametrize("interface", [Interface(64), Interface(64, cache_io=True, argmax=True)], ids=["state", "io"])
+def test_no_dimension_of_the_known_models_is_too_large(tmp_path: Path, name: str, interface: Interface) -> None:
     config = _config(name)
-    CoreMLTarget(kv="io" if form.cache_io else "state", argmax=form.argmax).check(config, config.max_context_length)
-    sizes = [_largest(config, form, tokens, tmp_path / str(tokens)) for tokens in (64, 1)]
+    CoreMLTarget(kv="io" if interface.cache_io else "state", argmax=interface.argmax).check(config, config.max_context_length)
+    sizes = [_largest(config, interface, tokens, tmp_path / str(tokens)) for tokens in (64, 1)]
     assert sizes == [16000, 16000]  # the halves of the head; gate and up of 3B are two projections of 12288 at most
 
 

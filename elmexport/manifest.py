@@ -1,0 +1,223 @@
+"""`manifest.json`: what an artifact says of itself, as one typed document.
+
+Reading is strict: a key that is missing, unknown or of another type is an error, so nobody who holds a `Manifest` has to doubt it. Open to
+any content are only the model's `config`, which its family checks, and the names in `settings` and `tools`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from elmexport.documents import parse_json, to_struct
+from elmexport.errors import ElmExportError
+
+FORMAT = 1  # of the document; a reader refuses a newer one
+FIX = "export it again"
+
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(ge=1)]
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+FloatType = Literal["fp32", "fp16", "bf16"]
+
+
+class Part(Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of the document; its fields are written in their order."""
+
+
+class Model(Part, frozen=True):
+    """The model that was exported."""
+
+    name: str  # display name
+    source: str  # `Source.origin`
+    revision: str | None  # the hub commit
+    identity: str  # `Checkpoint.identity`
+    parameters: Positive
+    config: dict[str, Any]  # of its family
+
+
+class FileSetting(Part, frozen=True):
+    """A target's setting that is a file: what it was called, and what it held."""
+
+    file: str
+    sha256: Sha256
+
+
+Setting = str | bool | int | float | FileSetting | None
+
+
+class RuleFacts(Part, frozen=True, omit_defaults=True):
+    """One rule of a recipe; None: it does not ask."""
+
+    scheme: str
+    roles: tuple[str, ...] | None = None
+    layers: str | None = None
+    min_gqa: int | None = None
+
+
+class CalibrationText(Part, frozen=True):
+    """The text that codes were calibrated on."""
+
+    text: str  # in words
+    text_sha256: str  # of its token ids
+    tokens: Count
+    sequential: bool  # whether each matrix was fitted to its quantized predecessors
+
+
+class Trial(Part, frozen=True):
+    """A size that a search for a loss of accuracy tried."""
+
+    bits_per_weight: float
+    drop: float  # percentage points
+
+
+class Allocation(Part, frozen=True, kw_only=True):
+    """How schemes were chosen matrix by matrix: for a size (`asked`), or the smallest within a loss of accuracy (`max_drop` to `trials`).
+
+    Losses are in percentage points, divergences in nats per token, both of the weights only.
+    """
+
+    asked: float | UnsetType = UNSET  # bits per weight
+    max_drop: float | UnsetType = UNSET
+    task: str | UnsetType = UNSET
+    items: Count | UnsetType = UNSET
+    drop: float | UnsetType = UNSET
+    drop_interval: tuple[float, float] | UnsetType | None = UNSET  # 95 %
+    detectable_drop: float | UnsetType | None = UNSET
+    trials: tuple[Trial, ...] | UnsetType = UNSET
+    predicted_kl: float
+    measured_kl: float
+    text: str
+
+
+class Quantization(Part, frozen=True, omit_defaults=True):
+    """The recipe, and how codes were found."""
+
+    name: str
+    words: str
+    activations: FloatType
+    norms: FloatType
+    scales: FloatType
+    fallback: FloatType
+    max_self_check_kl: float
+    rule: tuple[RuleFacts, ...]
+    method: str
+    calibration: CalibrationText | None  # None: it read nothing
+    allocation: Allocation | None = None
+
+
+class Fallback(Part, frozen=True):
+    """A tensor that could not take its scheme."""
+
+    tensor: str
+    reason: str
+
+
+class Calibration(Part, frozen=True, omit_defaults=True):
+    """How the factor on the residual stream was found."""
+
+    method: Literal["measured", "default"]
+    text: str | None
+    tokens: Count
+    residual_peak: float | None = None  # None: not measured
+
+
+class SelfCheck(Part, frozen=True, omit_defaults=True):
+    """The comparison with the model that ended the export (`text` to `top1_agreement`), or the `reason` why there was none."""
+
+    done: bool
+    text: str | None = None
+    tokens: Count | None = None
+    kl_mean: float | None = None  # nats per token
+    kl_max: float | None = None
+    top1_agreement: float | None = None  # a share
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        figures = [figure is not None for figure in (self.text, self.tokens, self.kl_mean, self.kl_max, self.top1_agreement)]
+        if not (all(figures) if self.done else not any(figures)) or self.done is (self.reason is not None):
+            raise ValueError("one that was done has text, tokens, kl_mean, kl_max and top1_agreement, any other has a reason")
+
+
+class ChainedPackage(Part, frozen=True):
+    """One package of a model that was cut."""
+
+    file: str
+    layers: tuple[Count, Count]  # the first and the last
+    weight_bytes: Count
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    states: tuple[str, ...]
+
+
+class Joint(Part, frozen=True):
+    """An output, and the input of the next package that takes it: each a package and a name."""
+
+    source: tuple[str, str] = msgspec.field(name="from")
+    to: tuple[str, str]
+
+
+class Chain(Part, frozen=True):
+    """Packages of one model that run one after another. All inputs but those of `joints` come from the caller, the same for all packages."""
+
+    functions: dict[str, Positive]  # and the tokens that each takes
+    packages: tuple[ChainedPackage, ...]
+    joints: tuple[Joint, ...]
+
+
+class FileFacts(Part, frozen=True):
+    """One file of the artifact."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Manifest(Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The whole document."""
+
+    format: int
+    model: Model
+    target: str
+    settings: dict[str, Setting]  # of the target
+    quant: Quantization
+    fallbacks: tuple[Fallback, ...]
+    bits_per_weight: Annotated[float, Meta(gt=0)]
+    context: Positive  # tokens that the KV cache holds
+    alpha: Annotated[float, Meta(gt=0)]  # on the residual stream
+    calibration: Calibration | None  # None: the artifact computes in fp32
+    tools: dict[str, str]  # versions
+    self_check: SelfCheck
+    chain: Chain | None = None
+    files: dict[str, FileFacts]  # by path in the folder
+
+    def __post_init__(self) -> None:
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\0" in name:
+                raise ValueError(f"{name!r} under files lies outside of the folder")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document as plain values."""
+        document: dict[str, Any] = msgspec.to_builtins(self)
+        return document
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(text: bytes, name: str) -> Manifest:
+    """Read what `Manifest.to_json` wrote; `name` is what errors call it, the file's path.
+
+    Raises:
+        ElmExportError: not JSON, of a newer format, or keys that are missing, unknown or of other types.
+    """
+    document = parse_json(text, name, FIX)
+    version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise ElmExportError(f"{name}: manifest format {version}, this version reads up to {FORMAT}; update elmexport")
+    return to_struct(document, Manifest, name, FIX)
