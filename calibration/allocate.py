@@ -37,7 +37,7 @@ TOKENS, WINDOW = 1024, 256  # of the text that costs are measured on
 
 @dataclass(frozen=True)
 class Allocation:
-    """A recipe, and what it is predicted to cost."""
+    """Chosen recipe, and its predicted cost."""
 
     recipe: Recipe
     bits_per_weight: float
@@ -58,7 +58,7 @@ class Costs:
         return allocate(self.measured, self.config, self.base, bits_per_weight)
 
     def sizes(self) -> tuple[float, float]:
-        """Bits per weight with the narrowest and with the widest scheme everywhere."""
+        """Count bits per weight with the narrowest and with the widest scheme everywhere."""
         offered, specs = {item.spec.name: tuple(item.kl) for item in self.measured}, list(self.config.weights())
         return _extreme_bits(specs, offered, self.base, min), _extreme_bits(specs, offered, self.base, max)
 
@@ -94,17 +94,17 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gain:
 
 
 def mixed_name(bits_per_weight: float) -> str:
-    """Of the recipe that `allocate` makes."""
+    """Name the recipe that `allocate` makes."""
     return f"mixed-{bits_per_weight:g}"
 
 
 def drop_name(max_drop: float) -> str:
-    """Of the recipe that `--max-drop` finds."""
+    """Name the recipe that `--max-drop` finds."""
     return f"drop-{max_drop:g}"
 
 
 def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[CodedScheme, ...]]:
-    """By the name of each matrix that has any, the schemes among `CANDIDATES` that its shape and `target` can take."""
+    """List the schemes among `CANDIDATES` that each matrix's shape and `target` can take, by its name; matrices that have none are left out."""
     known = [scheme for name in CANDIDATES if isinstance(scheme := find_scheme(name), CodedScheme)]
     found = {
         spec.name: tuple(s for s in known if s.refuses(spec.shape) is None and target.refuses(s, spec.role) is None)
@@ -128,7 +128,7 @@ def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Cod
 
 
 def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe, bits_per_weight: float) -> Allocation:
-    """The recipe of least predicted divergence within `bits_per_weight`, counted as in manifests: over all parameters, scales included.
+    """Find the recipe of least predicted divergence within `bits_per_weight`, counted as in manifests: over all parameters, scales included.
 
     Everything but the rules is that of `base`.
 
@@ -156,7 +156,7 @@ def with_gain(item: Sensitivity, gain: Gain) -> Sensitivity:
 
 
 def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> dict[str, CodedScheme]:
-    """The scheme of each matrix, of least total divergence within `budget` bits: a multiple-choice knapsack, by dynamic programming.
+    """Solve a multiple-choice knapsack by dynamic programming: the scheme of each matrix, of least total divergence within `budget` bits.
 
     Bits beyond those of the narrowest schemes are counted in `_GRAINS` grains of what is left of the budget, rounded up.
     """

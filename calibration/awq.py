@@ -1,4 +1,4 @@
-"""AWQ: scales on input channels that let the channels with large activations be rounded more finely (Lin et al., "AWQ", 2023).
+"""AWQ scales: factors on input channels that let those with large activations be rounded more finely (Lin et al., "AWQ", 2023).
 
 The scale of a channel is the root mean square of its activations to the power of an exponent, searched for each linear so that rounding costs the
 least output error under the scheme at hand. (The paper takes the mean magnitude, and searches clipping afterwards; here scales of
@@ -37,7 +37,7 @@ def awq_model(checkpoint: Checkpoint, plan: Plan, statistics: Statistics) -> Fol
 
 
 def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], statistics: Statistics) -> Folds:
-    """The folds of least output error for every linear that `scheme` quantizes, for `FoldedCheckpoint`; weights are read one at a time.
+    """Search the folds of least output error for every linear that `scheme` quantizes, for `FoldedCheckpoint`; weights are read one at a time.
 
     Raises:
         ElmExportError: statistics without a linear of the model.
@@ -64,9 +64,10 @@ def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], st
 
 
 def awq_scale(weight: Tensor, scheme: CodedScheme, moments: Moments, shared: Tensor | None = None) -> Tensor | None:
-    """The scales, float32 `[in]`, by which to multiply the columns of `weight` `[out, in]` before `scheme` rounds it; None where none helps.
+    """Search the AWQ scales of one matrix: by what to multiply the columns of `weight` `[out, in]` before `scheme` rounds it.
 
-    Judged by the output error under the Hessian, or under the mean squares where there is none. `shared` (int64 `[in]`) says which scale each
+    Returns float32 `[in]`; None where nothing helps. Judged by the output error under the Hessian, or under the mean squares where there is
+    none. `shared` (int64 `[in]`) says which scale each
     column takes, where columns cannot have their own; the result is then `[largest of shared + 1]`.
 
     Raises:

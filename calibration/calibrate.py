@@ -1,4 +1,4 @@
-"""`elmexport calibrate` as a library call: from a model's name and a text to a statistics file."""
+"""Calibration run: from a model's name and a text to a statistics file, as `elmexport calibrate` does it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_WINDOW = 512
 
 
 class TextOptions(TypedDict, total=False):
-    """What to read; `make_sample` says what each means and its default."""
+    """Options of the calibration text; `make_sample` says what each means and its default."""
 
     text: Sequence[Path]
     tokens: int
@@ -37,7 +37,7 @@ class TextOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Calibration:
-    """A finished calibration."""
+    """Finished calibration."""
 
     path: Path
     statistics: Statistics
@@ -84,7 +84,7 @@ def calibrate(
 def make_sample(
     checkpoint: Checkpoint, texts: Sequence[str] = (), *, text: Sequence[Path] = (), tokens: int = DEFAULT_TOKENS, window: int | None = None
 ) -> Sample:
-    """What `checkpoint` is to read: `texts`, the contents of the files `text`, or the bundled calibration text where there is none.
+    """Cut the calibration text of `checkpoint` into windows: `texts`, the contents of the files `text`, or the bundled text where there is none.
 
     About `tokens` tokens in windows of `window`, 512 or the model's maximum, whichever is less, where None.
 
@@ -110,7 +110,7 @@ def make_sample(
 def calibrate_checkpoint(
     checkpoint: Checkpoint, sample: Sample, out: Path, *, hessian: bool = False, force: bool = False, progress: Progress | None = None
 ) -> Statistics:
-    """`collect` into the file `out`, with what is between two layers in a folder beside it, until `out` is complete.
+    """Measure statistics into the file `out`, with what is between two layers in a folder beside it, until `out` is complete; see `collect`.
 
     A run that was killed leaves that folder, and the next with the same model, sample and kind of statistics goes on from there.
 

@@ -1,4 +1,4 @@
-"""The codes of a calibrated weight set: computed once for a model, plan, method and text, then found in the cache.
+"""GPTQ of a whole model into a weight set, computed once for a model, plan, method and text, then found in the cache.
 
 Exports of one model to several formats so hold the same codes.
 """

@@ -1,4 +1,4 @@
-"""One pass over the calibration text, layer by layer: what goes into each linear layer, and how large the residual stream grows.
+"""Collection of statistics: one pass over the calibration text, layer by layer, observing inputs of linear layers and the residual stream.
 
 One layer's weights are in memory at a time. Sums of squares and magnitudes add up in float64, one batch after the other; second moments
 (Hessians) in float32, each batch being one symmetric product, so that an entry's relative error stays near float32's own.

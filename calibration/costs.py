@@ -1,4 +1,4 @@
-"""What each matrix costs in each scheme, kept in the cache: measured once for a model, a text and a choice of schemes."""
+"""Cache of sensitivities: measured once for a model, a text and a choice of schemes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMAT = 1  # of the files; raised when the same measurement would give other fi
 def known_sensitivities(
     checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
-    """`sensitivities`, out of the cache if they have been measured before.
+    """Measure `sensitivities`, or take them out of the cache if they have been measured before.
 
     Raises:
         ElmExportError: the cache cannot be written.

@@ -66,7 +66,7 @@ def gptq(
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
-    """Mean squared error of a linear's output, summed over the outputs: tr(E H Eᵀ) of the weight's error `[out, in]`."""
+    """Compute the mean squared error of a linear's output, summed over the outputs: tr(E H Eᵀ) of the weight's error `[out, in]`."""
     return float(((error @ hessian) * error).cpu().sum(dtype=torch.float64))  # not every device has float64
 
 

@@ -15,7 +15,7 @@ from elmexport.progress import Progress
 
 
 class Inputs:
-    """What there is to calibrate `checkpoint` with, read or measured when it is asked for, once."""
+    """Calibration inputs of one model, read or measured when they are asked for, once."""
 
     def __init__(self, checkpoint: Checkpoint, options: WeightOptions, progress: Progress, importance: Statistics | None = None) -> None:
         """`importance`: the statistics that the options' importance matrix holds."""

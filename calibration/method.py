@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a method leaves of the divergence that rounding by least weighted error costs; it predicts what a choice of bits will cost."""
+    """Part of the divergence of rounding by least weighted error that a method leaves; it predicts what a choice of bits will cost."""
 
     linear: float = 1.0  # of a layer's matrix
     table: float = 1.0  # of an embedding in few bits
@@ -32,7 +32,7 @@ GPTQ_GAIN = Gain(linear=0.33, table=0.7)  # about as in `tiny`, docs/quantizatio
 
 @dataclass(frozen=True)
 class Job:
-    """What a method works on: a model, the schemes of its tensors, and what there is to calibrate with."""
+    """Work for a method: a model, the schemes of its tensors, and what there is to calibrate with."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -43,7 +43,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The weights of an export, ready to be written, and what is known of them."""
+    """Prepared weights of an export, ready to be written, and what is known of them."""
 
     weights: WeightSource
     statistics: Statistics | None  # of the model's activations, where they were measured or given
@@ -56,7 +56,7 @@ class Prepared:
 
 
 class Method(ABC):
-    """One way to find codes."""
+    """Method of quantization."""
 
     name: ClassVar[str]
     words: ClassVar[str]  # for --help: what it does, what it takes

@@ -26,7 +26,7 @@ Prepare = Callable[[Recipe], Prepared]
 
 @dataclass(frozen=True)
 class AccuracyDrop:
-    """What other weights cost a model on one task, against its own, item by item; percentage points."""
+    """Accuracy that other weights cost a model on one task, compared with its own item by item, in percentage points."""
 
     task: str
     items: int
@@ -110,7 +110,7 @@ def _sizes(least: float, most: float) -> list[float]:
 
 
 def smallest(sizes: Sequence[float], passes: Callable[[float], bool]) -> float | None:
-    """The smallest of `sizes` (ascending) that passes, by bisection; None where not even the largest does.
+    """Find the smallest of `sizes` (ascending) that passes, by bisection; None where not even the largest does.
 
     Where passing is a matter of luck too, the result passes and the size before it, if any, does not. The smallest is tried first, for
     large models lose little; the largest only if all that were tried below it fail.

@@ -1,4 +1,4 @@
-"""Options of an export's weights: what a user may ask for, checked as a whole."""
+"""Weight options of an export, checked as a whole when they are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Calibrate = Literal["auto", "none"] | Path
 
 @dataclass(frozen=True)
 class WeightOptions:
-    """How the codes of an export are found.
+    """Weight options: how the codes of an export are found.
 
     `method` is one of `calibration.methods`. `calibrate` "auto" is the bundled text where the method needs one, and for "mse" the few tokens
     that every export reads; "none" is nothing; a file is statistics (`.safetensors`), llama.cpp's importance matrix (`.gguf`) or a text.

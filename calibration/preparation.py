@@ -32,7 +32,7 @@ def prepare(
     importance: Statistics | None = None,
     measure_drop: MeasureDrop | None = None,
 ) -> Prepared:
-    """Do all that comes before the first tensor is written.
+    """Prepare the weights of an export: all that comes before the first tensor is written.
 
     What calibration cannot know is handed in. `short_pass` gives the statistics of the model's own pass over a few tokens, which weight the
     errors of "mse" where nothing else was given to weight them with; `importance` those that the options' importance matrix holds;

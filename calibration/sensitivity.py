@@ -1,4 +1,4 @@
-"""What each matrix costs when it alone is quantized: measured once for each, predicted from there for other schemes.
+"""Sensitivity of each matrix: the divergence when it alone is quantized, measured once for each, predicted from there for other schemes.
 
 The model reads a short text; KL(model || model with one matrix quantized) is measured on its logits, with the narrowest of the candidate
 schemes. The divergence is quadratic in a small error, so that of another scheme is predicted by the ratio of their squared output errors (with
@@ -32,7 +32,7 @@ from elmexport.weights import Role, WeightSpec
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one matrix: for each scheme that it can take, the divergence (nats per token) that it alone causes."""
+    """Divergence (nats per token) that one matrix alone causes, for each scheme that it can take."""
 
     spec: WeightSpec
     kl: Mapping[CodedScheme, float]
@@ -42,7 +42,7 @@ class Sensitivity:
 def sensitivities(
     checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
-    """Of every matrix that `candidates` names, for the schemes that it gives; `evaluator` reads `sample`."""
+    """Measure the sensitivity of every matrix that `candidates` names, for the schemes that it gives; `evaluator` reads `sample`."""
     statistics = collect(checkpoint, sample, progress=progress)
     specs = [spec for spec in checkpoint.specs.values() if spec.name in candidates]
     progress.stage("measuring what each matrix costs", len(specs))
@@ -78,7 +78,7 @@ class KLEvaluator:
 
     @torch.inference_mode()
     def divergence(self, changed: Mapping[str, Tensor]) -> float:
-        """Mean KL (nats per token) of the model with the float32 tensors `changed` in the place of its own."""
+        """Measure the mean KL (nats per token) of the model with the float32 tensors `changed` in the place of its own."""
         last = len(self._stages) - 1
         first = next((i for i, stage in enumerate(self._stages) if any(spec.name in changed for spec in stage.weights())), last)
         *_, logits = stage_by_stage(self._stages[first:], self._weights(changed), self._inputs[first], torch_device())

@@ -1,4 +1,4 @@
-"""Quantization along the forward pass: every matrix is fitted to what its quantized predecessors hand it.
+"""Sequential GPTQ: along the forward pass, every matrix is fitted to what its quantized predecessors hand it.
 
 Two copies of the calibration text go through the model side by side, one through the weights as published, one through those quantized so
 far. A linear layer's Hessian comes from the quantized copy, which is what it will read; and the matrix that is quantized is not W but the

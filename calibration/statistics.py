@@ -30,7 +30,7 @@ MEAN_SQUARE, MEAN_ABS, HESSIAN = "mean_square", "mean_abs", "hessian"
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the input x `[in]` of one linear layer, over `tokens` positions, in the float32 model as published (alpha 1, nothing folded)."""
+    """Moments of the input x `[in]` of a linear layer, over `tokens` positions, in the float32 model as published (alpha 1, not folded)."""
 
     tokens: int
     mean_square: Tensor  # float32 [in]: E[x²]
@@ -38,13 +38,13 @@ class Moments:
     hessian: Tensor | None  # float32 [in, in]: E[x xᵀ], symmetric, its diagonal equal to `mean_square`; None where not asked for
 
     def to(self, device: torch.device) -> Moments:
-        """The same on `device`."""
+        """Move the moments to `device`."""
         mean_abs, hessian = (None if tensor is None else tensor.to(device) for tensor in (self.mean_abs, self.hessian))
         return Moments(self.tokens, self.mean_square.to(device), mean_abs, hessian)
 
 
 def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callable[[WeightSpec], Tensor | None]:
-    """The mean squares float32 `[in]` among the moments of what a matrix multiplies, for `elmexport.quantization.weight_source.CheckpointWeights`."""
+    """Take the mean squares, float32 `[in]`, out of the moments of what a matrix multiplies, for `CheckpointWeights`."""
 
     def get(spec: WeightSpec) -> Tensor | None:
         moments = moments_of(spec)
@@ -55,7 +55,7 @@ def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callab
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read by which model, and the small figures: the file's metadata."""
+    """Metadata of a statistics file: what was read by which model, and the small figures."""
 
     model: str  # display name
     identity: str  # SHA-256 of `Checkpoint.identity`; empty for an importance matrix, which does not say
@@ -72,7 +72,7 @@ class Facts:
 
 
 class Statistics:
-    """`facts` and the tensors, which a file gives one at a time: it is mapped, and read where a tensor is looked at.
+    """Statistics of a model's activations; the tensors of a file are mapped, and read where one is looked at.
 
     Tensors: for every activation `A` `A.mean_square`, `A.mean_abs` (float32 `[in]`) and, if asked for, `A.hessian` (float32
     `[in, in]`); and `token_counts`, int64 `[vocab]`.
@@ -93,7 +93,7 @@ class Statistics:
         return self.tensors.get(TOKEN_COUNTS)
 
     def moments(self, spec: WeightSpec) -> Moments | None:
-        """Those of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an embedding that is not the head too)."""
+        """Look up the moments of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an untied embedding)."""
         activation = self.facts.inputs.get(spec.name)
         if activation is None:
             return None
@@ -105,7 +105,7 @@ class Statistics:
         )
 
     def outliers(self) -> list[tuple[str, float]]:
-        """By weight, how many times its inputs' root mean square the largest channel's is, the most extreme weight first.
+        """Rank weights by how many times their inputs' root mean square the largest channel's is, the most extreme first.
 
         Quantization that does not know the inputs suffers where this is large.
         """
@@ -145,7 +145,7 @@ class Statistics:
 
 
 def load_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
-    """The statistics in `path`, made sure to be of `checkpoint`.
+    """Read the statistics in `path`, made sure to be of `checkpoint`.
 
     Raises:
         ElmExportError: statistics of another model, or see `Statistics.load`.

@@ -36,7 +36,7 @@ def quantize_table(weight: Tensor, scheme: CodedScheme, hessian: Tensor) -> Quan
 
 @torch.inference_mode()
 def head_moments(checkpoint: Checkpoint, sample: Sample, progress: Progress) -> Tensor:
-    """Measure the Hessian of a head, E[x xᵀ] `[dim, dim]` float32 of what it multiplies, while the model, as published, reads windows of `sample`."""
+    """Measure the Hessian of the head, E[x xᵀ] `[dim, dim]` of its input, on windows of `sample`; float32, on the torch device."""
     count = max(1, min(len(sample.ids), TOKENS // sample.window))
     ids = torch.from_numpy(sample.ids[:: len(sample.ids) // count][:count])
     stages, device = layer_stages(trace(checkpoint.config, sample.window))[:-1], torch_device()

@@ -1,4 +1,4 @@
-"""What a calibration keeps while it runs: the residual stream between two layers, and the results of the layers that are done.
+"""Checkpoints of a running calibration: the residual stream between two layers, and the results of the layers that are done.
 
 In memory, or in a folder that a later run picks up where a killed one stopped. Files of a folder are read and written batch by batch, so
 that only the system's file cache, which shrinks when memory is short, holds them.
@@ -26,7 +26,7 @@ _FIX = "calibrate again"
 
 @dataclass(frozen=True)
 class StageResult:
-    """The results of one stage: tensors as `Statistics` has them, the peak of the residual stream, the peaks of norms."""
+    """Results of one stage: tensors as `Statistics` has them, the peak of the residual stream, the peaks of norms."""
 
     tensors: Mapping[str, Tensor]
     residual_peak: float
@@ -34,7 +34,7 @@ class StageResult:
 
 
 class Boundary(Protocol):
-    """The residual stream `[sequences, tokens, dim]` float32 before and after the stage that is running; batches come in order."""
+    """Residual stream `[sequences, tokens, dim]` float32 before and after the stage that is running; batches come in order."""
 
     def read(self, batch: slice) -> Tensor: ...
 
@@ -42,27 +42,27 @@ class Boundary(Protocol):
 
 
 class Work(ABC):
-    """Stages are numbered from 0, the embedding, which reads no boundary."""
+    """State of a running calibration. Stages are numbered from 0, the embedding, which reads no boundary."""
 
     @abstractmethod
     def stages_done(self) -> int:
-        """How many stages need not run again."""
+        """Count the stages that need not run again."""
 
     @abstractmethod
     def boundary(self, stage: int, sequences: int, *, last: bool) -> AbstractContextManager[Boundary]:
-        """Opened to run a stage; what the last one writes is not kept."""
+        """Open the boundary of a stage that is to run; what the last one writes is not kept."""
 
     @abstractmethod
     def finish(self, stage: int, result: StageResult) -> None:
-        """`stage` has run to its end."""
+        """Keep the result of `stage`, which has run to its end."""
 
     @abstractmethod
     def results(self) -> list[StageResult]:
-        """Those of all finished stages."""
+        """Read the results of all finished stages."""
 
 
 class MemoryWork(Work):
-    """One tensor, overwritten batch by batch."""
+    """State in memory: one tensor, overwritten batch by batch."""
 
     def __init__(self) -> None:
         self._results: list[StageResult] = []
@@ -92,7 +92,7 @@ class MemoryWork(Work):
 
 
 class FolderWork(Work):
-    """Files `stream-K` (what stage K - 1 gave) and `part-K.safetensors`, each complete if it has its name."""
+    """State in a folder: files `stream-K` (what stage K - 1 gave) and `part-K.safetensors`, each complete if it has its name."""
 
     def __init__(self, folder: Path, tokens: int, dim: int) -> None:
         """`tokens` and `dim`: of a sequence on the residual stream."""

@@ -1,4 +1,4 @@
-"""Registry of the methods that find the codes of a model's weights: one row and one module each."""
+"""Registry of quantization methods: one row and one module each."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def find_method(name: str) -> Method:
 
 
 def methods_help() -> str:
-    """Say in a few words each what the methods do."""
+    """Describe the methods in a few words each, for --help."""
     return "; ".join(f"{name}: {find_method(name).words}" for name in METHODS)

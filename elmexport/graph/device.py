@@ -1,4 +1,4 @@
-"""The torch device of forward passes, as the environment variable `ELMEXPORT_TORCH_DEVICE` says."""
+"""Torch device of forward passes and calibration, as the environment variable `ELMEXPORT_TORCH_DEVICE` says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS = ("auto", "cpu", "cuda", "mps")
 
 
 def torch_device() -> torch.device:
-    """Where calibration, reference passes and the torch runtime compute: "auto", the default, is a GPU if there is one.
+    """Choose the torch device of calibration, reference passes and the torch runtime: "auto", the default, is a GPU if there is one.
 
     Raises:
         ElmExportError: no such kind of device, or this machine (or this build of torch) has none of it.

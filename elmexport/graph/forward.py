@@ -150,7 +150,7 @@ def linear_stages(graph: Graph) -> list[Stage]:
 
 
 def batches(sequences: int, tokens: int) -> list[slice]:
-    """Slices of `sequences` of `tokens` tokens each, about `BATCH_TOKENS` tokens in a slice."""
+    """Slice `sequences` of `tokens` tokens each into batches, about `BATCH_TOKENS` tokens in a slice."""
     step = max(1, BATCH_TOKENS // tokens)
     return [slice(start, min(start + step, sequences)) for start in range(0, sequences, step)]
 
