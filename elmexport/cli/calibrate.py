@@ -94,9 +94,9 @@ def calibrate(
             window=window,
         )
     if imatrix is not None:
-        from targets.gguf.statistics import write_imatrix
+        from elmexport.importance import write_importance
 
-        write_imatrix(result.statistics, result.checkpoint.config, imatrix)
+        write_importance(result.statistics, result.checkpoint.config, imatrix)
     for note in result.notes:
         typer.echo(f"note: {note}", err=True)
     facts = _facts(result, imatrix, time.monotonic() - start)
