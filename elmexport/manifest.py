@@ -75,7 +75,7 @@ class Trial(Section, frozen=True):
     drop: float  # percentage points
 
 
-class Allocation(Section, frozen=True, kw_only=True):
+class AllocationFacts(Section, frozen=True, kw_only=True):
     """Allocation of schemes matrix by matrix: for a size (`asked`), or the smallest within a loss of accuracy (`max_drop` to `trials`).
 
     Losses are in percentage points, divergences in nats per token, both of the weights only.
@@ -107,7 +107,7 @@ class Quantization(Section, frozen=True, omit_defaults=True):
     rule: tuple[RuleFacts, ...]
     method: str
     calibration: CalibrationText | None  # None: it read nothing
-    allocation: Allocation | None = None
+    allocation: AllocationFacts | None = None
 
 
 class Fallback(Section, frozen=True):

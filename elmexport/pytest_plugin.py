@@ -73,7 +73,10 @@ class Evaluate(Protocol):
 
 @pytest.fixture(scope="session")
 def elmexport_eval() -> Evaluate:
-    """`elmexport_eval(path, tasks=["arc_easy"], limit=200)` evaluates an artifact; bad input fails the test with the command's message."""
+    """Fixture that evaluates an artifact: `elmexport_eval(path, tasks=["arc_easy"], limit=200)`.
+
+    Bad input fails the test with the command's message.
+    """
 
     def call(
         path: str | Path,

@@ -55,7 +55,7 @@ def compare(artifact: Evaluation, reference: Evaluation | None, *, lm_eval: str 
 
 
 def compare_task(name: str, task: TaskResult, reference: TaskResult) -> TaskResult:
-    """`task` with its comparison, every item with the reference's scores.
+    """Compare a task, every item with the reference's scores.
 
     Raises:
         ElmExportError: other items, another metric or other few-shot examples than the reference's.
@@ -97,7 +97,7 @@ def pair_items(name: str, items: Sequence[Item], others: Sequence[Item]) -> list
 
 
 def metric_values(name: str, items: Sequence[Item], metric: str) -> NDArray[np.float64]:
-    """One value of `metric` for each item.
+    """Values of `metric`, one for each item.
 
     Raises:
         ElmExportError: an item of the task `name` that lacks it.

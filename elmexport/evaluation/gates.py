@@ -48,7 +48,7 @@ class Limits:
 
 
 def check_gates(report: Report, limits: Limits, baseline: Report | None = None) -> Report:
-    """`report` with the verdicts of `limits` and of the stored report `baseline`.
+    """Check the gates of `report`: the verdicts of `limits` and of the stored report `baseline`.
 
     Raises:
         ElmExportError: a limit on something that was not measured, or a baseline of another model or with tasks that were not run.

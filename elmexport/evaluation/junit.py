@@ -13,7 +13,7 @@ _UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 
 def junit_xml(report: Report) -> str:
-    """One `testsuite` named after the artifact. A failed gate is a `failure` whose message is the gate's reason."""
+    """Format the gates as one `testsuite` named after the artifact. A failed gate is a `failure` whose message is the gate's reason."""
     label = _clean(report.artifact.label)
     failures = sum(not gate.passed for gate in report.gates)
     counts = {

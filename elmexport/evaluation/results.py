@@ -7,7 +7,6 @@ percentage points, divergences in nats per token.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from msgspec import Struct, field, to_builtins
 from elmexport import __version__
 from elmexport.documents import parse_json, to_struct
 from elmexport.errors import ElmExportError
+from elmexport.files import write_text
 
 SCHEMA = 1  # of the document; a reader refuses a newer one
 FIX = "give a file that elmexport eval wrote"
@@ -53,7 +53,7 @@ class ItemScores(Struct, frozen=True):
 
 
 class Item(Struct, frozen=True):
-    """One document of a task. Two artifacts' items pair where both `id` and `hash` agree."""
+    """Item, a document of a task, with its scores. Two artifacts' items pair where both `id` and `hash` agree."""
 
     id: int  # lm-eval's doc_id
     hash: str  # of the item's requests: the same hash, the same question
@@ -189,7 +189,7 @@ class TextResult(Struct, frozen=True):
 
 
 class Evaluation(Struct, frozen=True):
-    """One artifact's own results."""
+    """Results of one artifact."""
 
     artifact: Subject
     settings: Mapping[str, Any]
@@ -199,7 +199,7 @@ class Evaluation(Struct, frozen=True):
 
 
 class Gate(Struct, frozen=True):
-    """One limit, checked. `task` is None for limits on the text pass."""
+    """Gate: one limit, checked. `task` is None for limits on the text pass."""
 
     name: str  # "max-drop"
     limit: float | None  # None: the baseline decides
@@ -284,19 +284,4 @@ def write_report(report: Report, path: Path) -> None:
     Raises:
         ElmExportError: the place cannot be written.
     """
-    write_whole(report.to_json() + "\n", path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a report in whatever form, whole or not at all; a file that is there is replaced.
-
-    Raises:
-        ElmExportError: the place cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ElmExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+    write_text(path, report.to_json() + "\n")

@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """`loglikelihood` of the continuation, nats, summed over its tokens; `greedy`: each of them was the most likely one."""
+    """Score of a continuation: `loglikelihood` in nats, summed over its tokens; `greedy`: each of them was the most likely one."""
 
     loglikelihood: float
     greedy: bool

@@ -32,7 +32,10 @@ class LintFinding:
 
 @dataclass(frozen=True)
 class LintResult:
-    """`findings` break a rule. `edges` would in the middle of a function, but lie before or behind all heavy work, where the CPU may do them."""
+    """Result of the linter: `findings` break a rule.
+
+    `edges` would in the middle of a function, but lie before or behind all heavy work, where the CPU may do them.
+    """
 
     packages: tuple[Path, ...]
     findings: tuple[LintFinding, ...]

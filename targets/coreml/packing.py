@@ -116,7 +116,7 @@ class WeightFile:
         return self._constant(self.blobs[name])
 
     def rows(self, part: MatrixRows) -> Var:
-        """`part` as a table `[rows, in]`: the same bytes of the file in constants of fewer axes."""
+        """Give `part` as a table `[rows, in]`: the same bytes of the file in constants of fewer axes."""
 
         def view(blob: Blob | None) -> Blob | None:
             if blob is None:

@@ -29,7 +29,7 @@ def file_type(recipe: Recipe) -> str:
 
 
 def describe(name: str, parameters: int) -> Metadata:
-    """`general.*` as llama.cpp's converter reads them out of a model folder's name."""
+    """Describe the model in `general.*`, as llama.cpp's converter reads them out of a model folder's name."""
     import gguf
 
     facts = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), model_path=Path(name), total_params=parameters)

@@ -24,7 +24,7 @@ def paragraphs(text: str) -> list[list[str]]:
 
 
 def make_items(text: str) -> list[dict[str, object]]:
-    """`ITEMS` items, spread evenly over the text."""
+    """Make `ITEMS` items, spread evenly over the text."""
     blocks = paragraphs(text)
     rng = random.Random(SEED)
     step = len(blocks) / ITEMS

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from elmexport.cores import available_cores
 
 Logits = NDArray[np.floating]
 
@@ -47,7 +48,7 @@ def token_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64
 
 def _by_rows(function: Callable[[slice], NDArray[np.float64]], count: int) -> NDArray[np.float64]:
     parts = [slice(start, start + ROWS) for start in range(0, count, ROWS)]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the interpreter lock
+    with ThreadPoolExecutor(available_cores()) as threads:  # numpy lets go of the interpreter lock
         return np.concatenate(list(threads.map(function, parts)))
 
 
