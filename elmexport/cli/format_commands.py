@@ -1,4 +1,4 @@
-"""The commands that export, `elmexport onnx` and so on: one for each format that is known, its target imported when the command is used."""
+"""Export commands, `elmexport onnx` and so on: one for each known format, its target imported when the command is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FormatGroup(TyperGroup):
 
 
 class _FormatCommand(TyperCommand):
-    """Stands for a command until it is used."""
+    """Export command whose target is not imported before it is used."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None
@@ -55,7 +55,7 @@ def _declared(row: Format, *, helps: bool) -> Any:
 
 
 def _help(row: Format, target: Any) -> str:
-    paragraphs = [f"Export a model to {row.words}.", f"\b\n--quant is one of (bits per weight of {SIZED}):\n{_quants(target)}"]
+    paragraphs = [f"Export a model to {row.words}.", f"\b\n--quant is one of (bits per weight of {SIZED}):\n{_quants(target())}"]
     if target.quants_note:
         paragraphs.append(target.quants_note)
     paragraphs.append(f"\b\nExample:\n  elmexport {row.name} {target.example}")

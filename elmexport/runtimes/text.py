@@ -1,4 +1,4 @@
-"""A prompt and an artifact in, text out: the tokenizer that belongs to an artifact, and generation between text and text."""
+"""Text generation with an artifact: its tokenizer, and generation from text to text."""
 
 from __future__ import annotations
 

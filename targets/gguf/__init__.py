@@ -39,7 +39,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}  # as llama.cpp's tools rea
 
 @dataclass(frozen=True)
 class GgufTarget(Target):
-    """`<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama."""
+    """GGUF target: `<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama."""
 
     imatrix: Path | None = field(
         default=None,
@@ -77,7 +77,9 @@ class GgufTarget(Target):
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
         from targets.gguf.packing import TYPES
 
-        return None if scheme in TYPES else "stores fp32, fp16, bf16, int4-block32, int8-block32, and ggml's own types"
+        if scheme in TYPES:
+            return None
+        return f"stores {', '.join(known.recipe_name for known in TYPES if not isinstance(known, GgmlType))}, and ggml's own types"
 
     def check(self, config: ModelConfig, context: int) -> None:
         from targets.gguf.families import architecture
