@@ -10,7 +10,8 @@ from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.checkpoint.corenet import CoreNetCheckpoint
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.checkpoint.safetensors import SafetensorsCheckpoint, has_weights
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, Tokenizer, load_tokenizer
+from elmexport.checkpoint.tokenizer.beside import read_template_beside
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import find_family, find_model, known_models, read_config
 from elmexport.models.base import KnownModel, ModelConfig
@@ -50,6 +51,7 @@ def open_checkpoint(
         checkpoint = _open_random(model, known, path, tokenizer, random_weights)
     elif known and known.folder is not None:
         checkpoint = SafetensorsCheckpoint(known.folder, known.config, Source(known.name, "embedded"), _chosen(tokenizer, known.folder))
+        checkpoint.folder = known.folder
     elif path is not None:
         checkpoint = _open_local(path, tokenizer)
     else:
@@ -69,6 +71,21 @@ def require_tokenizer(checkpoint: Checkpoint) -> Path:
     return _download_tokenizer(checkpoint.source.name, checkpoint.config)
 
 
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer of `checkpoint` with the model's own ids and chat template; None where it has none.
+
+    A template counts only if it lies in the model's own folder: beside a tokenizer that was taken from elsewhere lies another model's.
+
+    Raises:
+        ElmExportError: a damaged file, or a tokenizer of another model.
+    """
+    if checkpoint.tokenizer_path is None:
+        return None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, ModelIds.of(checkpoint.config))
+    tokenizer.chat_template = None if checkpoint.folder is None else read_template_beside(checkpoint.folder)
+    return tokenizer
+
+
 def _open_random(model: str, known: KnownModel | None, path: Path | None, tokenizer: str | None, seed: int) -> RandomCheckpoint:
     if known is not None:
         return RandomCheckpoint(known.config, known.name, seed, _chosen(tokenizer, known.folder))
@@ -86,6 +103,7 @@ def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
     folder = path if path.is_dir() else path.parent
     tokenizer_path = _chosen(tokenizer, folder)
     checkpoint = _open_files(path, tokenizer_path)
+    checkpoint.folder = folder
     repo = find_family(checkpoint.config.model_type).tokenizer_repo
     if tokenizer_path is None and tokenizer is None and repo is not None:
         from elmexport.checkpoint.hub import cached_tokenizer
@@ -125,7 +143,9 @@ def _open_hub(model: str, known: KnownModel | None, revision: str | None, tokeni
     hub.download_weights(repo, snapshot, progress)
     if not has_weights(snapshot):
         raise ElmExportError(f"hub repository {repo} holds no safetensors weights; give --model one that does")
-    return SafetensorsCheckpoint(snapshot, config, Source(name, f"hub:{repo}", snapshot.name), tokenizer_path)
+    checkpoint = SafetensorsCheckpoint(snapshot, config, Source(name, f"hub:{repo}", snapshot.name), tokenizer_path)
+    checkpoint.folder = snapshot
+    return checkpoint
 
 
 def _chosen(tokenizer: str | None, folder: Path | None) -> Path | None:
@@ -206,4 +226,4 @@ def _aliases() -> str:
     return ", ".join(known.alias for known in known_models())
 
 
-__all__ = ["Checkpoint", "is_local", "open_checkpoint", "require_tokenizer"]
+__all__ = ["Checkpoint", "is_local", "open_checkpoint", "open_tokenizer", "require_tokenizer"]
