@@ -29,7 +29,7 @@ def open_checkpoint(
     random_weights: int | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Open a model: an alias (`tiny`, `270M`, `1.1B-Instruct`), a local folder, a CoreNet `.pt` file or the folder it lies in, or a hub id.
+    """Open a model: an alias (`tiny`, `1.1B-Instruct`), a local folder, a CoreNet `.pt` file or the folder it lies in, or a hub id.
 
     `revision` pins a hub model to a branch, tag or commit. `tokenizer` is a file, a folder, a hub id, or "none"; where it is None, the
     model's own is used, then the one that models of its family were trained with: from the cache for local files, else from its hub

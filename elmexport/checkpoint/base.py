@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint came from, for the manifest: never a path of this machine."""
+    """Origin of a checkpoint, for the manifest: never a path of this machine."""
 
     name: str  # display name, used in file names
     origin: str  # "embedded", "local folder", "hub:owner/name", "random weights, seed 0"

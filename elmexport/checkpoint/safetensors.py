@@ -1,4 +1,4 @@
-"""Checkpoint folder in Hugging Face's layout: `config.json` with `model.safetensors`, or with shards and `model.safetensors.index.json`."""
+"""Checkpoint folder in Hugging Face's layout: `config.json` with `model.safetensors`, or with shards and their index."""
 
 from __future__ import annotations
 

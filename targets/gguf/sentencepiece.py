@@ -19,6 +19,11 @@ from targets.gguf.vocabulary import Vocabulary, refused, steps
 
 
 def bpe_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    """Vocabulary of kind `llama` from a SentencePiece BPE model.
+
+    Raises:
+        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+    """
     reason = obstacle(tokenizer)
     if reason is not None:
         raise refused(tokenizer, reason)
@@ -29,6 +34,11 @@ def bpe_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def bpe_of_json(tokenizer: JsonTokenizer) -> Vocabulary:
+    """Vocabulary of kind `llama` from a `tokenizer.json` of SentencePiece's BPE kind.
+
+    Raises:
+        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+    """
     model, notes = tokenizer.model, []
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
@@ -104,6 +114,11 @@ def _check_merges(tokenizer: JsonTokenizer, splits: bool) -> None:
 
 
 def unigram_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    """Vocabulary of kind `t5` from a SentencePiece unigram model.
+
+    Raises:
+        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+    """
     trainer, normalizer = tokenizer.model.trainer_spec, tokenizer.model.normalizer_spec
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise refused(tokenizer, "puts spaces at the end of words, or keeps them as they are")
@@ -112,6 +127,11 @@ def unigram_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def unigram_of_json(tokenizer: JsonTokenizer) -> Vocabulary:
+    """Vocabulary of kind `t5` from a `tokenizer.json` of SentencePiece's unigram kind.
+
+    Raises:
+        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+    """
     for prefix in (True, False):
         for extra in (True, False):
             if tokenizer.data.get("normalizer") == unigram_normalizer(prefix=prefix, extra=extra) and not tokenizer.data.get(

@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first found is us
 
 @dataclass(frozen=True)
 class ModelIds:
-    """What a model's configuration says about texts: its ids count, whatever the tokenizer's files say."""
+    """Token ids in a model's configuration: they count, whatever the tokenizer's files say."""
 
     bos: int | None
     eos: tuple[int, ...]

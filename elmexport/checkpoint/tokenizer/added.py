@@ -1,4 +1,4 @@
-"""Added tokens of a `tokenizer.json`: those that other files name join it, each with its own id, and llama.cpp's control tokens are everyone's."""
+"""Added tokens of a `tokenizer.json`: those that other files name join it, each with its own id."""
 
 from __future__ import annotations
 

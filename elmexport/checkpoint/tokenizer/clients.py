@@ -1,4 +1,4 @@
-"""`tokenizer.json` and `tokenizer_config.json` as other programs read them: onnxruntime-genai, transformers.js, swift-transformers, transformers."""
+"""`tokenizer.json` and `tokenizer_config.json` for other programs: onnxruntime-genai, transformers.js, swift-transformers."""
 
 from __future__ import annotations
 
