@@ -49,7 +49,7 @@ class Beside:
 
 
 def read_beside(folder: Path) -> Beside:
-    """Read the files of `folder` that say more of a tokenizer: `tokenizer_config.json`, `added_tokens.json` and the like, where they are.
+    """Read the files of `folder` beside a tokenizer: `tokenizer_config.json`, `added_tokens.json` and the like, where they are.
 
     Raises:
         ElmExportError: a damaged file, or one that says something else than such files do.
