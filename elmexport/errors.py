@@ -6,6 +6,10 @@ A message says what was found, what is allowed, and the fix. The command line pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+_LONGEST = 80  # characters of a name in a message
+
 
 class ElmExportError(Exception):
     """Bad use or bad input. Base of every error raised on purpose."""
@@ -23,3 +27,9 @@ class MissingDependencyError(ElmExportError):
     """A package, tool or permission that the environment lacks; the message names it and how to get it."""
 
     exit_code = 3
+
+
+def listed(names: Sequence[str], count: int = 3) -> str:
+    """List the first `count` of `names` and say how many more there are: what is found may be long, a message may not."""
+    shown = ", ".join(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")

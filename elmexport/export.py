@@ -64,10 +64,11 @@ def export(
     random_weights: int | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
     **options: Unpack[ExportOptions],
 ) -> ExportResult:
-    """Export `model` (an alias, hub id, or path) to `target`; see `open_checkpoint` and `export_checkpoint`.
+    """Export `model` (an alias, hub id, or path), merged with `adapter` where one is given, to `target`; see `open_checkpoint` and `export_checkpoint`.
 
     A model with weights of its own is not exported without a tokenizer, unless `tokenizer` is "none".
 
@@ -81,7 +82,9 @@ def export(
     out = options.get("out")
     if out is not None:
         check_free(out, force=options.get("force", False))
-    checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
+    checkpoint = open_checkpoint(
+        model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, adapter=adapter, progress=progress
+    )
     if tokenizer is None and random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
     result = export_checkpoint(checkpoint, target, quant, progress=progress, **options)
@@ -149,7 +152,7 @@ def export_checkpoint(
     if verify:
         reference()  # before anything is written
     alpha, calibration = _alpha(prepared.statistics, reference() if needs_peak else None) if rescales else (1.0, None)
-    notes = [*prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
+    notes = [*checkpoint.notes, *prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
     if context > config.dims.context:
         notes.append(f"the model was trained on {config.dims.context} tokens; what it says beyond them may be poor (context {context})")
 

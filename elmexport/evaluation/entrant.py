@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact, file_sha256
-from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint
+from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint, open_embedded, open_repository
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import ModelFacts, Subject
 from elmexport.manifest import Model
-from elmexport.models import config_from_dict
-from elmexport.progress import Progress
+from elmexport.models import config_from_dict, known_models
+from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import CHECKPOINT, artifact_kind, engine_name, open_as
 from elmexport.runtimes.base import Runtime
 
@@ -99,10 +99,11 @@ def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | 
 
 def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -> Checkpoint:
     """The checkpoint that the manifest of `artifact` names."""
-    if model.source == "embedded":
-        return open_checkpoint("tiny", tokenizer=NO_TOKENIZER)
-    if model.source.startswith("hub:"):
-        return open_checkpoint(model.source.removeprefix("hub:"), revision=model.revision, tokenizer=NO_TOKENIZER, progress=progress)
+    known = next((known for known in known_models() if known.folder is not None and known.name == model.name), None)
+    if model.source == "embedded" and known is not None:
+        return open_embedded(known, NO_TOKENIZER)
+    if re.fullmatch(r"hub:\S+", model.source):
+        return open_repository(model.source.removeprefix("hub:"), model.revision, NO_TOKENIZER, progress or SilentProgress())
     seed = re.fullmatch(r"random weights, seed (\d+)", model.source)
     if seed is not None:
         config = config_from_dict(model.config, where=str(artifact / MANIFEST))

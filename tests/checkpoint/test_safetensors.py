@@ -119,7 +119,7 @@ def test_broken_shards(tmp_path: Path, small_config: OpenELMConfig, tensors: Ten
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     refused(tmp_path, "names of files in the same folder")
     index.write_text("{}")
-    refused(tmp_path, "is not a safetensors index")
+    refused(tmp_path, "is not an index of weights")
     index.write_text(json.dumps(data))
     second.unlink()
     refused(tmp_path, f"lacks {second.name}, of the 2 files that model.safetensors.index.json names; download the missing files")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.checkpoint.safetensors import SafetensorsCheckpoint
+from elmexport.checkpoint.local import open_folder
 from elmexport.checkpoint.tokenizer import Piece, PieceKind, SentencePieceTokenizer, Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
@@ -37,7 +37,7 @@ def folder(request: pytest.FixtureRequest, tiny: Checkpoint, export_to: ExportTo
     path = MODEL
     if request.param == "tokenizer.json":
         path = write_json(MODEL, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
-    return export_to(SafetensorsCheckpoint(TINY_FOLDER, tiny.config, Source("tiny", "embedded"), path), "gguf", "int8")
+    return export_to(open_folder(TINY_FOLDER, tiny.config, Source("tiny", "embedded"), path), "gguf", "int8")
 
 
 @pytest.fixture(scope="module")
