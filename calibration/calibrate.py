@@ -1,4 +1,4 @@
-"""`elmexport calibrate` as a library call: from a model's name and a text to a statistics file."""
+"""Calibration run: from a model's name and a text to a statistics file, as `elmexport calibrate` does it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import TypedDict, Unpack
 from calibration.collect import collect
 from calibration.statistics import FORMAT, Statistics
 from calibration.text import Sample, calibration_text, random_windows, read_text, sample_windows
-from calibration.work import FolderWork, complete_file
+from calibration.work import FolderWork
 from elmexport import __version__
 from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 from elmexport.progress import Progress, SilentProgress
 
 DEFAULT_TOKENS = 32768
@@ -27,7 +28,7 @@ DEFAULT_WINDOW = 512
 
 
 class TextOptions(TypedDict, total=False):
-    """What to read; `make_sample` says what each means and its default."""
+    """Options of the calibration text; `make_sample` says what each means and its default."""
 
     text: Sequence[Path]
     tokens: int
@@ -36,7 +37,7 @@ class TextOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Calibration:
-    """A finished calibration."""
+    """Finished calibration."""
 
     path: Path
     statistics: Statistics
@@ -86,7 +87,7 @@ def calibrate(
 def make_sample(
     checkpoint: Checkpoint, texts: Sequence[str] = (), *, text: Sequence[Path] = (), tokens: int = DEFAULT_TOKENS, window: int | None = None
 ) -> Sample:
-    """What `checkpoint` is to read: `texts`, the contents of the files `text`, or the bundled calibration text where there is none.
+    """Cut the calibration text of `checkpoint` into windows: `texts`, the contents of the files `text`, or the bundled text where there is none.
 
     About `tokens` tokens in windows of `window`, 512 or the model's maximum, whichever is less, where None.
 
@@ -112,7 +113,7 @@ def make_sample(
 def calibrate_checkpoint(
     checkpoint: Checkpoint, sample: Sample, out: Path, *, hessian: bool = False, force: bool = False, progress: Progress | None = None
 ) -> Statistics:
-    """`collect` into the file `out`, with what is between two layers in a folder beside it, until `out` is complete.
+    """Measure statistics into the file `out`, with what is between two layers in a folder beside it, until `out` is complete; see `collect`.
 
     A run that was killed leaves that folder, and the next with the same model, sample and kind of statistics goes on from there.
 

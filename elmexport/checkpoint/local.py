@@ -69,7 +69,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
         ElmExportError: no adapter there, one of another model, or see `read_adapter`.
     """
     files = _adapter_files(path)
-    own, adapter = split(files)
+    _, adapter = split(files)
     if adapter is not None and any(".base_layer." in name for name in files.facts):
         raise ElmExportError(f"{path} holds the adapter and its base in one; give it with --model, without --adapter")
     if adapter is None and not (path / CONFIG).is_file():

@@ -73,7 +73,7 @@ def calibrate(
 
     \b
     Example:
-      elmexport calibrate --model 450M --text my-prompts.txt --out openelm-450M.safetensors
+      elmexport calibrate --model 450M --text my-prompts.txt --out 450M.safetensors
     """
     from calibration.calibrate import calibrate as library_calibrate
     from calibration.calibrate import check_output
@@ -99,9 +99,9 @@ def calibrate(
             window=window,
         )
     if imatrix is not None:
-        from targets.gguf.statistics import write_imatrix
+        from elmexport.importance import write_importance
 
-        write_imatrix(result.statistics, result.checkpoint.config, imatrix)
+        write_importance(result.statistics, result.checkpoint.config, imatrix)
     for note in result.notes:
         typer.echo(f"note: {note}", err=True)
     facts = _facts(result, imatrix, time.monotonic() - start)

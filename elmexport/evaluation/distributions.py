@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.divergence import log_softmax, token_nll
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.evaluation.metrics import log_softmax, token_nll
 from elmexport.evaluation.windows import Windows
+from elmexport.files import complete_file
 from elmexport.progress import Progress
 from elmexport.runtimes.base import Runtime
 
@@ -85,23 +86,18 @@ class ReferencePass:
             )
         _make_room(self._folder, self._limit - per_window * shape[0])
         progress.stage("reference text pass", windows.ids.size)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with complete_file(path) as partial, partial.open("wb") as file:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_2_0(file, header)
                 for ids in windows.ids:
                     file.write(_encode(runtime, ids).tobytes())
                     progress.advance(len(ids))
-            partial.replace(path)
         except OSError as error:
             raise ElmExportError(
                 f"cannot write {path}: {error.strerror or error}; free space, or set ELMEXPORT_CACHE to another folder"
             ) from None
-        finally:
-            with contextlib.suppress(OSError):  # gone, renamed, or in a place where nothing can be
-                partial.unlink()
 
 
 def window_logits(runtime: Runtime, ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -7,7 +7,6 @@ percentage points, divergences in nats per token.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from msgspec import Struct, field, to_builtins
 from elmexport import __version__
 from elmexport.documents import parse_json, to_struct
 from elmexport.errors import ElmExportError
+from elmexport.files import write_text
 
 SCHEMA = 1  # of the document; a reader refuses a newer one
 FIX = "give a file that elmexport eval wrote"
@@ -33,7 +33,7 @@ class ModelFacts(Struct, frozen=True):
 class Subject(Struct, frozen=True):
     """What was evaluated."""
 
-    label: str  # "OpenELM-tiny-onnx-int4"
+    label: str  # the folder's name
     path: str
     target: str  # "onnx", or "checkpoint" for the model itself
     engine: str  # `Runtime.name`
@@ -87,7 +87,7 @@ class TaskComparison(Struct, frozen=True):
 
 
 class TaskResult(Struct, frozen=True):
-    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that OpenELM's tables quote."""
+    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that published tables quote."""
 
     metrics: Mapping[str, float]
     n: int
@@ -96,7 +96,7 @@ class TaskResult(Struct, frozen=True):
     higher_is_better: bool  # of `metric`
     stderr: Mapping[str, float]
     items: tuple[Item, ...]
-    published: float | None = None  # per cent, OpenELM's own figure for this model, few-shot setting and metric
+    published: float | None = None  # per cent, the authors' own figure for this model, few-shot setting and metric
     comparison: TaskComparison | None = None
 
     def to_document(self) -> dict[str, Any]:
@@ -283,19 +283,4 @@ def write_report(report: Report, path: Path) -> None:
     Raises:
         ElmExportError: the place cannot be written.
     """
-    write_whole(report.to_json() + "\n", path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a report in whatever form, whole or not at all; a file that is there is replaced.
-
-    Raises:
-        ElmExportError: the place cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ElmExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+    write_text(path, report.to_json() + "\n")

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.divergence import token_divergence, token_nll
 from elmexport.evaluation.distributions import ReferencePass, window_logits
-from elmexport.evaluation.metrics import token_divergence, token_nll
 from elmexport.evaluation.results import Blocks, DepthBucket, KlSummary, PerplexitySummary, TextResult
 from elmexport.evaluation.statistics import bootstrap_interval
 from elmexport.evaluation.windows import Windows

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.contracts.onnx import ATTENTION_MASK, CONTEXT_METADATA, EVERY_TOKEN, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, is_past, present_of
+from elmexport.cores import asked_threads
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import batches, copies, padded
-from elmexport.runtimes.threads import asked_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue

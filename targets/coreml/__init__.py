@@ -74,17 +74,22 @@ class CoreMLTarget(Target):
         return FORMS[self.device](self.kv, self.prefill, self.argmax, self.max_package_mb)
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
-        if scheme == Float("fp16") or isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.symmetric):
+        if scheme == Float("fp16") or isinstance(scheme, Lut):
             return None
-        return "stores fp16, symmetric integers per channel or in blocks, and indices into look-up tables"
+        if isinstance(scheme, Integer) and scheme.symmetric and scheme.width in (4, 8):
+            return None
+        return "stores fp16, symmetric integers of 4 or 8 bits per channel or in blocks, and indices into look-up tables"
 
     def recipe(self, quant: str) -> Recipe:
         if quant in ("fp32", "bf16"):
             raise ElmExportError(
                 f"--quant {quant} is not available for coreml: the Neural Engine computes in fp16, and so does what is made for the GPU; choose {', '.join(self.quants)}"
             )
-        own = self.form.recipe_file(quant) if quant in self.quants else None
-        return super().recipe(quant) if own is None else self.adapt(load_recipe(own))
+        return super().recipe(quant)
+
+    def stored_recipe(self, quant: str) -> Recipe:
+        own = self.form.recipe_file(quant)
+        return super().stored_recipe(quant) if own is None else load_recipe(own)
 
     def adapt(self, recipe: Recipe) -> Recipe:
         if recipe.activations != Float("fp16"):

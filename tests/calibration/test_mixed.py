@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from calibration.mixed import smallest
-from calibration.preparation import WeightOptions
+from calibration.mixed import AccuracyDrop, smallest
+from calibration.options import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.evaluate import Settings, evaluate
@@ -55,7 +55,7 @@ def test_a_model_without_a_tokenizer(small_checkpoint: MemoryCheckpoint, tmp_pat
 @pytest.mark.slow
 def test_a_drop_that_nothing_keeps_within(tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibration.mixed.smallest", lambda sizes, passes: None if not passes(sizes[-1]) else pytest.fail("passed"))
-    monkeypatch.setattr("calibration.mixed._Trial.drop", 3.0)
+    monkeypatch.setattr("elmexport.evaluation.task_drop.AccuracyDrop", lambda task, items, *_: AccuracyDrop(task, items, 3.0, None, None))
     with pytest.raises(
         ElmExportError, match=r"--max-drop 1 is out of reach: .* \(\d\.\d\d bits each\) .* falls by 3\.00 points \(400 items"
     ):

@@ -1,0 +1,18 @@
+"""GPTQ of a whole model: along a text, each matrix fitted to what its quantized predecessors hand on, or from statistics with Hessians."""
+
+from __future__ import annotations
+
+from calibration.method import GPTQ_GAIN, Job, Method, Prepared
+
+
+class GPTQ(Method):
+    name = "gptq"
+    words = "errors cancel along a calibration text, in minutes, at about a third of the loss"
+    needs_text = True
+    makes_weight_set = True
+    gain = GPTQ_GAIN
+
+    def prepare(self, job: Job) -> Prepared:
+        from calibration.stored import prepare_gptq
+
+        return prepare_gptq(job, self.name)
