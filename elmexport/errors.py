@@ -16,11 +16,26 @@ class ElmExportError(Exception):
 
     exit_code = 2
 
+    def of(self, name: str) -> ElmExportError:
+        """The same of the tensor `name`, which the message begins with."""
+        return ElmExportError(f"{name}: {self}")
+
 
 class VerificationError(ElmExportError):
     """An artifact was written, run, and found to be far from the model it came from."""
 
     exit_code = 1
+
+
+class Fp16RangeError(ElmExportError):
+    """A weight that fp16 numbers or scales cannot hold. What to do depends on the format: whoever knows it replaces `advice`."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(f"{found}; {advice}")
+        self.found, self.advice = found, advice
+
+    def of(self, name: str) -> Fp16RangeError:
+        return Fp16RangeError(f"{name}: {self.found}", self.advice)
 
 
 class MissingDependencyError(ElmExportError):
