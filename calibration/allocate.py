@@ -104,7 +104,7 @@ def drop_name(max_drop: float) -> str:
 
 
 def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[CodedScheme, ...]]:
-    """List the schemes among `CANDIDATES` that each matrix's shape and `target` can take, by its name; matrices that have none are left out."""
+    """List the schemes among `CANDIDATES` that each matrix's shape and `target` can take, by its name. Others are left out."""
     known = [scheme for name in CANDIDATES if isinstance(scheme := find_scheme(name), CodedScheme)]
     found = {
         spec.name: tuple(s for s in known if s.refuses(spec.shape) is None and target.refuses(s, spec.role) is None)
@@ -128,7 +128,7 @@ def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Cod
 
 
 def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe, bits_per_weight: float) -> Allocation:
-    """Find the recipe of least predicted divergence within `bits_per_weight`, counted as in manifests: over all parameters, scales included.
+    """Find the recipe of least predicted divergence within `bits_per_weight`, counted as in manifests (all parameters, with scales).
 
     Everything but the rules is that of `base`.
 

@@ -37,7 +37,7 @@ def awq_model(checkpoint: Checkpoint, plan: Plan, statistics: Statistics) -> Fol
 
 
 def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], statistics: Statistics) -> Folds:
-    """Search the folds of least output error for every linear that `scheme` quantizes, for `FoldedCheckpoint`; weights are read one at a time.
+    """Search the folds of least output error for every linear that `scheme` quantizes, for `FoldedCheckpoint`.
 
     Raises:
         ElmExportError: statistics without a linear of the model.

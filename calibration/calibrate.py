@@ -36,7 +36,7 @@ class TextOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationResult:
     """Finished calibration."""
 
     path: Path
@@ -57,10 +57,10 @@ def calibrate(
     adapter: Path | None = None,
     progress: Progress | None = None,
     **text: Unpack[TextOptions],
-) -> Calibration:
-    """Measure `model` (an alias, hub id, or path; see `open_checkpoint`), merged with `adapter` where one is given, and write its statistics to `out`.
+) -> CalibrationResult:
+    """Measure `model` (an alias, hub id, or path; see `open_checkpoint`) and write its statistics to `out`.
 
-    `out` is `./<model>-calibration.safetensors` where None.
+    `out` is `./<model>-calibration.safetensors` where None. `adapter` is merged into the model, see `open_checkpoint`.
 
     Raises:
         ElmExportError: see `open_checkpoint`, `make_sample` and `calibrate_checkpoint`.
@@ -81,13 +81,13 @@ def calibrate(
     if sample.tokens < wanted:
         notes.append(f"the text holds {sample.tokens:,} tokens, fewer than the {wanted:,} asked for; all of it was read")
     statistics = calibrate_checkpoint(checkpoint, sample, out, hessian=hessian, force=force, progress=progress)
-    return Calibration(out, statistics, checkpoint, tuple(notes))
+    return CalibrationResult(out, statistics, checkpoint, tuple(notes))
 
 
 def make_sample(
     checkpoint: Checkpoint, texts: Sequence[str] = (), *, text: Sequence[Path] = (), tokens: int = DEFAULT_TOKENS, window: int | None = None
 ) -> Sample:
-    """Cut the calibration text of `checkpoint` into windows: `texts`, the contents of the files `text`, or the bundled text where there is none.
+    """Cut a calibration text into windows: `texts`, the contents of the files `text`, or the bundled text where there is none.
 
     About `tokens` tokens in windows of `window`, 512 or the model's maximum, whichever is less, where None.
 
@@ -113,7 +113,7 @@ def make_sample(
 def calibrate_checkpoint(
     checkpoint: Checkpoint, sample: Sample, out: Path, *, hessian: bool = False, force: bool = False, progress: Progress | None = None
 ) -> Statistics:
-    """Measure statistics into the file `out`, with what is between two layers in a folder beside it, until `out` is complete; see `collect`.
+    """Measure statistics into the file `out`, with a work folder beside it until `out` is complete; see `collect`.
 
     A run that was killed leaves that folder, and the next with the same model, sample and kind of statistics goes on from there.
 

@@ -1,4 +1,4 @@
-"""Collection of statistics: one pass over the calibration text, layer by layer, observing inputs of linear layers and the residual stream.
+"""Collection of statistics: one pass over the calibration text, which observes inputs of linear layers and the residual stream.
 
 One layer's weights are in memory at a time. Sums of squares and magnitudes add up in float64, one batch after the other; second moments
 (Hessians) in float32, each batch being one symmetric product, so that an entry's relative error stays near float32's own.

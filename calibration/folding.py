@@ -67,7 +67,7 @@ class FoldedCheckpoint(Checkpoint):
         self._folds = {layer: self._settled(layer, fold) for layer, fold in folds.items()}
 
     def input_scale(self, spec: WeightSpec) -> Tensor | None:
-        """What the columns of `spec` are multiplied by, float32 `[in]`; None where they are not."""
+        """Factors of the columns of `spec`, float32 `[in]`; None where it has none."""
         fold = None if spec.layer is None else self._folds.get(spec.layer)
         if fold is None or spec.layer is None:
             return None

@@ -32,7 +32,7 @@ Damped = Callable[[float], None]  # called with a damping that had to be raised
 def gptq(
     weight: Tensor, scheme: CodedScheme, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
 ) -> Quantized:
-    """Compute the GPTQ codes of one matrix: `weight` `[out, in]` (any float dtype) in `scheme`, of small output error under `hessian` `[in, in]`.
+    """Compute the GPTQ codes of one matrix: `weight` `[out, in]`, any float dtype, in `scheme`, with `hessian` `[in, in]`.
 
     `hessian` is E[x xᵀ] of the linear's input. `damping`, a part of its mean diagonal, is added to the diagonal: it keeps the factor well
     conditioned, and rounding sensible where the calibration text says nothing (a channel that was always zero is rounded to nearest). It

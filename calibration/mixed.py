@@ -42,7 +42,7 @@ MeasureDrop = Callable[[Checkpoint, str], AccuracyDrop]
 def of_size(
     checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, prepare: Prepare, *, gain: Gain, progress: Progress
 ) -> Prepared:
-    """Choose the mix of least predicted divergence within `bits_per_weight`; the facts say what it was predicted to cost and what it costs.
+    """Choose the mix of least predicted divergence within `bits_per_weight`; the facts give the predicted cost and the measured one.
 
     Raises:
         ElmExportError: see `choose_bits`.

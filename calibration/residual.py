@@ -1,4 +1,4 @@
-"""Residual peak: how large the residual stream grows, and the power of two that keeps it inside fp16 (see `elmexport.graph.rescale`)."""
+"""Residual peak: largest value of the residual stream, and the power of two that keeps it in fp16 (`elmexport.graph.rescale`)."""
 
 from __future__ import annotations
 

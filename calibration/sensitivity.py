@@ -1,4 +1,4 @@
-"""Sensitivity of each matrix: the divergence when it alone is quantized, measured once for each, predicted from there for other schemes.
+"""Sensitivity of each matrix: the divergence when it alone is quantized, measured once, predicted for other schemes.
 
 The model reads a short text; KL(model || model with one matrix quantized) is measured on its logits, with the narrowest of the candidate
 schemes. The divergence is quadratic in a small error, so that of another scheme is predicted by the ratio of their squared output errors (with

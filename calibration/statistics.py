@@ -89,7 +89,7 @@ class Statistics:
 
     @property
     def token_counts(self) -> Tensor | None:
-        """How often each token was read, int64 `[vocab]`; None in an importance matrix and in a short pass."""
+        """Counts of the tokens read, int64 `[vocab]`; None in an importance matrix and in a short pass."""
         return self.tensors.get(TOKEN_COUNTS)
 
     def moments(self, spec: WeightSpec) -> Moments | None:

@@ -26,7 +26,7 @@ TOKENS = 4096  # at most, to measure what the head multiplies
 
 
 def quantize_table(weight: Tensor, scheme: CodedScheme, hessian: Tensor) -> Quantized:
-    """Quantize the tied embedding `weight` `[vocab, dim]` to `scheme`; `hessian` `[dim, dim]` is E[x xᵀ] of what it multiplies as the head.
+    """Quantize the tied embedding `weight` `[vocab, dim]` to `scheme`. `hessian` `[dim, dim]` is E[x xᵀ] of what it multiplies as the head.
 
     Raises:
         ElmExportError: see `gptq`.

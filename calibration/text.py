@@ -43,10 +43,12 @@ class Sample:
 
 
 def bundled_text() -> str:
+    """Read the bundled text of the self-check."""
     return _shipped(BUNDLED)
 
 
 def calibration_text() -> str:
+    """Read the bundled calibration text."""
     return _shipped(CALIBRATION)
 
 

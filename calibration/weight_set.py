@@ -115,7 +115,7 @@ class WeightSet:
 
 
 class StoredWeights(WeightSource):
-    """Weights out of a weight set, norms that a folding changed included; of `checkpoint`, only tensors that are not in the set are read."""
+    """Weights of a weight set, norms that a folding changed included. Of `checkpoint`, only tensors that are not in the set are read."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
         """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""

@@ -1,4 +1,4 @@
-"""The folder where what was expensive to compute is kept for later commands."""
+"""Cache folder, for results that later commands use again."""
 
 from __future__ import annotations
 

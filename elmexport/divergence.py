@@ -32,7 +32,10 @@ def token_nll(logits: Logits, targets: NDArray[np.integer]) -> NDArray[np.float6
 
 
 def token_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
-    """Compute KL(reference || candidate) in nats, per token, of logits (or log-probabilities) `[tokens, vocab]`; infinite where `candidate` is not finite."""
+    """Compute KL(reference || candidate) in nats, per token, of logits or log-probabilities `[tokens, vocab]`.
+
+    Infinite where `candidate` is not finite.
+    """
 
     def some(rows: slice) -> NDArray[np.float64]:
         finite = np.asarray(np.isfinite(candidate[rows]).all(axis=-1, keepdims=True))

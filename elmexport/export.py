@@ -1,4 +1,4 @@
-"""The export: a checkpoint goes in, an artifact folder comes out, complete and checked, or nothing does."""
+"""Export of a checkpoint to an artifact folder, complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop
 
 
 class ExportOptions(TypedDict, total=False):
-    """What both `export` and `export_checkpoint` take by keyword; `export_checkpoint` says what each means and its default."""
+    """Keyword arguments of `export` and `export_checkpoint`; `export_checkpoint` says what each means and its default."""
 
     out: Path | None
     context: int | None
@@ -75,9 +75,9 @@ def export(
     progress: Progress | None = None,
     **options: Unpack[ExportOptions],
 ) -> ExportResult:
-    """Export `model` (an alias, hub id, or path), merged with `adapter` where one is given, to `target`; see `open_checkpoint` and `export_checkpoint`.
+    """Export `model` (an alias, hub id, or path) to `target`; see `open_checkpoint` and `export_checkpoint`.
 
-    A model with weights of its own is not exported without a tokenizer, unless `tokenizer` is "none".
+    `adapter` is merged into the model. A model with weights of its own is not exported without a tokenizer, unless `tokenizer` is "none".
 
     Raises:
         ElmExportError: see `open_checkpoint` and `export_checkpoint`.
@@ -114,7 +114,7 @@ def export_checkpoint(
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Trace, quantize, write, check.
+    """Export an open checkpoint: trace, quantize, write, check.
 
     `quant` is one of the target's (its first where None) or the path of a recipe, `context` the tokens of the KV cache (the model's
     maximum where None), `out` the artifact folder (`./<model>-<target>-<quant>` where None). `weights` says how codes are found. For fp16

@@ -24,7 +24,7 @@ _DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.int64": "I64", "torch
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `path` to write to; it becomes `path` when it is complete and on the disk, and is removed on any error.
+    """Give a temporary sibling of `path` to write; it becomes `path` when it is complete and on the disk, and is removed on any error.
 
     Raises:
         OSError: as writing does.

@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix as statistics of activations, and back: what neither the GGUF package nor calibration knows of the other."""
+"""Conversion between llama.cpp's importance matrix and statistics of activations, for the GGUF package and calibration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_importance(statistics: Statistics, config: ModelConfig, path: Path, *,
 
 
 def read_importance(path: Path, checkpoint: Checkpoint) -> Statistics:
-    """Read what the importance matrix `path`, ours or llama.cpp's, says of `checkpoint`: mean squares only, no peaks.
+    """Read statistics of `checkpoint` from the importance matrix `path`, ours or llama.cpp's: mean squares only, no peaks.
 
     The file does not say which model it was measured on; sizes must fit.
 

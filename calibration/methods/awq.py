@@ -6,6 +6,8 @@ from calibration.method import Job, Method, Prepared
 
 
 class AWQ(Method):
+    """AWQ: input channels are rescaled first, by their activations in a text."""
+
     name = "awq"
     words = "input channels are rescaled first, by what they read in a text"
     needs_text = True

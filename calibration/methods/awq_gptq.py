@@ -6,6 +6,8 @@ from calibration.method import GPTQ_GAIN, Job, Method, Prepared
 
 
 class AWQGPTQ(Method):
+    """AWQ, and GPTQ on the rescaled weights."""
+
     name = "awq+gptq"
     words = "both"
     needs_text = True

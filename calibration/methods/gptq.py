@@ -1,4 +1,4 @@
-"""GPTQ of a whole model: along a text, each matrix fitted to what its quantized predecessors hand on, or from statistics with Hessians."""
+"""GPTQ of a whole model: along a text, each matrix fitted to its quantized predecessors, or from statistics with Hessians."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from calibration.method import GPTQ_GAIN, Job, Method, Prepared
 
 
 class GPTQ(Method):
+    """GPTQ of all matrices, in the order of the layers or from statistics."""
+
     name = "gptq"
     words = "errors cancel along a calibration text, in minutes, at about a third of the loss"
     needs_text = True

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 
 class MSE(Method):
+    """Least squared error of the weights, by activations where they are measured."""
+
     name = "mse"
     words = "the scale of least error, in seconds"
 

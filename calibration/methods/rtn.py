@@ -6,6 +6,8 @@ from calibration.method import Job, Method, Prepared
 
 
 class RTN(Method):
+    """Round to nearest."""
+
     name = "rtn"
     words = "round to nearest"
 

@@ -1,4 +1,4 @@
-"""Measure several artifacts in turn: every round opens each once, in a process of its own, so that what disturbs the machine disturbs all."""
+"""Benchmark in rounds: each opens every artifact once, in a process of its own, so that disturbances of the machine meet all."""
 
 from __future__ import annotations
 

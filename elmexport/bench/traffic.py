@@ -1,4 +1,4 @@
-"""How many bytes an artifact has to read for one decoded token: its weights, as the file stores them, and the cache up to that token."""
+"""Memory traffic of decoding: bytes read for one token, which are the weights as the file stores them and the KV cache so far."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """`weight_bytes` are read for every token, `cache_bytes` (keys and values of all layers) for every token that the cache holds."""
+    """Bytes to read: `weight_bytes` for every token, `cache_bytes` (keys and values of all layers) for every token that the cache holds."""
 
     weight_bytes: int
     cache_bytes: int
@@ -28,7 +28,7 @@ class Traffic:
 
 
 def traffic(path: Path) -> Traffic | None:
-    """Of the artifact folder `path`; None for a bare model file, whose tensors and configuration are not described.
+    """Memory traffic of the artifact folder `path`; None for a bare model file, whose tensors and configuration are not described.
 
     Raises:
         ElmExportError: a damaged manifest, or files that the format's reader cannot make sense of.

@@ -14,7 +14,7 @@ from elmexport.cli.progress import progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
-    from calibration.calibrate import Calibration
+    from calibration.calibrate import CalibrationResult
 
 
 class Dataset(StrEnum):
@@ -111,7 +111,7 @@ def calibrate(
         typer.echo(table(_summary(facts)))
 
 
-def _facts(result: Calibration, imatrix: Path | None, seconds: float) -> dict[str, Any]:
+def _facts(result: CalibrationResult, imatrix: Path | None, seconds: float) -> dict[str, Any]:
     from calibration.residual import choose_alpha
 
     facts, peak = result.statistics.facts, result.statistics.residual_peak

@@ -1,4 +1,4 @@
-"""The command that exports to a format: what every target's has in common, and the target's own options."""
+"""Export command of a format: the options that all targets have in common, and the target's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reference's next-token distributions on some windows, kept on disk so that every artifact of a model is compared with the same pass.
+"""Next-token distributions of a reference, kept on disk: every artifact of a model is compared with the same pass.
 
 Log-probabilities are stored as 16-bit codes between the smallest and the largest of each token, and normalized again when read. The step is
 some 5e-4 nats; what that costs is second order, about 1e-8 nats of KL divergence per token, and a relative 1e-3 of a single token's
@@ -32,7 +32,7 @@ _CODES = 65535
 
 @dataclass(frozen=True)
 class Distributions:
-    """One window of a pass, `tokens` = window - 1 predictions."""
+    """Next-token distributions on one window of a pass, `tokens` = window - 1 predictions."""
 
     log_probs: NDArray[np.float32]  # [tokens, vocab], normalized up to the rounding of the codes
     top: NDArray[np.int64]  # [tokens], the most likely next token, before rounding
@@ -40,7 +40,7 @@ class Distributions:
 
 
 class ReferencePass:
-    """The distributions of one reference, by window.
+    """Next-token distributions of one reference, by window.
 
     `identity` stands for the model, its precision and its engine; `open_runtime` is called only where the pass is not in `folder` yet. The
     runtime stays open: closing it is its owner's business.

@@ -39,7 +39,7 @@ class ReferenceRun:
 
     @property
     def text(self) -> str:
-        """What the ids are, in words."""
+        """Description of the ids, in words."""
         return self.statistics.facts.text
 
 

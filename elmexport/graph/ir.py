@@ -45,7 +45,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Traced forward pass over a static KV cache of `context` tokens: a whole model, or consecutive layers of one (`elmexport.graph.partition`).
+    """Traced forward pass over a static KV cache of `context` tokens. It is a whole model, or some layers (`elmexport.graph.partition`).
 
     Inputs: `source`, `position` scalar int64, `k_cache.N` and `v_cache.N` `[batch, K_N, context, d]` of each layer. Outputs: `result`, and the
     caches as the nodes named in `present_keys`, `present_values` return them. `source` and `result` are values: the token ids `ids` `[batch,

@@ -86,7 +86,7 @@ def _(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute the cosine and sine `[T, d]` of rotary embeddings at `positions` `[T]`, each half of the last axis alike (rotate-half form).
+    """Compute the cosine and sine `[T, d]` of rotary embeddings at `positions` `[T]`, both halves of the last axis alike (rotate-half).
 
     `angle(p, i) = p * theta ** (-2i / d)`, computed in float64 and rounded once to `dtype`.
     """

@@ -1,4 +1,4 @@
-"""llama.cpp, through the C interface that llama-cpp-python wraps: GGUF artifacts on the CPU.
+"""Runtime of GGUF artifacts: llama.cpp on the CPU, through the C interface that llama-cpp-python wraps.
 
 Set up to be compared with, not for speed alone: keys and values in float32, plain attention. llama.cpp itself rounds the input of each
 matrix product to the precision that goes with the weights' type (fp16 for F16, bf16 for BF16, 8-bit blocks for Q8_0 and Q4_0).
@@ -40,7 +40,8 @@ class LlamaCppRuntime(Runtime):
     name = "llama.cpp"
 
     def __init__(self, path: Path) -> None:
-        """
+        """Load the file.
+
         Raises:
             ElmExportError: llama.cpp cannot load the file.
             MissingDependencyError: llama-cpp-python is not installed.
@@ -227,7 +228,8 @@ def reason() -> str:
 
 
 def check_magic(path: Path) -> None:
-    """
+    """Refuse files that are not GGUF.
+
     Raises:
         ElmExportError: no such file, or one that does not start as GGUF files do.
     """

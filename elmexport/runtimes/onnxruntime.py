@@ -1,4 +1,4 @@
-"""onnxruntime on the processor, with a static cache: past and present of a layer are one buffer as long as the context.
+"""Runtime of ONNX artifacts: onnxruntime on the CPU. Its cache is static: past and present of a layer are one buffer as long as a context.
 
 Not covered: other execution providers.
 """

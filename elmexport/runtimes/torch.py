@@ -19,7 +19,7 @@ from elmexport.runtimes.batching import in_padded_batches
 
 
 class TorchRuntime(Runtime):
-    """A checkpoint in torch, with a cache of `context` tokens, in `dtype`, its weights rounded to `rounded_to` first where that is given.
+    """Checkpoint in torch, with a cache of `context` tokens, in `dtype`, its weights rounded to `rounded_to` first where given.
 
     It computes on the device of `ELMEXPORT_TORCH_DEVICE`.
     """
