@@ -194,7 +194,7 @@ def find_target(name: str, settings: Mapping[str, Any] | None = None) -> Target:
 
 
 def wider_formats(target: Target) -> str:
-    """What holds numbers that fp16 does not, as an advice: quantizations of `target`'s format, or else those of other formats."""
+    """Advice for numbers that fp16 cannot hold: quantizations of `target`'s format that can, or else those of other formats."""
     own = _wide(target)
     if own:
         return f"choose --quant {' or '.join(own)}"

@@ -30,7 +30,7 @@ class Overflow:
     bound: float  # of the first
 
     def note(self) -> str:
-        """What the user should know of it."""
+        """Words for the user."""
         more = f" and of {len(self.tokens) - 1} other tokens" if len(self.tokens) > 1 else ""
         return (
             f"the logit of token {self.tokens[0]}{more} (row {self.tokens[0]} of {self.tensor}) may reach {self.bound:.3g}, beyond fp16's 65504, in which "
@@ -57,7 +57,7 @@ def _overflow(graph: Graph, weights: WeightSource) -> Overflow | None:
     spec = head.weights["weight"]
     gain = weights.numbers(norm.weights["weight"]).to(torch.float32)
     table = weights.numbers(spec)
-    bounds = torch.cat([(rows.to(torch.float32) * gain).norm(dim=1) for rows in table.split(_CHUNK)]) * math.sqrt(len(gain))
+    bounds = torch.cat([(rows.to(torch.float32) * gain).norm(dim=1) for rows in torch.split(table, _CHUNK)]) * math.sqrt(len(gain))
     beyond = torch.nonzero(bounds * _MARGIN > FP16_MAX).flatten()
     if not len(beyond):
         return None
