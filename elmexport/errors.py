@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LONGEST = 80  # characters of a name in a message
-
 
 class ElmExportError(Exception):
     """Bad use or bad input. Base of every error raised on purpose."""
@@ -44,7 +42,7 @@ class MissingDependencyError(ElmExportError):
     exit_code = 3
 
 
-def listed(names: Sequence[str], count: int = 3) -> str:
+def listed(names: Sequence[str], count: int = 3, longest: int = 80) -> str:
     """List the first `count` of `names` and say how many more there are: what is found may be long, a message may not."""
-    shown = ", ".join(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…" for name in names[:count])
+    shown = ", ".join(name if len(name) <= longest else f"{name[: longest - 1]}…" for name in names[:count])
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")

@@ -47,8 +47,12 @@ class Mismatch:
             for name in self.misshapen
         ]
         problems = [
-            f"{label}: {_some(found)}"
-            for label, found in (("missing tensors", self.missing), ("extra tensors", list(self.unknown)), ("wrong shapes", wrong))
+            f"{label}: {listed(found, longest=longest)}"
+            for label, found, longest in (
+                ("missing tensors", self.missing, 80),
+                ("extra tensors", self.unknown, 80),
+                ("wrong shapes", wrong, 140),
+            )
             if found
         ]
         return f"{'; '.join(problems)}. {self._cause()}" if problems else None
@@ -80,7 +84,3 @@ class Mismatch:
     def _layers_held(self) -> int:
         found = [int(match[1]) for name in [*self.shapes, *self.unknown] if (match := _LAYER.search(name))]
         return max(found, default=-1) + 1
-
-
-def _some(names: Sequence[str]) -> str:
-    return listed(names) if len(names) > 1 else names[0][:200]

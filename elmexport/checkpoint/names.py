@@ -47,15 +47,13 @@ def find_names(stored: Iterable[str], wanted: Collection[str], trained_name: Cal
 def find_name(name: str, wanted: Collection[str], trained_name: Callable[[str], str] | None) -> tuple[str, str] | None:
     """The one of `wanted` that `name` stands for, and the prefix that it took to find it; None where there is none."""
     rest = name
-    for inner in _INNER:
-        if not rest.startswith(inner):
-            rest = rest.replace(f".{inner}", ".")
-    start = len(rest)
-    whole = rest
     while True:
-        for candidate in (rest,) if trained_name is None else (rest, trained_name(rest)):
+        own = rest
+        for inner in _INNER:
+            own = own.replace(f".{inner}", ".")
+        for candidate in (own,) if trained_name is None else (own, trained_name(own)):
             if candidate in wanted:
-                return candidate, whole[: start - len(rest)]
+                return candidate, name[: len(name) - len(rest)]
         prefix = next((prefix for prefix in PREFIXES if rest.startswith(prefix)), None)
         if prefix is None:
             return None

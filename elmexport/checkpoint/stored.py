@@ -41,7 +41,9 @@ class StoredCheckpoint(Checkpoint):
         found = find_names(files.facts, {*self.specs, config.head_name}, find_family(config.model_type).trained_name)
         if found.doubled:
             pairs = [f"{first} and {second}" for first, second in found.doubled]
-            raise ElmExportError(f"{files.path} holds tensors twice: {listed(pairs)}; save the model's own state dictionary by itself")
+            raise ElmExportError(
+                f"{files.path} holds tensors twice: {listed(pairs, longest=160)}; save the model's own state dictionary by itself"
+            )
         self._stored = found.stored
         self._shapes = {name: files.facts[stored].shape for name, stored in found.stored.items()}
         self._unknown = self._without_buffers(found.unknown)
