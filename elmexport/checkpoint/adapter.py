@@ -59,8 +59,14 @@ class Adapter:
         """Kind, rank and number of the updates, as a phrase."""
         ranks = sorted({self.files.facts[update.a].shape[0] for update in self.updates.values()})
         kinds = " and ".join(sorted({"LoRA" if update.magnitude is None else "DoRA" for update in self.updates.values()}))
-        parts = [f"{kinds} of rank {', '.join(map(str, ranks))} on {len(self.updates)} matrices"] if self.updates else []
-        return " and ".join([*parts, *([f"{len(self.whole)} whole tensors"] if self.whole else [])])
+        parts = (
+            [f"{kinds} of rank {', '.join(map(str, ranks))} on {_count(len(self.updates), 'matrix', 'matrices')}"] if self.updates else []
+        )
+        return " and ".join([*parts, *([_count(len(self.whole), "whole tensor", "whole tensors")] if self.whole else [])])
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def is_adapter_tensor(name: str) -> bool:
