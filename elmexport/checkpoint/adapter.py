@@ -149,8 +149,8 @@ def _check_sizes(adapter: Adapter, specs: Mapping[str, WeightSpec], config: Mode
             wrong.append(f"{stored} is {list(facts[stored].shape)}, the model's {list(shape)}")
     if wrong:
         raise ElmExportError(
-            f"the adapter {adapter.files.path} has other sizes than the model: {'; '.join(text[:160] for text in wrong[:2])}"
-            + (f" and {len(wrong) - 2} more" if len(wrong) > 2 else "")
+            f"the adapter {adapter.files.path} has other sizes than the model: {'; '.join(text[:220] for text in wrong[:1])}"
+            + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             + f". Give --model the base that it was trained on{f', {adapter.base}' if adapter.base else ''}"
         )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmexport.checkpoint.safetensors import check_index, weight_files
-from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles
+from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles, refuse_pointer
 from elmexport.errors import ElmExportError, listed
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def _load(path: Path) -> Any:
                 f"{path} holds Python code ({code[1][:80]}) besides tensors; it was not run. elmexport opens files with tensors only: "
                 "use the weights-only file, or save the state dictionary by itself"
             ) from None
+        refuse_pointer(path)
         raise ElmExportError(f"{path} is not a PyTorch checkpoint, or is damaged; download it again") from None
     except OSError as error:
         raise ElmExportError(f"{path} cannot be read ({error.strerror or error}); check the file and its permissions") from None

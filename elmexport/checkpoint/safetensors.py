@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles
+from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles, refuse_pointer
 from elmexport.errors import ElmExportError, listed
 
 if TYPE_CHECKING:
@@ -81,11 +81,7 @@ def _read_header(path: Path) -> dict[str, TensorFacts]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             return {name: TensorFacts(tuple(entry.get_shape()), entry.get_dtype()) for name, entry in slices.items()}
     except SafetensorError as error:
-        with path.open("rb") as raw:
-            if raw.read(30).startswith(b"version https://git-lfs"):
-                raise ElmExportError(
-                    f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` in that folder"
-                ) from None
+        refuse_pointer(path)
         raise ElmExportError(f"{path} is truncated or corrupt ({error}); download or save it again") from None
     except OSError as error:
         raise ElmExportError(f"{path} cannot be read ({error.strerror or error}); check the file and its permissions") from None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elmexport.errors import ElmExportError
+
 if TYPE_CHECKING:
     import torch
 
@@ -32,3 +34,14 @@ class TensorFiles(ABC):
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor in its stored dtype."""
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that stands for the weights in a repository whose large files were not fetched.
+
+    Raises:
+        ElmExportError: it is one, and how to get the weights.
+    """
+    with path.open("rb") as raw:
+        if raw.read(30).startswith(b"version https://git-lfs"):
+            raise ElmExportError(f"{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` in that folder")

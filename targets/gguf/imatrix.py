@@ -61,8 +61,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     from gguf import GGUFReader
 
     if is_legacy_imatrix(path):
+        new = path.with_name(f"{path.stem}{'-1' if path.suffix == '.gguf' else ''}.gguf").name
         raise ElmExportError(
-            f"{path} is an importance matrix in llama.cpp's former binary form; convert it: llama-imatrix --in-file {path} -o {path.with_suffix('.gguf').name}"
+            f"{path} is an importance matrix in llama.cpp's former binary form; convert it: llama-imatrix --in-file {path} -o {new}"
         )
     try:
         reader = GGUFReader(path)
