@@ -39,6 +39,8 @@ def awq_model(checkpoint: Checkpoint, plan: Plan, statistics: Statistics) -> Fol
 def awq_folds(checkpoint: Checkpoint, scheme: Callable[[WeightSpec], Scheme], statistics: Statistics) -> Folds:
     """Search the folds of least output error for every linear that `scheme` quantizes, for `FoldedCheckpoint`.
 
+    Weights are read one at a time.
+
     Raises:
         ElmExportError: statistics without a linear of the model.
     """

@@ -70,7 +70,7 @@ def quantize_in_order(
         for node in stage.nodes:
             spec = node.weights.get("weight", node.weights.get("table"))
             scheme = None if spec is None else plan.schemes[spec.name]
-            if spec is None or not isinstance(scheme, CodedScheme) or (node.op == "linear" and spec.role is Role.EMBEDDING):
+            if spec is None or not isinstance(scheme, CodedScheme) or (node.role is Role.LM_HEAD and checkpoint.config.dims.tied):
                 continue  # a tied head has been quantized as the embedding
             try:
                 if node.op == "linear":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.formats import find_format
+from elmexport.graph.dims import ModelDims
 from elmexport.inspection import list_tensors
 from elmexport.manifest import Manifest
 from elmexport.models import config_from_dict
@@ -36,17 +37,16 @@ def traffic(path: Path) -> Traffic | None:
     if not (path / MANIFEST).is_file():
         return None
     artifact = Artifact.open(path)
-    return Traffic(_weights(list_tensors(artifact)), _cache(artifact.manifest, str(path / MANIFEST)))
+    dims = config_from_dict(artifact.manifest.model.config, where=str(path / MANIFEST)).dims
+    return Traffic(_weights(list_tensors(artifact), dims), _cache(artifact.manifest, dims))
 
 
-def _weights(tensors: tuple[StoredTensor, ...]) -> int:
+def _weights(tensors: tuple[StoredTensor, ...], dims: ModelDims) -> int:
     """Bytes of what a token needs whole: all weights but an embedding that the head does not share, of which it needs a row."""
     weights = [tensor for tensor in tensors if tensor.role is not None]
-    untied = any(tensor.role is Role.LM_HEAD for tensor in weights)
-    return sum(tensor.bytes for tensor in weights if not (untied and tensor.role is Role.EMBEDDING))
+    return sum(tensor.bytes for tensor in weights if dims.tied or tensor.role is not Role.EMBEDDING)
 
 
-def _cache(manifest: Manifest, where: str) -> int:
-    dims = config_from_dict(manifest.model.config, where=where).dims
+def _cache(manifest: Manifest, dims: ModelDims) -> int:
     width = find_format(manifest.target).cache_bytes or _WIDTHS[manifest.quant.activations]
     return 2 * sum(layer.kv_heads for layer in dims.layers) * dims.head_dim * width

@@ -174,7 +174,7 @@ class Lowering:
         build, spec, x = self.builder, node.weights["weight"], self.values[node.inputs["x"]]
         if node.role is Role.LM_HEAD:
             x = self.rows.kept(x)
-        tied = spec.name in self.matrices
+        tied = node.role is Role.LM_HEAD and self.dims.tied  # the table has been written, for the embedding
         matrix = self._matrix(spec, node.weight_scale, transpose=True)
         if isinstance(matrix, PackedMatrix):
             # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
