@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 
+WITH_ADAPTER = " with adapter "  # between a base's origin and an adapter's name
+
+
 @dataclass(frozen=True)
 class Source:
     """Where a checkpoint came from, for the manifest: never a path of this machine."""

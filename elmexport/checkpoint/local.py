@@ -7,7 +7,7 @@ from pathlib import Path
 from elmexport.checkpoint import pickled
 from elmexport.checkpoint.adapter import AdaptedCheckpoint, read_adapter, split
 from elmexport.checkpoint.adapter_config import CONFIG, adapter_base
-from elmexport.checkpoint.base import Checkpoint, Source
+from elmexport.checkpoint.base import WITH_ADAPTER, Checkpoint, Source
 from elmexport.checkpoint.corenet import find_config
 from elmexport.checkpoint.names import display_name, snapshot_repo
 from elmexport.checkpoint.safetensors import SafetensorsFiles, has_weights
@@ -76,7 +76,7 @@ def open_adapter(path: Path, base: Checkpoint) -> AdaptedCheckpoint:
         raise ElmExportError(f"--adapter {path}: {files.path.name} holds no LoRA tensors; give an adapter as PEFT or CoreNet writes it")
     name = display_name(path)
     read = read_adapter(name, files, path if path.is_dir() else path.parent, base.config)
-    source = Source(f"{base.source.name}-{name}", f"{base.source.origin} with adapter {name}", base.source.revision)
+    source = Source(f"{base.source.name}-{name}", f"{base.source.origin}{WITH_ADAPTER}{name}", base.source.revision)
     return AdaptedCheckpoint(base, read, source)
 
 
