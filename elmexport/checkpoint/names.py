@@ -72,7 +72,7 @@ def display_name(path: Path) -> str:
 
 
 def snapshot_repo(path: Path) -> str | None:
-    """The repository ("apple/OpenELM-450M") whose snapshot in a hub cache the folder `path` is; None where it is none."""
+    """The repository (`owner/name`) whose snapshot in a hub cache the folder `path` is; None where it is none."""
     given = Path(os.path.abspath(path))
     match = _SNAPSHOT.fullmatch(given.parent.parent.name) if given.parent.name == "snapshots" else None
     return None if match is None else f"{match['owner']}/{match['name']}"

@@ -21,7 +21,7 @@ from elmexport.weights import Role
 if TYPE_CHECKING:
     import torch
 
-# Training code pads the vocabulary to whole tiles of a matrix unit; CoreNet's OpenELM has 32,128 rows for 32,000 tokens.
+# Training code pads the vocabulary to whole tiles of a matrix unit; CoreNet's has 32,128 rows for 32,000 tokens.
 PAD_MULTIPLE, MOST_PADDING = 64, 128
 # Tables that a model computes from its configuration and some versions of its code store all the same.
 _BUFFERS = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|cached_cos|cached_sin|causal_mask|masked_bias)$")
