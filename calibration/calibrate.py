@@ -16,9 +16,8 @@ from calibration.statistics import FORMAT, Statistics
 from calibration.text import Sample, calibration_text, random_windows, read_text, sample_windows
 from calibration.work import FolderWork
 from elmexport import __version__
-from elmexport.checkpoint import open_checkpoint, require_tokenizer
+from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.files import complete_file
 from elmexport.progress import Progress, SilentProgress
@@ -100,12 +99,11 @@ def make_sample(
         raise ElmExportError(f"--window is {window}; {checkpoint.source.name} takes 2 to {config.dims.context} tokens at once")
     if tokens < 1:
         raise ElmExportError(f"--tokens is {tokens}; calibration reads at least 1 token ({DEFAULT_TOKENS:,} is the default)")
-    if checkpoint.tokenizer_path is None:
+    tokenizer = open_tokenizer(checkpoint)
+    if tokenizer is None:
         if texts:
             raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read the text with; pass one with --tokenizer PATH")
         return random_windows(config.dims.vocab_size, config.bos_token_id, tokens=tokens, window=window)
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
-    check_vocabulary(tokenizer, config)
     words = ", ".join(path.name for path in text) if texts else "bundled calibration text"
     return sample_windows(tokenizer, texts or [calibration_text()], words, tokens=tokens, window=window)
 

@@ -22,11 +22,10 @@ from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
-from elmexport.checkpoint import open_checkpoint, require_tokenizer
+from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyError
-from elmexport.evaluation.self_check import ReferenceRun, reference_pass, self_check
+from elmexport.evaluation.self_check import ReferenceRun, check_texts, reference_pass, self_check
 from elmexport.evaluation.task_drop import TaskDrop
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
@@ -140,9 +139,8 @@ def export_checkpoint(
     check_free(out, force=force)
     chosen.check(config, context)
     graph = trace(config, context)
-    tokenizer = None if checkpoint.tokenizer_path is None else load_tokenizer(checkpoint.tokenizer_path)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config)
+    tokenizer = open_tokenizer(checkpoint)
+    spoken = () if tokenizer is None else chosen.check_tokenizer(tokenizer)
 
     @cache
     def reference() -> ReferenceRun:
@@ -170,7 +168,7 @@ def export_checkpoint(
         if options.calibrate != "none" and (statistics is None or statistics.residual_peak is None):
             statistics = reference().statistics
         alpha, calibration = _alpha(statistics, checkpoint)
-    notes = [*checkpoint.notes, *prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
+    notes = [*checkpoint.notes, *spoken, *prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
     if context > config.dims.context:
         notes.append(f"the model was trained on {config.dims.context} tokens; what it says beyond them may be poor (context {context})")
 
@@ -185,6 +183,8 @@ def export_checkpoint(
         if verify:
             checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
+            if checked.done and tokenizer is not None:
+                check_texts(chosen.name, folder, tokenizer, plain=bool(spoken))
         manifest = Manifest(
             format=FORMAT,
             model=_model(checkpoint),

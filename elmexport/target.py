@@ -6,9 +6,8 @@ A target is one package with a lowering from the traced graph, packing of weight
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -54,10 +53,12 @@ class ExportJob:
         return self.weights.plan.recipe
 
     def write_description(self, folder: Path) -> None:
-        """Write `config.json` and the tokenizer's file into `folder`, for formats that do not carry them inside."""
+        """Write `config.json` and the tokenizer's files into `folder`, for formats that do not carry them inside."""
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         if self.tokenizer is not None:
-            shutil.copyfile(self.tokenizer.path, folder / self.tokenizer.file_name)
+            from elmexport.checkpoint.tokenizer.clients import write_tokenizer_files
+
+            write_tokenizer_files(self.tokenizer, self.graph.context, folder)
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,19 @@ class Target(ABC):
         Raises:
             ElmExportError: what the format cannot hold, and what to do instead.
         """
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> Sequence[str]:
+        """Refuse, before any work, a tokenizer that the artifact cannot carry with the same ids; return what is worth a note.
+
+        Here: of a format with `tokenizer.json` beside the model.
+
+        Raises:
+            ElmExportError: what the format has no form for, and what to do instead.
+        """
+        from elmexport.checkpoint.tokenizer.clients import client_json
+
+        client_json(tokenizer)
+        return ()
 
     def check_plan(self, graph: Graph, plan: Plan) -> None:  # noqa: B027  (optional: most formats hold any sizes)
         """Refuse, before any work, tensors whose stored sizes the target's files cannot hold.

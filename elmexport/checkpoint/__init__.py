@@ -14,7 +14,8 @@ from elmexport.checkpoint.local import holds_checkpoint, open_adapter, open_fold
 from elmexport.checkpoint.names import display_name
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.checkpoint.safetensors import has_weights
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, Tokenizer, load_tokenizer
+from elmexport.checkpoint.tokenizer.beside import read_template_beside
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import find_family, find_model, known_models, read_config
 from elmexport.models.base import KnownModel, ModelConfig
@@ -91,6 +92,21 @@ def require_tokenizer(checkpoint: Checkpoint) -> Path:
     if checkpoint.tokenizer_path is not None:
         return checkpoint.tokenizer_path
     return _download_tokenizer(checkpoint.source.name, checkpoint.config)
+
+
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer of `checkpoint` with the model's own ids and chat template; None where it has none.
+
+    A template counts only if it lies in the model's own folder: beside a tokenizer that was taken from elsewhere lies another model's.
+
+    Raises:
+        ElmExportError: a damaged file, or a tokenizer of another model.
+    """
+    if checkpoint.tokenizer_path is None:
+        return None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, ModelIds.of(checkpoint.config))
+    tokenizer.chat_template = None if checkpoint.folder is None else read_template_beside(checkpoint.folder)
+    return tokenizer
 
 
 def _open_random(model: str, known: KnownModel | None, path: Path | None, tokenizer: str | None, seed: int) -> RandomCheckpoint:
@@ -228,4 +244,4 @@ def _aliases() -> str:
     return ", ".join(known.alias for known in known_models())
 
 
-__all__ = ["Checkpoint", "is_local", "open_checkpoint", "open_embedded", "open_repository", "require_tokenizer"]
+__all__ = ["Checkpoint", "is_local", "open_checkpoint", "open_embedded", "open_repository", "open_tokenizer", "require_tokenizer"]

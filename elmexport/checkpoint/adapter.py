@@ -169,6 +169,7 @@ class AdaptedCheckpoint(Checkpoint):
         unties = tied and (embedding in adapter.updates or head in adapter.updates or self._differs(head, embedding))
         config = config_from_dict({**base.config.to_dict(), base.config.tied_key: False}) if unties else base.config
         super().__init__(config, source, base.tokenizer_path)
+        self.folder = base.folder
         self._shared_head = (head, embedding) if unties else None
         self.notes += [*base.notes, f"merged with the adapter {adapter.name}: {adapter.words()}", *adapter.notes]
         if unties:

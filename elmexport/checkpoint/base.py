@@ -41,7 +41,8 @@ class Checkpoint(ABC):
     def __init__(self, config: ModelConfig, source: Source, tokenizer_path: Path | None = None) -> None:
         self.config = config
         self.source = source
-        self.tokenizer_path = tokenizer_path  # tokenizer.model or tokenizer.json, None where there is none
+        self.tokenizer_path = tokenizer_path  # tokenizer.json or tokenizer.model, None where there is none
+        self.folder: Path | None = None  # of the model's files, None where it has none
         self.notes: list[str] = []  # what the user should know of how the files were read
 
     @cached_property

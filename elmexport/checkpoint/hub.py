@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 from elmexport.checkpoint import pickled
 from elmexport.checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
 from elmexport.checkpoint.safetensors import INDEX, SINGLE
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.checkpoint.tokenizer import BESIDE, TOKENIZER_FILES
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import known_models
 from elmexport.progress import Progress
 
 T = TypeVar("T")
 
-SMALL_FILES = ("config.json", INDEX, pickled.INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES)
+SMALL_FILES = ("config.json", "generation_config.json", INDEX, pickled.INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES, *BESIDE)
 WEIGHT_FILES = (SINGLE, "model-*-of-*.safetensors")
 BIN_FILES = (pickled.SINGLE, "pytorch_model-*-of-*.bin")  # of repositories that have no safetensors
 
@@ -87,7 +87,7 @@ def download_tokenizer(repo: str) -> Path:
         return cached
     from huggingface_hub import snapshot_download
 
-    snapshot = Path(_explained(repo, None, lambda: snapshot_download(repo, allow_patterns=list(TOKENIZER_FILES))))
+    snapshot = Path(_explained(repo, None, lambda: snapshot_download(repo, allow_patterns=[*TOKENIZER_FILES, *BESIDE])))
     for name in TOKENIZER_FILES:
         if (snapshot / name).is_file():
             return snapshot / name

@@ -101,6 +101,7 @@ def _open_tensors(files: TensorFiles, folder: Path, config: ModelConfig, source:
     if adapter is not None and not own.facts:
         raise ElmExportError(_needs_base(files.path))
     checkpoint = StoredCheckpoint(own, config, source, tokenizer_path)
+    checkpoint.folder = folder
     if adapter is None:
         return checkpoint
     checkpoint.check()

@@ -14,6 +14,7 @@ from calibration.statistics import MEAN_SQUARE, Facts, Statistics
 from calibration.text import Sample, sample_ids
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.checkpoint.tokenizer.probes import compare
 from elmexport.divergence import Divergence, divergence
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.graph.device import torch_device
@@ -21,6 +22,7 @@ from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
+from elmexport.runtimes.text import find_tokenizer
 from elmexport.target import Target, wider_formats
 from elmexport.weights import Role, WeightSpec
 
@@ -127,6 +129,18 @@ def self_check(
             f"quantization may cost; top-1 agreement {result.top1_agreement:.1%}. The artifact was discarded. Choose a wider --quant; if a float format fails too, report it as a bug"
         )
     return result, logits
+
+
+def check_texts(target: str, folder: Path, tokenizer: Tokenizer, *, plain: bool) -> None:
+    """Compare the ids that the artifact's own tokenizer gives to texts with those of `tokenizer`; `plain`: see `compare`.
+
+    Raises:
+        ElmExportError: other ids.
+        MissingDependencyError: what reads the artifact's tokenizer is not installed.
+    """
+    found = find_tokenizer(target, folder)
+    if found is not None:
+        compare(tokenizer, found, f"the {target} artifact", ties=True, plain=plain)
 
 
 def _overflow(reference: ReferenceRun, logits: NDArray[np.float32]) -> str | None:

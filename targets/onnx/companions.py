@@ -6,34 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.contracts.onnx import ATTENTION_MASK, INPUT_IDS, LOGITS, past, present
 from elmexport.target import ExportJob
 
 
 def write_companions(job: ExportJob, model: Path, folder: Path) -> None:
-    """Write `generation_config.json`, `genai_config.json` and, with a tokenizer, `tokenizer.json` and `tokenizer_config.json`.
-
-    `model` is the `.onnx` file inside `folder`.
-    """
-    config = job.config
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.eos_token_id}
-    _write(folder / "generation_config.json", {**ids, "do_sample": False})
+    """Write `generation_config.json` and `genai_config.json`; `model` is the `.onnx` file inside `folder`."""
+    _write(folder / "generation_config.json", {**_ids(job), "do_sample": False})
     _write(folder / "genai_config.json", _genai(job, model.relative_to(folder).as_posix()))
-    if job.tokenizer is not None:
-        write_tokenizer_files(job.tokenizer, job.graph.context, folder)
 
 
 def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
     """onnxruntime-genai's description of a decoder. Head counts differ from layer to layer: it reads them off the graph and takes these
     only where a graph leaves them open, so the largest stand here."""
-    config, dims = job.config, job.graph.dims
+    dims = job.graph.dims
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.eos_token_id,
+            **_ids(job),
             "context_length": job.graph.context,
             "vocab_size": dims.vocab_size,
             "decoder": {
@@ -55,6 +45,15 @@ def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
         },
         "search": {"do_sample": False, "max_length": job.graph.context, "past_present_share_buffer": True},
     }
+
+
+def _ids(job: ExportJob) -> dict[str, int | list[int]]:
+    """The tokens that begin, end and pad texts."""
+    config, special = job.config, None if job.tokenizer is None else job.tokenizer.special
+    bos, eos = (config.bos_token_id, config.eos_token_ids) if special is None else (special.bos, special.eos)
+    pad = None if special is None else special.pad
+    ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": bos}
+    return {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": eos[0] if pad is None else pad}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

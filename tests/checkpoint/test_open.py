@@ -73,7 +73,7 @@ def test_tokenizer_that_is_not_there(given: str) -> None:
 
 
 def test_tokenizer_folder_without_one(bare: Path) -> None:
-    with pytest.raises(ElmExportError, match=r"the folder holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(ElmExportError, match=r"the folder holds neither tokenizer\.json nor tokenizer\.model"):
         open_checkpoint("tiny", tokenizer=str(bare))
 
 

@@ -71,8 +71,8 @@ class OpenELMConfig(ModelConfig):
     rope_freq_constant: float = 10000
     rope_max_length: int = 4096
     initializer_range: float = 0.02
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)  # `eos_token_id` of the file: a number, or a list
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "config.json") -> OpenELMConfig:
@@ -90,6 +90,11 @@ class OpenELMConfig(ModelConfig):
             raise ElmExportError(
                 f"{where}: lacks {', '.join(missing)}; use the config.json of the published model{model}, or that of the training code"
             )
+        if "bos_token_id" in data:
+            values["bos_token_id"] = data["bos_token_id"]
+        eos = data.get("eos_token_id")
+        if eos is not None:
+            values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
         for key in ("qkv_multipliers", "ffn_multipliers"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
@@ -104,6 +109,8 @@ class OpenELMConfig(ModelConfig):
         data["ffn_multipliers"] = list(self._per_layer(self.ffn_multipliers, "ffn_multipliers"))
         if isinstance(self.qkv_multipliers, tuple):
             data["qkv_multipliers"] = list(self.qkv_multipliers)
+        del data["eos_token_ids"]
+        data["eos_token_id"] = self.eos_token_id if len(self.eos_token_ids) == 1 else list(self.eos_token_ids)
         data["num_query_heads"] = [layer.query_heads for layer in self.layers]
         data["num_kv_heads"] = [layer.kv_heads for layer in self.layers]
         data["architectures"] = ["OpenELMForCausalLM"]
@@ -212,9 +219,11 @@ class OpenELMConfig(ModelConfig):
             )
         if self.normalization_layer_name != "rms_norm":
             raise ElmExportError(f"{where}: normalization_layer_name is {self.normalization_layer_name!r}; elmexport supports 'rms_norm'")
-        for key in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or not 0 <= value < self.vocab_size:
+        if not self.eos_token_ids:
+            raise ElmExportError(f"{where}: eos_token_id is an empty list; name the token that ends a text")
+        ids = [("eos_token_id", value) for value in self.eos_token_ids]
+        for key, value in [("bos_token_id", self.bos_token_id), *ids] if self.bos_token_id is not None else ids:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
                 raise ElmExportError(f"{where}: {key} is {value!r}; it must lie in 0..{self.vocab_size - 1}")
 
     def _check_lists(self, data: Mapping[str, Any], where: str) -> None:
