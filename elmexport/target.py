@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.artifact import file_sha256
 from elmexport.errors import ElmExportError
-from elmexport.formats import find_format, load
+from elmexport.formats import FORMATS, find_format, load
 from elmexport.manifest import Chain, FileSetting, Setting
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
-from elmexport.quantization.schemes import Scheme
+from elmexport.quantization.schemes import Float, Scheme
 from elmexport.weights import Role
 
 if TYPE_CHECKING:  # a target's class is imported for its --help, which nothing heavy may delay
@@ -205,3 +205,23 @@ def find_target(name: str, settings: Mapping[str, Any] | None = None) -> Target:
         if setting in given and described.choices is not None and given[setting] not in described.choices:
             raise ElmExportError(f"--{setting.replace('_', '-')} is {given[setting]!r}; choose {' or '.join(described.choices)}")
     return kind(**given)
+
+
+def wider_formats(target: Target) -> str:
+    """Advice for numbers that fp16 cannot hold: quantizations of `target`'s format that can, or else those of other formats."""
+    own = _wide(target)
+    if own:
+        return f"choose --quant {' or '.join(own)}"
+    others = [f"`elmexport {row.name} --quant {wide[-1]}`" for row in FORMATS.values() if (wide := _wide(load(row.target)()))]
+    return f"{target.name} files hold and compute fp16 whatever the --quant: correct the row in the checkpoint, or export with {' or '.join(others)}"
+
+
+def _wide(target: Target) -> list[str]:
+    """The quantizations of a format that keep and compute everything in bf16 or fp32."""
+    found = []
+    for quant in target.quants:
+        recipe = target.stored_recipe(quant)
+        dtypes = {recipe.activations.dtype, *(rule.scheme.dtype if isinstance(rule.scheme, Float) else "fp16" for rule in recipe.rules)}
+        if "fp16" not in dtypes:
+            found.append(quant)
+    return found
