@@ -74,7 +74,7 @@ def main() -> None:
     import torch
     from coremltools._deps import _kmeans1d
 
-    from elmexport.quantization.lut import cluster
+    from elmexport.quantization.kmeans import cluster
 
     entries, group = 1 << arguments.bits, arguments.group
 

@@ -1,4 +1,4 @@
-"""GPTQ: codes chosen so that the rounding errors of a row cancel in its output, for integer schemes and look-up tables.
+"""GPTQ: codes chosen so that the rounding errors of a row cancel in its output, for every scheme that has a grid.
 
 With inputs of second moment H, rounding a row w to ŵ costs (w - ŵ)ᵀ H (w - ŵ) of mean squared output error. Column after column is rounded
 to nearest after the errors made so far have been passed on to it, as far as the inputs are correlated (Frantar et al., "GPTQ", 2022, in the
@@ -32,7 +32,7 @@ Damped = Callable[[float], None]  # called with a damping that had to be raised
 def gptq(
     weight: Tensor, scheme: CodedScheme, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
 ) -> Quantized:
-    """Quantize `weight` `[out, in]` (any float dtype) to `scheme`, with an output error under `hessian` `[in, in]` as small as we can find.
+    """Compute the GPTQ codes of one matrix: `weight` `[out, in]` (any float dtype) in `scheme`, of small output error under `hessian` `[in, in]`.
 
     `hessian` is E[x xᵀ] of the linear's input. `damping`, a part of its mean diagonal, is added to the diagonal: it keeps the factor well
     conditioned, and rounding sensible where the calibration text says nothing (a channel that was always zero is rounded to nearest). It
@@ -91,7 +91,7 @@ def _sweep(grid: Grid, w: Tensor, error: Tensor, feedback: Tensor, order: Tensor
 
 
 def _refit(grid: Grid, w: Tensor, error: Tensor, h: Tensor) -> Tensor:
-    """Fit the grid's parameters to its codes: a step towards the least squares under `h`; returns the new `error`.
+    """Refit the grid's parameters to its codes by a step towards the least squares under `h`; returns the new `error`.
 
     The normal equations differ from row to row (or group to group), and a product with `h` for all of them at once is the cheapest way to
     apply them. One step down the gradient, each parameter scaled by its own curvature, as far as is best for each system, takes nearly
@@ -118,8 +118,10 @@ def _checked(hessian: Tensor, columns: int) -> Tensor:
 
 
 def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, float]:
-    """The damped Hessian divided by its mean diagonal, the order of its diagonal (largest first), R, upper triangular, of R Rᵀ = H in that order, and
-    the damping that it took."""
+    """Damp and factor the Hessian H, divided by its mean diagonal.
+
+    Returns H, the order of its diagonal (largest first), R, upper triangular, of R Rᵀ = H in that order, and the damping that it took.
+    """
     mean = hessian.diagonal().mean()
     h = torch.eye(len(hessian)) if mean == 0 else hessian / mean
     order = h.diagonal().argsort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""GPTQ for a tied embedding: a matrix as the head, a table whose rows are read one at a time as the embedding.
+"""GPTQ of a tied embedding: a matrix as the head, a table whose rows are read one at a time as the embedding.
 
 As the head it costs the output error under the Hessian of what it multiplies; as the embedding, an error of a row enters the residual stream in
 whatever direction it has. The sum of both is the Hessian with a part of the identity added, which is what damping is.
@@ -36,7 +36,7 @@ def quantize_table(weight: Tensor, scheme: CodedScheme, hessian: Tensor) -> Quan
 
 @torch.inference_mode()
 def head_moments(checkpoint: Checkpoint, sample: Sample, progress: Progress) -> Tensor:
-    """E[x xᵀ] `[dim, dim]` float32 of what the head multiplies while the model, as published, reads some windows of `sample`."""
+    """Measure the Hessian of a head, E[x xᵀ] `[dim, dim]` float32 of what it multiplies, while the model, as published, reads windows of `sample`."""
     count = max(1, min(len(sample.ids), TOKENS // sample.window))
     ids = torch.from_numpy(sample.ids[:: len(sample.ids) // count][:count])
     batches = list(torch.split(ids, max(1, _BATCH_TOKENS // sample.window)))

@@ -1,9 +1,7 @@
-"""A calibrated weight set: the codes and scales of every quantized tensor of a model, computed once, for every format.
+"""Calibrated weight sets: the codes and scales of every quantized tensor of a model in one file, computed once, for every format.
 
-One safetensors file. A tensor NAME of integer codes is stored as `NAME.codes`, `NAME.scales` float16 `[out, granules]` and, where asymmetric,
-`NAME.zeros` int8 `[out, granules]`; one of table indices as `NAME.codes` and `NAME.tables` float16 `[groups, entries]`. Codes are int8 or
-uint8 `[out, in]`; 4-bit ones lie two in a byte, `[out, in / 2]` uint8, the even column in the low half, counted from the lowest code up. A
-folded norm is stored as `NAME`, float32. `damping` float32 `[tensors]`, in the order of the metadata's `schemes`, is the damping that
+A safetensors file. A tensor NAME is stored in the parts that the codec of its scheme names (`NAME.codes`, `NAME.scales`, …; see
+`docs/artifacts.md`), a folded norm as `NAME`, float32. `damping` float32 `[tensors]`, in the order of the metadata's `schemes`, is the damping that
 GPTQ had to raise a tensor's Hessian by, 0 where the usual one was enough.
 """
 
@@ -32,12 +30,13 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.weights"
 DAMPING = "damping"
+_FIX = "make one with --save-weights"
 _DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
 
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """Of which model, how computed, from what: the file's metadata."""
+    """Metadata of a weight set: of which model, how computed, from what."""
 
     model: str  # display name
     identity: str  # SHA-256 of `Checkpoint.identity`
@@ -52,7 +51,7 @@ class WeightFacts:
 
 
 class WeightSet:
-    """`facts`, and the tensors in a file, read when they are asked for."""
+    """A weight set file: its metadata, and tensors that are read when they are asked for."""
 
     def __init__(self, path: Path, facts: WeightFacts) -> None:
         self.path, self.facts = path, facts
@@ -60,35 +59,32 @@ class WeightSet:
 
     @classmethod
     def load(cls, path: Path) -> WeightSet:
-        """Read the metadata of `path`.
+        """Open `path` and read its metadata.
 
         Raises:
             ElmExportError: no such file, another kind of file, a damaged one, or one of a newer format.
         """
         from safetensors import SafetensorError, safe_open
 
-        fix = "make one with --save-weights"
         try:
             with safe_open(path, framework="numpy") as file:
                 header = file.metadata() or {}
         except SafetensorError as error:
-            raise ElmExportError(f"{path} is no weight set, or is truncated or damaged ({error}); {fix}") from None
+            raise ElmExportError(f"{path} is no weight set, or is truncated or damaged ({error}); {_FIX}") from None
         except OSError as error:
-            raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a weight set: {fix}") from None
+            raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a weight set: {_FIX}") from None
         if METADATA_KEY not in header:
-            raise ElmExportError(f"{path} holds no calibrated weights; {fix}")
+            raise ElmExportError(f"{path} holds no calibrated weights; {_FIX}")
         found = cls(path, _facts(path, header[METADATA_KEY]))
         wanted = {*(f"{name}.codes" for name in found.facts.schemes), *found.facts.folded}
-        missing = sorted(wanted - set(found._tensors))
-        if missing:
-            raise ElmExportError(f"{path} is damaged: it lacks {', '.join(missing[:5])}; {fix}")
+        found._check_holds(wanted)
         return found
 
     def check(self, checkpoint: Checkpoint, plan: Plan) -> None:
-        """Make sure that these are weights of `checkpoint` in the schemes of `plan`.
+        """Check that these are weights of `checkpoint` in the schemes of `plan`.
 
         Raises:
-            ElmExportError: another model, or another scheme for some tensor.
+            ElmExportError: another model, another scheme for some tensor, or a damaged file.
         """
         if self.facts.identity != checkpoint.identity():
             raise ElmExportError(
@@ -104,6 +100,9 @@ class WeightSet:
                     f"{want or plan.schemes[name]}; choose the --quant that the file was made with, or leave --weights-from out"
                 )
 
+        schemes = self.facts.schemes.items()
+        self._check_holds({f"{name}.{part}" for name, scheme in schemes for part in _codec(scheme).layout(checkpoint.specs[name].shape)})
+
     def damped(self) -> dict[str, float]:
         """Tensors whose Hessian needed more damping than usual, and how much, as a part of its mean diagonal."""
         if DAMPING not in self._tensors:
@@ -115,13 +114,18 @@ class WeightSet:
         return {name: self._tensors[name] for name in self.facts.folded}
 
     def get(self, spec: WeightSpec) -> Quantized:
-        """The tensor of `spec`, which is one of `facts.schemes`."""
+        """Read the tensor of `spec`, which is one of `facts.schemes`."""
         codec = _codec(self.facts.schemes[spec.name])
         return codec.from_parts({part: self._tensors[f"{spec.name}.{part}"] for part in codec.layout(spec.shape)}, spec.shape)
 
+    def _check_holds(self, wanted: set[str]) -> None:
+        missing = sorted(wanted - set(self._tensors))
+        if missing:
+            raise ElmExportError(f"{self.path} is damaged: it lacks {', '.join(missing[:5])}; {_FIX}")
+
 
 class StoredWeights(WeightSource):
-    """The codes of a weight set, and the norms that came with them; of `checkpoint`, only the tensors that are not in the set are read."""
+    """Weights out of a weight set, norms that a folding changed included; of `checkpoint`, only tensors that are not in the set are read."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
         """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""
@@ -141,7 +145,7 @@ def quantized_schemes(plan: Plan) -> dict[str, str]:
 
 
 class WeightWriter:
-    """Writes a weight set tensor by tensor; the sizes of all are known from their schemes."""
+    """Writer of a weight set, tensor by tensor in any order; the sizes of all are known from their schemes."""
 
     def __init__(self, file: IO[bytes], facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> None:
         self._file = file
@@ -172,7 +176,7 @@ class WeightWriter:
             self._write(f"{spec.name}.{part}", tensor)
 
     def damped(self, spec: WeightSpec, damping: float) -> None:
-        """The Hessian of `spec` needed this."""
+        """Record that the Hessian of `spec` needed more damping than usual: this part of its mean diagonal."""
         self._damping[spec.name] = damping
 
     def add_norm(self, name: str, tensor: Tensor) -> None:
@@ -193,7 +197,7 @@ class WeightWriter:
 
 @contextmanager
 def weight_writer(path: Path, facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> Iterator[WeightWriter]:
-    """A writer into `path`, which appears when it is complete."""
+    """Open a writer into `path`, a file that appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with complete_file(path) as partial:
         try:

@@ -1,4 +1,4 @@
-"""What GPTQ rounds to: the codes and parameters (scales, or table entries) of a matrix under construction.
+"""Quantization grids: codes and parameters (scales, or table entries) of a matrix, as GPTQ changes them.
 
 Matrices are transposed, `[in, out]`. Parameters are float32 `[parameters, systems]`: a system is what shares no parameter with the rest, a row
 of the weight for scales, a group of rows for tables. Values are linear in the parameters, which is what lets least squares fit them.

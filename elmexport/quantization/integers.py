@@ -1,7 +1,7 @@
-"""Integer codes and scales of a matrix, by two methods: round to nearest, and least squares.
+"""Rounding to integers: scales from extreme values (round to nearest), or of least squared error.
 
-Everything here works on float32 `x` `[rows, granules, block]`, a granule being the values that share a scale, and returns codes int8 of
-that shape, scales float16 `[rows, granules]`, and zero points int8 `[rows, granules]` (None where the scheme is symmetric).
+Everything here works on float32 `x` `[rows, groups, block]`, a group being the values that share a scale, and returns codes int8 of that
+shape, scales float16 `[rows, groups]`, and zero points int8 `[rows, groups]` (None where the scheme is symmetric).
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from torch import Tensor
 
 from elmexport.quantization.schemes import Integer
 
-# The value of largest magnitude in a granule is mapped to each of these codes in turn, and the scale with the least squared error is
-# kept. Negative entries send it to the longer, negative side of the range; entries beyond the range clip it.
-_EXTREMES = (-8.0, -9.0, -8.5, -7.5, -7.0, -6.5, 7.0, 8.0, 7.5, 6.5, 6.0)
-_EXTREMES_OF_LONG_GRANULES = (*_EXTREMES, -9.5, -10.0, -10.5, -11.0, -12.0, -13.0, -14.5, 9.0, 10.0, 11.0)
+# The value of largest magnitude in a group is mapped to codes at these distances from the lowest and from the highest one in turn, and the
+# scale with the least squared error is kept. The low side of the range is the longer one; codes beyond the range clip the value.
+_FROM_LOW = (0.0, -1.0, -0.5, 0.5, 1.0, 1.5)
+_FROM_HIGH = (0.0, 1.0, 0.5, -0.5, -1.0)
+_FROM_LOW_IF_LONG = (-1.5, -2.0, -2.5, -3.0, -4.0, -5.0, -6.5)
+_FROM_HIGH_IF_LONG = (2.0, 3.0, 4.0)
 _LONG = 33  # values; the more there are, the further the extreme one lies from the rest
-# Parts of the distances from zero to a granule's smallest and largest value that asymmetric codes span.
+# Parts of the distances from zero to a group's smallest and largest value that asymmetric codes span.
 _SPANS = (1.0, 0.92, 0.84, 0.75)
 
 Coded = tuple[Tensor, Tensor, Tensor | None]
 
 
 def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
-    """Scales from the extreme values alone; codes for the scale before it is rounded to fp16.
+    """Round to nearest with scales from the extreme values alone; codes are for the scale before it is rounded to fp16.
 
-    Blocks of 32 are ggml's `quantize_row_q4_0_ref` and `quantize_row_q8_0_ref`, bit for bit: 4 bits map the value of largest magnitude to
-    code -8 and round halves up, 8 bits map it to ±127 and round halves away from zero.
+    Blocks of 32 are ggml's `quantize_row_q4_0_ref`, `quantize_row_q5_0_ref` and `quantize_row_q8_0_ref`, bit for bit: below 8 bits the value of
+    largest magnitude is mapped to the lowest code and halves round up, 8 bits map it to ±127 and round halves away from zero.
     """
     if not scheme.symmetric:
         low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
@@ -35,10 +37,11 @@ def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
         codes = (x * _inverse(scale)[..., None]).round_().add_(zero[..., None]).clamp_(0, 15)
         return codes.to(torch.int8), scale.to(torch.float16), zero.to(torch.int8)
     extreme = _extreme(x)
-    if scheme.width == 4:
-        scale = (extreme + 0.0) / -8  # a block of zeros, whatever their signs, has the scale that ggml gives it
+    if scheme.width < 8:
+        lowest, highest = scheme.range
+        scale = (extreme + 0.0) / lowest  # a block of zeros, whatever their signs, has the scale that ggml gives it
         # Product and sum each rounded to float32, as ggml's library does it; gguf-py's numpy version rounds once, and differs on ties.
-        codes = (x * _inverse(scale)[..., None]).add_(8.5).trunc_().clamp_(0, 15).sub_(8)
+        codes = (x * _inverse(scale)[..., None]).add_(0.5 - lowest).trunc_().clamp_(0, highest - lowest).add_(lowest)
     else:
         scale = extreme.abs() / 127
         ratio = x * _inverse(scale)[..., None]
@@ -48,10 +51,10 @@ def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
 
 
 def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None) -> Coded:
-    """The scale of least squared error among a fixed set of candidates, refined once by least squares given the codes.
+    """Search the scale of least squared error among a fixed set of candidates; refine it once by least squares given the codes.
 
     Codes are nearest for the scale as stored (fp16), so every format that holds the same codes and scales dequantizes to the same numbers.
-    Symmetric 8-bit codes are fine enough for the largest magnitude to become code 127. `importance` `[granules, block]` weights the squares.
+    Symmetric 8-bit codes are fine enough for the largest magnitude to become code 127. `importance` `[groups, block]` weights the squares.
     """
     if not scheme.symmetric:
         return _least_squares_asymmetric(x, importance)
@@ -62,7 +65,7 @@ def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None) 
         return _codes(x, scale, low, high).to(torch.int8), scale, None
     best_scale = torch.zeros_like(extreme, dtype=torch.float16)
     best_error = torch.full_like(extreme, torch.inf)
-    for code in _EXTREMES if x.shape[-1] < _LONG else _EXTREMES_OF_LONG_GRANULES:
+    for code in _extreme_codes(low, high, x.shape[-1]):
         _keep_better(x, importance, (extreme / code).to(torch.float16), low, high, best_scale, best_error)
     codes = _codes(x, best_scale, low, high)
     # With the codes fixed, the least-squares scale is <x, codes> / <codes, codes>.
@@ -111,18 +114,26 @@ def _keep_better_asymmetric(
 
 
 def _error(x: Tensor, importance: Tensor | None, codes: Tensor, scale: Tensor) -> Tensor:
-    """(Weighted) squared error of each granule; `codes` (less their zero points) are used up."""
+    """(Weighted) squared error of each group; `codes` (less their zero points) are used up."""
     squares = codes.mul_(scale.to(torch.float32)[..., None]).sub_(x).square_()
     return (squares if importance is None else squares.mul_(importance)).sum(-1)
 
 
+def _extreme_codes(low: int, high: int, values: int) -> tuple[float, ...]:
+    """Codes to try for the value of largest magnitude of a group of `values`."""
+    codes = (*(low + distance for distance in _FROM_LOW), *(high + distance for distance in _FROM_HIGH))
+    if values < _LONG:
+        return codes
+    return (*codes, *(low + distance for distance in _FROM_LOW_IF_LONG), *(high + distance for distance in _FROM_HIGH_IF_LONG))
+
+
 def _extreme(x: Tensor) -> Tensor:
-    """The value of largest magnitude of each granule, with its sign; the first of several."""
+    """The value of largest magnitude of each group, with its sign; the first of several."""
     return x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
 
 
 def _codes(x: Tensor, scale: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """Nearest codes, as float32. A scale of zero (an all-zero granule, or one below fp16's smallest number) gives zero codes."""
+    """Nearest codes, as float32. A scale of zero (an all-zero group, or one below fp16's smallest number) gives zero codes."""
     codes = (x * _inverse(scale)[..., None]).round_()
     return torch.clamp(codes, low, high, out=codes) if isinstance(low, Tensor) else codes.clamp_(low, high)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Which layers a rule of a recipe is for. Most are shares of the model's depth, so that one recipe serves all sizes."""
+"""Layer selectors of recipe rules: ranges, and shares of the depth, by which one recipe serves models of all sizes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Layers = Between | FirstShare | MoreBits
 
 
 def parse_layers(text: str, where: str) -> Layers:
-    """The layers that a recipe file calls `text`.
+    """Parse a layer selector of a recipe file.
 
     Raises:
         ElmExportError: none of the forms; `where` is the file's name.

@@ -12,7 +12,7 @@ from elmexport.errors import ElmExportError
 from elmexport.quantization import packed_bits
 from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, fp16_times
 from elmexport.quantization.grids import Grid
-from elmexport.quantization.lut import boundaries, cluster
+from elmexport.quantization.kmeans import boundaries, cluster
 from elmexport.quantization.schemes import Lut
 
 
@@ -51,7 +51,7 @@ class LutCodec(Codec):
     scheme: Lut
 
     def quantize(self, weight: Tensor, method: Rounding, importance: Tensor | None) -> PalettizedTensor:
-        """Quantize `weight` `[…, out, in]`; see `elmexport.quantization.lut.cluster`.
+        """Quantize `weight` `[…, out, in]`; see `elmexport.quantization.kmeans.cluster`.
 
         Raises:
             ElmExportError: a method other than "mse".

@@ -1,4 +1,4 @@
-"""Writing recipes: the TOML that `load_recipe` reads, for a user to look at, edit and use again."""
+"""Recipe files: the TOML that `load_recipe` reads, written for a user to look at, edit and use again."""
 
 from __future__ import annotations
 

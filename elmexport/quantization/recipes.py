@@ -1,4 +1,4 @@
-"""Recipes: which tensor gets which scheme, as data (TOML). Policy only; no torch, no file format.
+"""Quantization recipes: which tensor gets which scheme, as data (TOML). Policy only; no torch, no file format.
 
 name = "int4"
 words = "what it means, one line, printed and recorded"
@@ -96,7 +96,7 @@ class Recipe:
         return replace(self, rules=tuple(replace(rule, imatrix=None) for rule in self.rules if rule.imatrix in (None, imatrix)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The TOML form, as JSON: what manifests record."""
+        """The recipe as manifests record it: the TOML form as JSON values."""
         rules = []
         for rule in self.rules:
             data: dict[str, Any] = {"scheme": rule.scheme.recipe_name}
@@ -130,7 +130,7 @@ class Plan:
 
 
 def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
-    """Give every tensor of `model` its scheme.
+    """Resolve a recipe for a model: the scheme of every tensor.
 
     Raises:
         ElmExportError: no rule matches a tensor.

@@ -169,18 +169,20 @@ class Float(Scheme):
 class Integer(CodedScheme):
     """`value = scale * (code - zero point)`, codes being integers of `width` bits; one fp16 scale per group of values.
 
-    Symmetric codes have no zero point: 4-bit ones run from -8 to 7, 8-bit ones from -127 to 127 (GGUF's Q4_0 and Q8_0). A 4-bit scale
-    may be negative: it lets the value of largest magnitude take code -8 whichever its sign. Asymmetric codes run from 0 to 15, as do their
-    zero points, one per group.
+    Symmetric codes have no zero point. Those below 8 bits take the whole range of two's complement, 4-bit ones from -8 to 7, 5-bit ones from
+    -16 to 15 (GGUF's Q4_0 and Q5_0); their scale may be negative, which lets the value of largest magnitude take the lowest code whichever its
+    sign. 8-bit ones run from -127 to 127 (Q8_0). Asymmetric codes run from 0 to 15, as do their zero points, one per group.
     """
 
-    width: Literal[4, 8]
+    width: Literal[3, 4, 5, 6, 8]
     granularity: PerChannel | PerBlock
     symmetric: bool = True
 
     codec: ClassVar[str] = "elmexport.quantization.integer_codec:IntegerCodec"
-    FORMS: ClassVar[str] = "int4-block32 (or int8, or any other block size), int4-channel (or int8), int4-asym-block32, int4-asym-channel"
-    _NAME: ClassVar[re.Pattern[str]] = re.compile(r"int(?:(?P<width>[48])|4(?P<asym>-asym))-(?:block(?P<block>[1-9]\d*)|channel)")
+    FORMS: ClassVar[str] = (
+        "int4-block32 (or int3, int5, int6, int8, or any other block size), int4-channel (or int3, …), int4-asym-block32, int4-asym-channel"
+    )
+    _NAME: ClassVar[re.Pattern[str]] = re.compile(r"int(?:(?P<width>[34568])|4(?P<asym>-asym))-(?:block(?P<block>[1-9]\d*)|channel)")
 
     def __post_init__(self) -> None:
         assert self.symmetric or self.width == 4, "asymmetric codes have 4 bits"
@@ -191,7 +193,7 @@ class Integer(CodedScheme):
         if match is None:
             return None
         block = PerBlock(int(match["block"])) if match["block"] else PerChannel()
-        return cls(8 if match["width"] == "8" else 4, block, symmetric=match["asym"] is None)
+        return cls(cast(Literal[3, 4, 5, 6, 8], int(match["width"] or 4)), block, symmetric=match["asym"] is None)
 
     @property
     def recipe_name(self) -> str:
@@ -204,7 +206,8 @@ class Integer(CodedScheme):
         """Smallest and largest code."""
         if not self.symmetric:
             return (0, 15)
-        return (-8, 7) if self.width == 4 else (-127, 127)
+        half = 1 << self.width - 1
+        return (-127, 127) if self.width == 8 else (-half, half - 1)
 
     @property
     def uses_importance(self) -> bool:

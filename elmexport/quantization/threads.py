@@ -1,4 +1,4 @@
-"""Work in parallel chunks."""
+"""Chunks of tensor work in a pool of threads."""
 
 from __future__ import annotations
 

@@ -74,9 +74,11 @@ class CoreMLTarget(Target):
         return FORMS[self.device](self.kv, self.prefill, self.argmax, self.max_package_mb)
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
-        if scheme == Float("fp16") or isinstance(scheme, Lut) or (isinstance(scheme, Integer) and scheme.symmetric):
+        if scheme == Float("fp16") or isinstance(scheme, Lut):
             return None
-        return "stores fp16, symmetric integers per channel or in blocks, and indices into look-up tables"
+        if isinstance(scheme, Integer) and scheme.symmetric and scheme.width in (4, 8):
+            return None
+        return "stores fp16, symmetric integers of 4 or 8 bits per channel or in blocks, and indices into look-up tables"
 
     def recipe(self, quant: str) -> Recipe:
         if quant in ("fp32", "bf16"):

@@ -53,7 +53,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a weight matrix `[rows, in, 1, 1]`: fp16 values, codes with `scales` `[rows, granules, 1, 1]`, or indices into `tables`
+    """Rows of a weight matrix `[rows, in, 1, 1]`: fp16 values, codes with `scales` `[rows, groups, 1, 1]`, or indices into `tables`
     `[groups, 1, 1, 1, entries, 1]`."""
 
     name: str

@@ -76,7 +76,9 @@ class GgufTarget(Target):
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
         from targets.gguf.packing import TYPES
 
-        return None if scheme in TYPES else "stores fp32, fp16, bf16, int4-block32, int8-block32, and ggml's own types"
+        if scheme in TYPES:
+            return None
+        return f"stores {', '.join(known.recipe_name for known in TYPES if not isinstance(known, GgmlType))}, and ggml's own types"
 
     def check(self, config: ModelConfig, context: int) -> None:
         from targets.gguf.families import architecture

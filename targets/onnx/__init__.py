@@ -41,10 +41,10 @@ class OnnxTarget(Target):
         match scheme:
             case Float(dtype="fp32" | "fp16"):
                 return None
-            case Integer(granularity=PerBlock(size=size), symmetric=symmetric) if size in BLOCKS:
+            case Integer(width=4 | 8, granularity=PerBlock(size=size), symmetric=symmetric) if size in BLOCKS:
                 # The gather wants zero points in other bytes than the product, and a tied table is read by both.
                 return None if symmetric or role is not Role.EMBEDDING else "stores asymmetric integers in every matrix but the embedding"
-        return f"stores fp32, fp16, and integers in blocks of {', '.join(map(str, BLOCKS))}"
+        return f"stores fp32, fp16, and integers of 4 or 8 bits in blocks of {', '.join(map(str, BLOCKS))}"
 
     def check(self, config: ModelConfig, context: int) -> None:
         if config.dims.head_dim % HEAD_MULTIPLE:

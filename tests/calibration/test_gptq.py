@@ -16,7 +16,18 @@ from elmexport.quantization.lut_codec import PalettizedTensor
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import CodedScheme, find_scheme
 
-NAMES = ("int4-block32", "int4-block64", "int4-channel", "int8-block32", "int4-asym-block32", "lut4-group8", "lut4-tensor")
+NAMES = (
+    "int3-block32",
+    "int5-block32",
+    "int6-channel",
+    "int4-block32",
+    "int4-block64",
+    "int4-channel",
+    "int8-block32",
+    "int4-asym-block32",
+    "lut4-group8",
+    "lut4-tensor",
+)
 
 
 def problem(rows: int = 48, columns: int = 128, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -99,7 +110,7 @@ def test_dead_channels_are_rounded_to_nearest(name: str) -> None:
     hessian[dead], hessian[:, dead] = 0, 0
     q = gptq(weight, scheme(name), hessian)
     relative = (q.dequantize() - weight)[:, dead].square().mean() / weight[:, dead].square().mean()
-    assert relative < 0.03
+    assert relative < (0.06 if name == "int3-block32" else 0.03)
     assert loss(weight, q, hessian) < 0.7 * loss(weight, quantize(weight, scheme(name), "mse", hessian.diagonal()), hessian)
 
 

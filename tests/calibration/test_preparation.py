@@ -222,8 +222,15 @@ def test_a_cache_that_cannot_be_written(small_checkpoint: MemoryCheckpoint, tmp_
 @pytest.mark.parametrize(
     ("target", "scheme", "message"),
     [
-        ("onnx", "lut4-group8", r"stores .* \(attention.qkv\) as .*; onnx stores .*integers in blocks of 16"),
-        ("gguf", "int4-block64", r"\(attention.qkv\) as .*; gguf stores fp32, fp16, bf16, int4-block32"),
+        ("onnx", "lut4-group8", r"stores .* \(attention.qkv\) as .*; onnx stores .*integers of 4 or 8 bits in blocks of 16"),
+        ("gguf", "int4-block64", r"\(attention.qkv\) as .*; gguf stores fp32, fp16, bf16, int8-block32"),
+        ("onnx", "int5-block32", r"\(attention.qkv\) as 5-bit .*; onnx stores .*integers of 4 or 8 bits in blocks of 16"),
+        ("coreml", "int6-block32", r"\(attention.qkv\) as 6-bit .*; coreml stores fp16, symmetric integers of 4 or 8 bits"),
+        (
+            "gguf",
+            "int6-block32",
+            r"\(attention.qkv\) as 6-bit .*; gguf stores .*int8-block32, int5-block32, int4-block32, and ggml's own types",
+        ),
         ("coreml", "ggml-q4_k", r"\(attention.qkv\) as .*; coreml stores "),
     ],
 )

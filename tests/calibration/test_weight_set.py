@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from calibration.weight_set import StoredWeights, WeightFacts, WeightSet, quantized_schemes, weight_writer
@@ -115,6 +116,17 @@ def test_damaged_and_foreign_files_are_refused(path: Path, tmp_path: Path) -> No
     path.write_bytes(data[:-100])
     with pytest.raises(ElmExportError, match="truncated or damaged"):
         WeightSet.load(path)
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "zeros", "tables"])
+def test_a_missing_part_is_damage(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint, part: str) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith(part))
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, metadata)
+    with pytest.raises(ElmExportError, match=f"is damaged: it lacks {lost}; make one with --save-weights"):
+        WeightSet.load(path).check(small_checkpoint, plan)
 
 
 def test_an_interrupted_writer_leaves_nothing(small_checkpoint: MemoryCheckpoint, plan: Plan, tmp_path: Path) -> None:

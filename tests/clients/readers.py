@@ -24,9 +24,9 @@ def quantized_weights(target: str, folder: Path, config: OpenELMConfig) -> Weigh
 
 
 def _dequantize(codes: NDArray[Any], scales: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Codes `[out, in]` times scales `[out, granules]`, exact in float32."""
-    rows, granules = scales.shape
-    return (codes.reshape(rows, granules, -1).astype(np.float32) * scales.astype(np.float32)[:, :, None]).reshape(rows, -1)
+    """Codes `[out, in]` times scales `[out, groups]`, exact in float32."""
+    rows, groups = scales.shape
+    return (codes.reshape(rows, groups, -1).astype(np.float32) * scales.astype(np.float32)[:, :, None]).reshape(rows, -1)
 
 
 # ONNX: onnx's reader; layouts of MatMulNBits and GatherBlockQuantized as onnxruntime documents its contrib operators.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,18 @@ from elmexport.weights import Role, WeightSpec
 from tests.memory_checkpoint import MemoryCheckpoint
 
 NAMES = (
-    *("int4-block32", "int4-channel", "int4-asym-block16", "int4-asym-channel", "int8-block32", "int8-channel"),
+    *(
+        "int3-block32",
+        "int5-block32",
+        "int5-channel",
+        "int6-block16",
+        "int4-block32",
+        "int4-channel",
+        "int4-asym-block16",
+        "int4-asym-channel",
+        "int8-block32",
+        "int8-channel",
+    ),
     *("lut4-group8", "lut4-tensor", "lut6-group4", "lut8-tensor"),
 )
 
@@ -57,7 +69,7 @@ def test_stored_parts(name: str, shape: tuple[int, ...]) -> None:
     layout, parts = codec.layout(shape), q.parts()
     assert {part: Part(tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()} == layout
     assert list(parts) == list(layout)
-    if shape[-1] % 2 == 0 and scheme.width in (4, 8) and "asym" not in name:  # zero points take a byte each, 6-bit indices too
+    if shape[-1] == 96 and "asym" not in name and "lut6" not in name:  # zero points take a byte each, 6-bit indices too
         assert sum(part.size for part in layout.values()) * 8 == scheme.bits(shape)
     found = codec.from_parts(parts, shape)
     assert type(found) is type(q) and found.scheme == scheme
@@ -73,6 +85,16 @@ def test_a_stack_of_matrices_is_quantized_like_each(name: str) -> None:
     assert q.codes.shape == q.dequantize().shape == stack.shape
     if not name.endswith("tensor"):  # one table for all
         assert torch.equal(q.dequantize(), torch.stack([quantize(matrix, scheme).dequantize() for matrix in stack]))
+
+
+def test_kinds_are_known_to_their_modules_and_to_targets_alone() -> None:
+    """Nothing else switches on the kind of a scheme."""
+    root = Path(schemes.__file__).parents[2]
+    own = {root / "elmexport" / "quantization" / f"{name}.py" for name in ("schemes", "integers", "integer_codec", "lut_codec")}
+    sources = [path for folder in ("elmexport", "calibration") for path in (root / folder).rglob("*.py") if path not in own]
+    assert len(sources) > 100
+    kinds = re.compile(r"\b(Integer|Lut|IntegerTensor|PalettizedTensor|PerBlock|PerGroupedChannel)\b")
+    assert [str(path) for path in sources if kinds.search(path.read_text(encoding="utf-8"))] == []
 
 
 # A kind of scheme in one module, its row in the registry, and nothing else: signs times the mean magnitude of each row.

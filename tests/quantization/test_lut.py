@@ -9,7 +9,7 @@ from coremltools._deps import _kmeans1d
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
-from elmexport.quantization.lut import _sorted_sums, cluster
+from elmexport.quantization.kmeans import _sorted_sums, cluster
 from elmexport.quantization.lut_codec import PalettizedTensor
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import Lut, find_scheme

@@ -17,9 +17,10 @@ from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import Integer, find_scheme
 
-INT4, INT8, INT8_CHANNEL = (find_scheme(name) for name in ("int4-block32", "int8-block32", "int8-channel"))
+INT4, INT5, INT8 = (find_scheme(name) for name in ("int4-block32", "int5-block32", "int8-block32"))
+GGML = {"q4_0": (INT4, GGMLQuantizationType.Q4_0), "q5_0": (INT5, GGMLQuantizationType.Q5_0), "q8_0": (INT8, GGMLQuantizationType.Q8_0)}
 INT4_ASYM = find_scheme("int4-asym-block32")
-NAMES = ("int4-block32", "int8-block32", "int8-channel", "int4-block16", "int4-channel")
+NAMES = ("int4-block32", "int8-block32", "int8-channel", "int4-block16", "int4-channel", "int3-block32", "int5-block32", "int6-channel")
 SCHEMES_UNDER_TEST = {name: find_scheme(name) for name in NAMES}
 
 # Matrices of whole blocks; values from 1e-6 to 1e4 of both signs, exact zeros and repeated extremes among them.
@@ -52,9 +53,9 @@ def test_definition(scheme: Integer, x: NDArray[np.float32]) -> None:
     """Shapes and ranges; `dequantize` is codes times scales; each code is the nearest to its value, given the stored scale."""
     q = run(x, scheme)
     low, high = scheme.range
-    granules = scheme.granularity.count(x.shape)
+    groups = scheme.granularity.count(x.shape)
     assert q.codes.shape == x.shape and q.codes.dtype == torch.int8
-    assert q.scales.shape == (len(x), granules // len(x)) and q.scales.dtype == torch.float16
+    assert q.scales.shape == (len(x), groups // len(x)) and q.scales.dtype == torch.float16
     assert low <= int(q.codes.min()) and int(q.codes.max()) <= high
     scales = np.repeat(q.scales.numpy().astype(np.float64), x.shape[1] // q.scales.shape[1], axis=1)
     codes = q.codes.numpy().astype(np.float64)
@@ -83,18 +84,24 @@ def ggml_blocks(x: NDArray[np.float32], kind: GGMLQuantizationType) -> tuple[NDA
     """Codes `[out, in]` and the bits of the scales `[out, blocks]` as gguf's quantizer (ggml's reference, written in numpy) packs them."""
     packed = quants.quantize(x, kind).reshape(len(x), x.shape[1] // 32, -1)
     scales, data = packed[..., :2].copy().view(np.uint16)[..., 0], packed[..., 2:]
-    codes = data.view(np.int8) if kind is GGMLQuantizationType.Q8_0 else (np.concatenate((data & 15, data >> 4), -1).astype(np.int8) - 8)
+    if kind is GGMLQuantizationType.Q8_0:
+        return data.view(np.int8).reshape(x.shape), scales
+    fifth = np.unpackbits(data[..., :4], axis=-1, bitorder="little") if kind is GGMLQuantizationType.Q5_0 else np.uint8(0)
+    nibbles = data[..., -16:]
+    codes = (np.concatenate((nibbles & 15, nibbles >> 4), -1) | fifth << 4).astype(np.int8) - (
+        16 if kind is GGMLQuantizationType.Q5_0 else 8
+    )
     return codes.reshape(x.shape), scales
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [(INT4, GGMLQuantizationType.Q4_0), (INT8, GGMLQuantizationType.Q8_0)], ids=["q4_0", "q8_0"])
+@pytest.mark.parametrize(("scheme", "kind"), GGML.values(), ids=GGML)
 @given(x=MATRICES)
 @settings(max_examples=200, deadline=None)
 def test_rtn_is_ggmls_own_bit_for_bit(scheme: Integer, kind: GGMLQuantizationType, x: NDArray[np.float32]) -> None:
     assert_ggmls(scheme, kind, np.where(np.abs(x) < 1e-30, np.float32(0), x))  # below, ggml divides by subnormals: undefined codes, scale 0
 
 
-@pytest.mark.parametrize(("scheme", "kind"), [(INT4, GGMLQuantizationType.Q4_0), (INT8, GGMLQuantizationType.Q8_0)], ids=["q4_0", "q8_0"])
+@pytest.mark.parametrize(("scheme", "kind"), GGML.values(), ids=GGML)
 @pytest.mark.parametrize("factor", [1.0, 1e-3, 1e-7, 300.0])
 def test_rtn_is_ggmls_own_on_many_numbers(scheme: Integer, kind: GGMLQuantizationType, factor: float) -> None:
     x = normal(512, 1024) * np.float32(factor)
@@ -109,12 +116,31 @@ def assert_ggmls(scheme: Integer, kind: GGMLQuantizationType, x: NDArray[np.floa
     np.testing.assert_array_equal(q.codes.numpy(), codes)
 
 
+@pytest.mark.parametrize("name", ["q4_0", "q5_0"])
 @given(x=MATRICES)
 @settings(max_examples=60, deadline=None)
-def test_int4_error_is_never_above_q4_0_in_any_block(x: NDArray[np.float32]) -> None:
-    packed = quants.quantize(x, GGMLQuantizationType.Q4_0)
-    expected = block_errors(quants.dequantize(packed, GGMLQuantizationType.Q4_0), x)
-    assert np.all(block_errors(run(x, INT4).dequantize().numpy(), x) <= expected * (1 + 1e-5) + 1e-30)
+def test_error_is_never_above_ggmls_in_any_block(name: str, x: NDArray[np.float32]) -> None:
+    scheme, kind = GGML[name]
+    expected = block_errors(quants.dequantize(quants.quantize(x, kind), kind), x)
+    assert np.all(block_errors(run(x, scheme).dequantize().numpy(), x) <= expected * (1 + 1e-5) + 1e-30)
+
+
+@pytest.mark.parametrize("name", ["int3-block32", "int5-block32", "int6-block32", "int6-channel"])
+@given(x=MATRICES)
+@settings(max_examples=60, deadline=None)
+def test_rounded_to_nearest(name: str, x: NDArray[np.float32]) -> None:
+    """In float64: the scale maps the value of largest magnitude to the lowest code, and no value that is not clipped is more than half a step off."""
+    scheme = find_scheme(name)
+    q = quantize(torch.from_numpy(x), scheme, "rtn")
+    low, high = scheme.range
+    assert q.scales.dtype == torch.float16 and low <= int(q.codes.min()) and int(q.codes.max()) <= high
+    groups = x.astype(np.float64).reshape(-1, x.size // q.scales.numel())
+    codes, scales = q.codes.numpy().reshape(groups.shape), q.scales.numpy().astype(np.float64).reshape(-1, 1)
+    extreme = groups[np.arange(len(groups)), np.abs(groups).argmax(1)][:, None]
+    np.testing.assert_allclose(scales, extreme / low, rtol=2**-11, atol=2**-25)
+    usable = np.abs(scales[:, 0]) > 2**-14  # below, fp16 has fewer bits
+    ratio = groups[usable] / (extreme / low)[usable]
+    assert np.abs(codes[usable] - np.clip(ratio, low, high)).max(initial=0) <= 0.5 + 1e-5
 
 
 @pytest.mark.parametrize("method", ["rtn", "mse"])
@@ -158,20 +184,20 @@ def test_weighted_squares_are_smaller_where_they_weigh(name: str) -> None:
     assert (weighted - x).square().sum() > (plain - x).square().sum()
 
 
-@pytest.mark.parametrize("name", ["int4-block128", "int4-channel", "int4-asym-block128"])
+@pytest.mark.parametrize("name", ["int4-block128", "int4-channel", "int4-asym-block128", "int3-block128", "int5-block128", "int6-block128"])
 def test_scales_are_near_the_best_of_a_fine_search(name: str) -> None:
     """Within 2 % of the squared error that the best of 400 scales gives (for asymmetric codes: at its zero point)."""
     x = normal(32, 512)
     q = quantize(torch.from_numpy(x), find_scheme(name))
-    granules = x.reshape(-1, x.size // q.scales.numel()).astype(np.float64)
-    found = np.square(q.dequantize().numpy().reshape(granules.shape) - granules).sum(1)
-    zero = np.zeros((len(granules), 1)) if q.zeros is None else q.zeros.numpy().reshape(-1, 1)
+    groups = x.reshape(-1, x.size // q.scales.numel()).astype(np.float64)
+    found = np.square(q.dequantize().numpy().reshape(groups.shape) - groups).sum(1)
+    zero = np.zeros((len(groups), 1)) if q.zeros is None else q.zeros.numpy().reshape(-1, 1)
     low, high = q.scheme.range
-    best = np.full(len(granules), np.inf)
+    best = np.full(len(groups), np.inf)
     for sign in (1, -1) if q.zeros is None else (1,):
-        for step in np.linspace(0.3, 1.2, 400) * np.abs(granules).max() / 8:
-            values = np.clip(np.round(granules / (sign * step)), low - zero, high - zero) * sign * step
-            best = np.minimum(best, np.square(values - granules).sum(1))
+        for step in np.linspace(0.3, 1.2, 400) * np.abs(groups).max() / (8 if q.zeros is not None else -low):
+            values = np.clip(np.round(groups / (sign * step)), low - zero, high - zero) * sign * step
+            best = np.minimum(best, np.square(values - groups).sum(1))
     assert found.sum() < 1.02 * best.sum()
 
 

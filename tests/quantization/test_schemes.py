@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from elmexport.errors import ElmExportError
@@ -17,6 +20,9 @@ from elmexport.quantization.schemes import CodedScheme, Integer, Lut, PerBlock, 
         ("int8-block32", 64 * 96 * 8 + 64 * 3 * 16),  # 8.5 bits a weight, GGUF's Q8_0
         ("int8-channel", 64 * 96 * 8 + 64 * 16),
         ("int4-block32", 64 * 96 * 4 + 64 * 3 * 16),  # 4.5 bits a weight, GGUF's Q4_0
+        ("int3-channel", 64 * 96 * 3 + 64 * 16),
+        ("int5-block32", 64 * 96 * 5 + 64 * 3 * 16),  # 5.5 bits a weight, GGUF's Q5_0
+        ("int6-block32", 64 * 96 * 6 + 64 * 3 * 16),
         ("int4-block96", 64 * 96 * 4 + 64 * 16),
         ("int4-asym-block32", 64 * 96 * 4 + 64 * 3 * (16 + 4)),  # 4.625 bits a weight
         ("int4-asym-channel", 64 * 96 * 4 + 64 * (16 + 4)),
@@ -40,6 +46,9 @@ def test_wider_scales_count_but_tables_stay_fp16() -> None:
         ("int4-block64", Integer(4, PerBlock(64))),
         ("int4-block128", Integer(4, PerBlock(128))),
         ("int8-block7", Integer(8, PerBlock(7))),
+        ("int3-block32", Integer(3, PerBlock(32))),
+        ("int5-block32", Integer(5, PerBlock(32))),
+        ("int6-channel", Integer(6, PerChannel())),
         ("int4-channel", Integer(4, PerChannel())),
         ("int4-asym-block16", Integer(4, PerBlock(16), symmetric=False)),
         ("int4-asym-channel", Integer(4, PerChannel(), symmetric=False)),
@@ -60,6 +69,8 @@ def test_a_name_says_what_the_scheme_is(name: str, scheme: CodedScheme) -> None:
         "int4",
         "int4-block",
         "int4-block0",
+        "int7-block32",
+        "int5-asym-block32",
         "int4-block-32",
         "int4-block032",
         "int8-asym-block32",
@@ -71,9 +82,16 @@ def test_a_name_says_what_the_scheme_is(name: str, scheme: CodedScheme) -> None:
 )
 def test_unknown_scheme(name: str) -> None:
     with pytest.raises(
-        ElmExportError, match=rf"unknown scheme '{name}'; known: fp32, .*int4-block32 \(or int8, or any other block size\).*lut4-tensor"
+        ElmExportError,
+        match=rf"unknown scheme '{name}'; known: fp32, .*int4-block32 \(or int3, int5, int6, int8, or any other block size\).*lut4-tensor",
     ):
         find_scheme(name)
+
+
+def test_schemes_and_recipes_load_no_torch() -> None:
+    names = ["int4-block32", "int5-channel", "lut4-tensor", "fp16", "ggml-q4_k"]
+    code = f"import sys, elmexport.quantization.recipes as r; [r.find_scheme(name) for name in {names}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_refused_shapes() -> None:

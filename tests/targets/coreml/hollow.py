@@ -69,8 +69,8 @@ class HollowWeights(WeightSource):
         rows, columns = spec.shape
         granularity = scheme.granularity
         if isinstance(scheme, Integer):
-            granules = columns // granularity.size if isinstance(granularity, PerBlock) else 1
-            scales = torch.ones((), dtype=torch.float16).expand(rows, granules)
+            groups = columns // granularity.size if isinstance(granularity, PerBlock) else 1
+            scales = torch.ones((), dtype=torch.float16).expand(rows, groups)
             return IntegerTensor(scheme, torch.zeros((), dtype=torch.int8).expand(rows, columns), scales)
         groups = -(-rows // granularity.size) if isinstance(granularity, PerGroupedChannel) else 1
         tables = torch.ones((), dtype=torch.float16).expand(groups, scheme.entries)

@@ -44,8 +44,8 @@ def weights_of_zeros(scheme: Scheme) -> WeightSource:
 
         def get(self, spec: WeightSpec) -> torch.Tensor | Quantized:
             if isinstance(scheme, Integer):
-                granules = scheme.granularity.count(spec.shape) // spec.shape[0]
-                return IntegerTensor(scheme, torch.zeros(spec.shape, dtype=torch.int8), torch.ones(spec.shape[0], granules).half())
+                groups = scheme.granularity.count(spec.shape) // spec.shape[0]
+                return IntegerTensor(scheme, torch.zeros(spec.shape, dtype=torch.int8), torch.ones(spec.shape[0], groups).half())
             if isinstance(scheme, Lut):
                 tables = torch.zeros(scheme.granularity.count(spec.shape), scheme.entries).half()
                 return PalettizedTensor(scheme, torch.zeros(spec.shape, dtype=torch.uint8), tables)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,16 +15,20 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, qu
 from numpy.typing import NDArray
 
 from calibration.preparation import WeightOptions
+from calibration.weight_set import WeightSet
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import resolve
-from elmexport.quantization.schemes import Integer
+from elmexport.quantization.schemes import Integer, find_scheme
+from elmexport.runtimes import open_artifact
 from elmexport.target import find_target
 from targets.gguf import ALIASES, GgufTarget
 from targets.gguf.metadata import describe, file_name
 from tests.conftest import ExportTo, SmallArtifact
+from tests.graph.test_forward import token_ids
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+from tests.reference import kl, reference_logits
 
 QUANTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -113,6 +117,45 @@ def test_quantized_tensors_are_bit_identical_to_our_own(export_to: ExportTo, sma
         assert np.array_equal(value, weight.dequantize().numpy()[rows]), theirs
     assert found["token_embd.weight"][0] == "Q8_0"
     assert found["blk.0.ffn_up.weight"][0] == QUANTS[quant]
+
+
+@pytest.mark.parametrize("method", ["rtn", "mse", "gptq"])
+def test_5_bit_blocks_are_q5_0(
+    export_to: ExportTo,
+    small_checkpoint: MemoryCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Literal["rtn", "mse", "gptq"],
+) -> None:
+    """Codes and scales as they are, the same from a weight set; llama.cpp computes with them, its activations in 8 bits."""
+    monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / "cache"))
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        'name = "mine"\nwords = "5-bit"\nactivations = "fp32"\nnorms = "fp32"\nscales = "fp16"\nfallback = "fp16"\nmax_self_check_kl = 0.3\n'
+        '[[rule]]\nscheme = "int5-block32"\n'
+    )
+    saved = tmp_path / "set.safetensors"
+    if method == "gptq":
+        weights = WeightOptions(method="gptq", tokens=256, save_weights_to=saved)
+    else:
+        weights = WeightOptions(method=method, calibrate="none")
+    folder = export_to(small_checkpoint, "gguf", str(recipe), weights=weights)
+    assert metadata(folder)["general.file_type"] == LlamaFileType.MOSTLY_Q5_0
+    found = tensors_of(folder)
+    arrays = dict(small_checkpoint.arrays)
+    for theirs, (ours, rows) in expected_names(small_checkpoint.config).items():
+        spec = small_checkpoint.specs[ours]
+        kind, value = found[theirs]
+        assert kind == ("F32" if spec.role.is_norm else "Q5_0"), theirs
+        if not spec.role.is_norm:
+            if method == "gptq":
+                weight = WeightSet.load(saved).get(spec)
+            else:
+                weight = quantize(small_checkpoint.tensor(ours), find_scheme("int5-block32"), method)
+            arrays[ours] = weight.dequantize().numpy()
+            assert np.array_equal(value, arrays[ours][rows]), theirs
+    ids = token_ids(40, small_checkpoint.config)
+    assert kl(reference_logits(small_checkpoint.config, arrays, ids), open_artifact(folder).logits(ids)).mean() < 1e-3
 
 
 def test_metadata(exported: Exported, small_config: OpenELMConfig) -> None:

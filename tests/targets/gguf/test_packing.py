@@ -20,7 +20,7 @@ from elmexport.weights import Role
 from targets.gguf import ggml
 from targets.gguf.packing import BLOCK, TYPES, pack
 
-INT4, INT8 = Integer(4, PerBlock(BLOCK)), Integer(8, PerBlock(BLOCK))
+INT4, INT5, INT8 = (Integer(width, PerBlock(BLOCK)) for width in (4, 5, 8))
 SCALES = st.floats(2**-14, 2**8, width=16)  # fp16's normal numbers, far enough from its end for products to stay finite
 
 
@@ -37,18 +37,18 @@ def quantized(draw: st.DrawFn, scheme: Integer, *, extreme: int | None = None) -
     scales = draw(arrays(np.float16, (rows, blocks), elements=SCALES))
     if extreme is not None:
         codes[:, draw(st.integers(0, BLOCK - 1)) :: BLOCK] = extreme
-    if scheme.width == 4:
+    if scheme.width < 8:
         scales *= draw(st.sampled_from([np.float16(1), np.float16(-1)]))
     return IntegerTensor(scheme, torch.from_numpy(codes), torch.from_numpy(scales))
 
 
-@given(st.one_of(quantized(INT4), quantized(INT8)))
+@given(st.one_of(quantized(INT4), quantized(INT5), quantized(INT8)))
 def test_ggufs_dequantizer_gives_our_values(weight: IntegerTensor) -> None:
     values = quants.dequantize(pack(weight), gguf_type(weight.scheme))
     assert np.array_equal(values, weight.dequantize().numpy())
 
 
-@given(st.one_of(quantized(INT4, extreme=-8), quantized(INT8, extreme=127), quantized(INT8, extreme=-127)))
+@given(st.one_of(quantized(INT4, extreme=-8), quantized(INT5, extreme=-16), quantized(INT8, extreme=127), quantized(INT8, extreme=-127)))
 def test_same_bytes_as_ggufs_quantizer_where_codes_and_scales_are_the_same(weight: IntegerTensor) -> None:
     assert np.array_equal(pack(weight), quants.quantize(weight.dequantize().numpy(), gguf_type(weight.scheme)))
 
@@ -65,7 +65,7 @@ def test_int8_is_ggufs_own_on_real_numbers() -> None:
     assert np.mean(difference != 0) < 0.05
 
 
-@pytest.mark.parametrize(("scheme", "name"), [(INT4, "ggml-q4_0"), (INT8, "ggml-q8_0")])
+@pytest.mark.parametrize(("scheme", "name"), [(INT4, "ggml-q4_0"), (INT5, "ggml-q5_0"), (INT8, "ggml-q8_0")])
 @pytest.mark.parametrize("seed", range(4))
 def test_round_to_nearest_is_ggmls_own(scheme: Integer, name: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -81,9 +81,10 @@ def test_round_to_nearest_is_ggmls_own(scheme: Integer, name: str, seed: int) ->
 def test_schemes_that_the_format_cannot_hold() -> None:
     target = find_target("gguf")
     assert target.refuses(find_scheme("ggml-q4_k"), Role.FFN_DOWN) is None
-    for name in ("int4-block64", "int4-asym-block32", "lut4-tensor"):
+    for name in ("int4-block64", "int4-asym-block32", "lut4-tensor", "int5-block64", "int6-block32", "int3-block32"):
         assert (
-            target.refuses(find_scheme(name), Role.FFN_DOWN) == "stores fp32, fp16, bf16, int4-block32, int8-block32, and ggml's own types"
+            target.refuses(find_scheme(name), Role.FFN_DOWN)
+            == "stores fp32, fp16, bf16, int8-block32, int5-block32, int4-block32, and ggml's own types"
         )
 
 
@@ -94,6 +95,15 @@ def test_layout_by_hand() -> None:
     scales = torch.tensor([[-0.5]], dtype=torch.float16)
     packed = pack(IntegerTensor(INT4, codes, scales))
     assert packed.tolist() == [[0x00, 0xB8, 0xB0, 0x8F, *[0x88] * 14]]
+
+
+def test_layout_of_q5_0_by_hand() -> None:
+    """Scale, then bit i of 32 for the fifth bit of code i, then the nibbles of Q4_0."""
+    codes = torch.zeros(1, BLOCK, dtype=torch.int8)  # 16 in the file: the fifth bit, nibble 0
+    codes[0, 0], codes[0, 9], codes[0, 16], codes[0, 31] = -16, 15, -1, -13
+    packed = pack(IntegerTensor(INT5, codes, torch.tensor([[2.0]], dtype=torch.float16)))
+    nibbles = [0xF0, *[0] * 8, 0x0F, *[0] * 5, 0x30]
+    assert packed.tolist() == [[0x00, 0x40, 0xFE, 0xFF, 0xFE, 0x7F, *nibbles]]
 
 
 def test_floats_are_their_bytes() -> None:

@@ -1,4 +1,4 @@
-"""Look-up tables: weighted k-means in one dimension, many groups at a time.
+"""Weighted k-means in one dimension, for look-up tables, many groups at a time.
 
 In one dimension a cluster is a run of sorted values, and its squared error follows from prefix sums. So a group is sorted once, and whatever
 comes after costs little. Edges start where the point density is the one that is optimal in the limit of many entries, the cube root of the
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 
 
 def cluster(values: Tensor, entries: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes uint8 `[groups, n]` and tables float16 `[groups, entries]` (ascending) of `values` `[groups, n]`, any float dtype.
+    """Cluster each row of `values` `[groups, n]` (any float dtype): codes uint8 `[groups, n]`, tables float16 `[groups, entries]`, ascending.
 
     Minimizes each group's squared error, weighted by `importance` `[columns]` where given, a group being whole rows of `columns` values.
     Each code is that of the entry nearest to its value, entries as stored. Near-exact: see `benchmarks/kmeans_time.py`.
@@ -51,7 +51,7 @@ def cluster(values: Tensor, entries: int, importance: Tensor | None = None) -> t
 
 
 def boundaries(tables: Tensor) -> Tensor:
-    """Where the nearest entry changes: float32 `[groups, entries - 1]` of ascending `tables` `[groups, entries]`."""
+    """Midpoints between neighbouring entries, where the nearest one changes: float32 `[groups, entries - 1]` of ascending `tables`."""
     return (tables[:, 1:] + tables[:, :-1]) / 2
 
 
