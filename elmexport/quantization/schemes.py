@@ -25,6 +25,7 @@ KINDS: Mapping[str, str] = {
     "bf": "elmexport.quantization.schemes:Float",
     "int": "elmexport.quantization.schemes:Integer",
     "lut": "elmexport.quantization.schemes:Lut",
+    "mxfp": "elmexport.quantization.mxfp4:Mxfp4",
     "ggml": "elmexport.quantization.ggml:GgmlType",
 }
 
@@ -45,8 +46,8 @@ class Scheme(ABC):
         """What recipe files call the scheme, "int4-block32": the inverse of `parse`."""
 
     @abstractmethod
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
-        """Stored bits of a tensor of `shape`, each scale taking `scale_bits`."""
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
+        """Stored bits of a tensor of `shape`, each scale taking `scale_bits`; `zeros`: zero points, where there are any, are stored as integers."""
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why a tensor of `shape` cannot take this scheme, None if it can."""
@@ -158,7 +159,7 @@ class Float(Scheme):
     def recipe_name(self) -> str:
         return self.dtype
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
         return math.prod(shape) * FLOAT_BITS[self.dtype]
 
     def __str__(self) -> str:
@@ -217,8 +218,8 @@ class Integer(CodedScheme):
         """Values that share a scale, in rows of `columns`."""
         return self.granularity.size if isinstance(self.granularity, PerBlock) else columns
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
-        each = scale_bits if self.symmetric else scale_bits + self.width
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
+        each = scale_bits if self.symmetric or not zeros else scale_bits + self.width
         return math.prod(shape) * self.width + self.granularity.count(shape) * each
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
@@ -261,7 +262,7 @@ class Lut(CodedScheme):
     def row_group(self) -> int:
         return self.granularity.size if isinstance(self.granularity, PerGroupedChannel) else 1
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
         """Stored bits of a tensor of `shape`; table entries take 16 bits whatever a scale takes."""
         return math.prod(shape) * self.width + self.granularity.count(shape) * self.entries * 16
 
