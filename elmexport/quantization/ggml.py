@@ -32,7 +32,7 @@ class GgmlType(Scheme):
     def recipe_name(self) -> str:
         return _PREFIX + self.name.lower()
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         """Stored bits of a tensor of `shape`; `scale_bits` changes nothing, a type's layout is fixed."""
         return math.prod(shape) // self.block * self.block_bytes * 8
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
-from elmexport.quantization.schemes import CodedScheme, PerBlock
+from elmexport.quantization.schemes import CodedScheme
 
 BLOCK = 32
 
@@ -28,12 +28,12 @@ class Mxfp4(CodedScheme):
     def recipe_name(self) -> str:
         return "mxfp4"
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         """Stored bits of a tensor of `shape`; exponents take 8 bits whatever a scale takes."""
-        return math.prod(shape) * self.width + PerBlock(BLOCK).count(shape) * 8
+        return math.prod(shape) * self.width + math.prod(shape) // BLOCK * 8
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        return PerBlock(BLOCK).refuses(shape)
+        return f"rows of {shape[-1]} values do not divide into blocks of {BLOCK}" if shape[-1] % BLOCK else None
 
     def __str__(self) -> str:
         return "4-bit floating point (E2M1) in blocks of 32, power-of-two scales"

@@ -130,7 +130,7 @@ class Mxfp4Grid(Grid):
 
     def set(self, parameters: Tensor) -> None:
         exponents = parameters.clamp(min=torch.finfo(torch.float32).tiny).log2().round().clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
-        self.parameters = torch.where(parameters > 0, exponents.exp2(), self.parameters)
+        self.parameters = torch.where(parameters > 0, _powers(exponents), self.parameters)
 
     def result(self) -> Mxfp4Tensor:
         exponents = self.parameters.log2().round().to(torch.int8).t().contiguous()
@@ -147,11 +147,11 @@ def elements(codes: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor) -> Tensor:
-    """Find the codes uint8 of the E2M1 numbers nearest to `x` float32; ties go to even codes, what is too large to the largest."""
+    """Find the codes uint8 of the E2M1 numbers nearest to `x` float32; ties go to even codes, what is too large to the largest, zero to 0."""
     middles = torch.tensor(_MIDDLES, device=x.device)
     size = x.abs().contiguous()
     magnitude = torch.bucketize(size, middles[0::2].contiguous()) + torch.bucketize(size, middles[1::2].contiguous(), right=True)
-    return (magnitude + 8 * x.signbit()).to(torch.uint8)
+    return (magnitude + 8 * ((x < 0) & (magnitude > 0))).to(torch.uint8)
 
 
 def _least_exponents(x: Tensor) -> Tensor:
@@ -179,4 +179,6 @@ def _error(x: Tensor, exponents: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _powers(exponents: Tensor) -> Tensor:
-    return exponents.to(torch.float32).exp2()
+    """`2 ** exponents`, float32, exactly: written as bits, the least of them as a subnormal number."""
+    field = exponents.to(torch.int32) + LARGEST_EXPONENT
+    return torch.where(field > 0, field << 23, 1 << 22).to(torch.int32).view(torch.float32)

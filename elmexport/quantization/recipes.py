@@ -94,7 +94,7 @@ class Recipe:
 
     def bits(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
         """Stored bits of a tensor of `shape`, as the recipe's format stores scales."""
-        return scheme.bits(shape, self.scale_bits, zeros=not self.biases)
+        return scheme.bits(shape, self.scale_bits) - (scheme.zero_bits(shape) if self.biases else 0)
 
     @property
     def scale_bits(self) -> int:

@@ -46,8 +46,12 @@ class Scheme(ABC):
         """What recipe files call the scheme, "int4-block32": the inverse of `parse`."""
 
     @abstractmethod
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
-        """Stored bits of a tensor of `shape`, each scale taking `scale_bits`; `zeros`: zero points, where there are any, are stored as integers."""
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
+        """Stored bits of a tensor of `shape`, each scale taking `scale_bits`."""
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        """Those of `bits` that are zero points', which formats with biases do not store."""
+        return 0
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Why a tensor of `shape` cannot take this scheme, None if it can."""
@@ -159,7 +163,7 @@ class Float(Scheme):
     def recipe_name(self) -> str:
         return self.dtype
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         return math.prod(shape) * FLOAT_BITS[self.dtype]
 
     def __str__(self) -> str:
@@ -218,9 +222,11 @@ class Integer(CodedScheme):
         """Values that share a scale, in rows of `columns`."""
         return self.granularity.size if isinstance(self.granularity, PerBlock) else columns
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
-        each = scale_bits if self.symmetric or not zeros else scale_bits + self.width
-        return math.prod(shape) * self.width + self.granularity.count(shape) * each
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
+        return math.prod(shape) * self.width + self.granularity.count(shape) * scale_bits + self.zero_bits(shape)
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        return 0 if self.symmetric else self.granularity.count(shape) * self.width
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         return self.granularity.refuses(shape)
@@ -262,7 +268,7 @@ class Lut(CodedScheme):
     def row_group(self) -> int:
         return self.granularity.size if isinstance(self.granularity, PerGroupedChannel) else 1
 
-    def bits(self, shape: tuple[int, ...], scale_bits: int = 16, *, zeros: bool = True) -> int:
+    def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         """Stored bits of a tensor of `shape`; table entries take 16 bits whatever a scale takes."""
         return math.prod(shape) * self.width + self.granularity.count(shape) * self.entries * 16
 

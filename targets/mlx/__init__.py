@@ -91,7 +91,7 @@ class MlxTarget(Target):
         peak = float(job.weights.numbers(norm).abs().max())
         modules = lower(job.graph, job.config.head_name.removesuffix(".weight"), peak)
         error = write_weights(modules, job.weights, folder, self._shard_bytes, job.advance)
-        write_companions(job, modules, None, folder)
+        write_companions(job, modules, folder)
         notes = list(model_class(job.config).swift_notes(job.config, modules.alpha))
         if error > ROUGH:
             notes.append(

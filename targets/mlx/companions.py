@@ -1,4 +1,4 @@
-"""The small files beside the weights: `config.json`, `generation_config.json`, tokenizer files, chat template and model card."""
+"""The small files beside the weights: `config.json`, `generation_config.json`, tokenizer files and model card."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from targets.mlx.packing import parameters
 TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
-def write_companions(job: ExportJob, modules: Modules, template: str | None, folder: Path) -> None:
+def write_companions(job: ExportJob, modules: Modules, folder: Path) -> None:
     """Write everything but the weights into `folder`."""
     config = job.config
     job.write_description(folder)
@@ -28,8 +28,6 @@ def write_companions(job: ExportJob, modules: Modules, template: str | None, fol
     _write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     if job.tokenizer is not None:
         write_tokenizer_files(job.tokenizer, job.graph.context, folder)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="\n")
     (folder / "README.md").write_text(_card(job), encoding="utf-8", newline="\n")
 
 
