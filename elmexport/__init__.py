@@ -1,3 +1,3 @@
-"""Exports OpenELM language models to ONNX, Core ML and GGUF, and measures what quantization cost."""
+"""Export of on-device language models to ONNX, Core ML and GGUF, and the cost of quantization, measured on the artifact."""
 
 __version__ = "0.1.0"

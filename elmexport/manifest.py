@@ -32,7 +32,7 @@ class Part(Struct, frozen=True, forbid_unknown_fields=True):
 class Model(Part, frozen=True):
     """The model that was exported."""
 
-    name: str  # "OpenELM-450M"
+    name: str  # display name
     source: str  # `Source.origin`
     revision: str | None  # the hub commit
     identity: str  # `Checkpoint.identity`

@@ -1,7 +1,7 @@
 """A fixture for projects that ship artifacts: `elmexport_eval` evaluates one, and its result asserts what it may have cost.
 
     def test_quality(elmexport_eval):
-        report = elmexport_eval("build/OpenELM-450M-coreml-int4", tasks=["arc_easy"], limit=200)
+        report = elmexport_eval("build/450M-coreml-int4", tasks=["arc_easy"], limit=200)
         report.assert_drop_below(2.0)
         report.assert_kl_below(0.05)
 

@@ -42,7 +42,7 @@ class ExportJob:
     `graph` already carries the residual rescaling. `advance(n)` reports that n more weights (elements) have been written.
     """
 
-    name: str  # display name for file names, "OpenELM-450M"
+    name: str  # display name, for file names
     config: ModelConfig
     graph: Graph
     weights: WeightSource
@@ -121,10 +121,9 @@ class Target(ABC):
             raise ElmExportError(f"--quant {quant} is not available for {self.name}; choose {', '.join(self.quants)}")
         return self.adapt(self.stored_recipe(quant))
 
-    @classmethod
-    def stored_recipe(cls, quant: str) -> Recipe:
+    def stored_recipe(self, quant: str) -> Recipe:
         """The recipe `quant`, one of `quants`, as it lies in the `recipes/` folder of the target's package."""
-        package = import_module(cls.__module__).__package__
+        package = import_module(type(self).__module__).__package__
         assert package is not None
         return load_recipe(files(package).joinpath("recipes", f"{quant}.toml"))
 

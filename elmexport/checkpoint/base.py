@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Source:
     """Where a checkpoint came from, for the manifest: never a path of this machine."""
 
-    name: str  # display name, "OpenELM-450M", used in file names
-    origin: str  # "embedded", "local folder", "hub:apple/OpenELM-450M", "random weights, seed 0"
+    name: str  # display name, used in file names
+    origin: str  # "embedded", "local folder", "hub:owner/name", "random weights, seed 0"
     revision: str | None = None  # the hub commit
 
 

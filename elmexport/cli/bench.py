@@ -43,7 +43,7 @@ def bench(
 
     \b
     Example:
-      elmexport bench OpenELM-450M-onnx-int4 OpenELM-450M-gguf-int4 --depth 0,1024 --threads 4
+      elmexport bench 450M-onnx 450M-gguf --depth 0,1024 --threads 4
     """
     from elmexport.bench import Workload, benchmark
     from elmexport.bench.workload import DEPTHS, GENERATE, PARTS, PROMPTS

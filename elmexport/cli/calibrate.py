@@ -69,7 +69,7 @@ def calibrate(
 
     \b
     Example:
-      elmexport calibrate --model 450M --text my-prompts.txt --out openelm-450M.safetensors
+      elmexport calibrate --model 450M --text my-prompts.txt --out 450M.safetensors
     """
     from calibration.calibrate import calibrate as library_calibrate
     from calibration.calibrate import check_output

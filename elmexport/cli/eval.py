@@ -63,8 +63,8 @@ def evaluate(
 
     \b
     Example:
-      elmexport eval OpenELM-tiny-onnx-int4
-      elmexport eval OpenELM-270M-onnx-int4 --preset zero-shot --limit 100 --max-drop 2 --report report.html
+      elmexport eval tiny-onnx
+      elmexport eval 270M-onnx --preset zero-shot --limit 100 --max-drop 2 --report report.html
     """
     from elmexport.evaluation.evaluate import evaluate as run
     from elmexport.evaluation.gates import Limits, check_gates, enforce

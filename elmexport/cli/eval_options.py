@@ -28,7 +28,7 @@ Tasks = Annotated[
         metavar="A,B", help="lm-eval's tasks by name, with commas; of --preset, only these. none: the text only. [default: cloze]"
     ),
 ]
-PresetName = Annotated[Preset | None, typer.Option(help="The tasks of one of OpenELM's published tables, with its few-shot examples.")]
+PresetName = Annotated[Preset | None, typer.Option(help="The tasks of one of the published tables, with its few-shot examples.")]
 Fewshot = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Few-shot examples before each question. [default: the task's own number]")
 ]

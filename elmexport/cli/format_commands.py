@@ -55,7 +55,7 @@ def _declared(row: Format, *, helps: bool) -> Any:
 
 
 def _help(row: Format, target: Any) -> str:
-    paragraphs = [f"Export a model to {row.words}.", f"\b\n--quant is one of (bits per weight of {SIZED}):\n{_quants(target)}"]
+    paragraphs = [f"Export a model to {row.words}.", f"\b\n--quant is one of (bits per weight of {SIZED}):\n{_quants(target())}"]
     if target.quants_note:
         paragraphs.append(target.quants_note)
     paragraphs.append(f"\b\nExample:\n  elmexport {row.name} {target.example}")

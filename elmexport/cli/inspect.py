@@ -24,7 +24,7 @@ def inspect(
 
     \b
     Example:
-      elmexport inspect OpenELM-tiny-gguf-int4 --tensors
+      elmexport inspect tiny-gguf --tensors
     """
     from elmexport.artifact import StoredTensor
     from elmexport.inspection import inspect_artifact

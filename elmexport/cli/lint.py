@@ -26,7 +26,7 @@ def lint(
 
     \b
     Example:
-      elmexport lint OpenELM-tiny-coreml-int4
+      elmexport lint tiny-coreml
     """
     from targets.coreml.lint import lint as check
 

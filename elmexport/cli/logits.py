@@ -28,7 +28,7 @@ def logits(
     \b
     Example:
       echo "1 450 4996 17354" > ids.txt
-      elmexport logits OpenELM-450M-onnx-int8 --ids-file ids.txt --out logits.npy
+      elmexport logits 450M-onnx --ids-file ids.txt --out logits.npy
     """
     ids = read_ids(ids_file)
     if not out.parent.is_dir():

@@ -33,13 +33,13 @@ def _version(asked: bool) -> None:
 def elmexport(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Export OpenELM language models to ONNX, Core ML and GGUF, quantized to 8 or 4 bits, and check what the quantization cost.
+    """Export on-device language models to ONNX, Core ML and GGUF, quantized to 8 or 4 bits, and check what the quantization cost.
 
     The whole path on the small model that is built in, no download needed:
 
     \b
-      elmexport coreml --model tiny --quant int4
-      elmexport generate OpenELM-tiny-coreml-int4 "It was a dark night"
+      elmexport coreml --model tiny --quant int4 --out tiny-coreml
+      elmexport generate tiny-coreml "It was a dark night"
 
     Exit codes: 0 done, 1 an artifact failed its check, 2 bad use or bad input, 3 the environment lacks something.
     """

@@ -1,6 +1,6 @@
 """lm-eval's model interface over a runtime, so that its tasks run on artifacts.
 
-Requests are tokenized as lm-eval's Hugging Face backend does it with `add_bos_token=True`, which OpenELM's published figures were made
+Requests are tokenized as lm-eval's Hugging Face backend does it with `add_bos_token=True`, which the published figures were made
 with. Not covered: sampling, chat templates, images.
 """
 

@@ -33,7 +33,7 @@ class ModelFacts(Struct, frozen=True):
 class Subject(Struct, frozen=True):
     """What was evaluated."""
 
-    label: str  # "OpenELM-tiny-onnx-int4"
+    label: str  # the folder's name
     path: str
     target: str  # "onnx", or "checkpoint" for the model itself
     engine: str  # `Runtime.name`
@@ -87,7 +87,7 @@ class TaskComparison(Struct, frozen=True):
 
 
 class TaskResult(Struct, frozen=True):
-    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that OpenELM's tables quote."""
+    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that published tables quote."""
 
     metrics: Mapping[str, float]
     n: int
@@ -96,7 +96,7 @@ class TaskResult(Struct, frozen=True):
     higher_is_better: bool  # of `metric`
     stderr: Mapping[str, float]
     items: tuple[Item, ...]
-    published: float | None = None  # per cent, OpenELM's own figure for this model, few-shot setting and metric
+    published: float | None = None  # per cent, the authors' own figure for this model, few-shot setting and metric
     comparison: TaskComparison | None = None
 
     def to_document(self) -> dict[str, Any]:

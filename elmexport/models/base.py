@@ -72,8 +72,8 @@ class KnownModel:
     """A model that `--model` takes by alias."""
 
     alias: str  # "1.1B-Instruct", as `elmexport models` prints it
-    name: str  # display name, used in file names: "OpenELM-1_1B-Instruct"
-    hub_id: str | None  # "apple/OpenELM-1_1B-Instruct"; None for one that is embedded
+    name: str  # display name, used in file names
+    hub_id: str | None  # "owner/name"; None for one that is embedded
     config: ModelConfig
     folder: Path | None = None  # of the weights that come with elmexport
 
@@ -87,7 +87,7 @@ class KnownModel:
 class Family:
     """One row of the registry: a model family, and everything about it that is no op, weight or dimension."""
 
-    name: str  # "OpenELM", as messages and pages call it
+    name: str  # as messages and pages call it
     config: type[ModelConfig]
     known_models: Callable[[], tuple[KnownModel, ...]]
     tokenizer_words: str  # "the Llama 2 tokenizer"

@@ -46,9 +46,7 @@ class LlamaCppTokenizer(Tokenizer):
         if kind == _NO_VOCABULARY:
             raise ElmExportError(f"{self.path} has no tokenizer inside; pass the model's with --tokenizer PATH")
         if kind != _SENTENCEPIECE:
-            raise ElmExportError(
-                f"{self.path} holds a tokenizer of another kind than Llama's, the only one supported; give an OpenELM model"
-            )
+            raise ElmExportError(f"{self.path} holds a tokenizer of another kind than Llama's, the only one supported")
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._vocab)
         self.bos_id, self.eos_id = self._lib.llama_vocab_bos(self._vocab), self._lib.llama_vocab_eos(self._vocab)
         kinds = [piece.kind for piece in self.pieces()]

@@ -85,8 +85,11 @@ class CoreMLTarget(Target):
             raise ElmExportError(
                 f"--quant {quant} is not available for coreml: the Neural Engine computes in fp16, and so does what is made for the GPU; choose {', '.join(self.quants)}"
             )
-        own = self.form.recipe_file(quant) if quant in self.quants else None
-        return super().recipe(quant) if own is None else self.adapt(load_recipe(own))
+        return super().recipe(quant)
+
+    def stored_recipe(self, quant: str) -> Recipe:
+        own = self.form.recipe_file(quant)
+        return super().stored_recipe(quant) if own is None else load_recipe(own)
 
     def adapt(self, recipe: Recipe) -> Recipe:
         if recipe.activations != Float("fp16"):

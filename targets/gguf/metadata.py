@@ -38,7 +38,7 @@ def describe(name: str, parameters: int) -> Metadata:
 
 
 def file_name(facts: Metadata, recipe: Recipe) -> str:
-    """The file's name without its suffix, as llama.cpp's converter chooses it: "OpenELM-450M-Q4_K_M"."""
+    """The file's name without its suffix, as llama.cpp's converter chooses it: model, size and type, with hyphens."""
     import gguf
 
     return gguf.naming_convention(facts.name, facts.basename, facts.finetune, facts.version, facts.size_label, file_type(recipe))

@@ -34,7 +34,7 @@ class OnnxTarget(Target):
     )
 
     name: ClassVar[str] = "onnx"
-    example: ClassVar[str] = "--model 450M --quant int8 --out openelm-onnx"
+    example: ClassVar[str] = "--model 450M --quant int8 --out 450M-onnx"
     quants: ClassVar[tuple[str, ...]] = (*_INT4, "int8", "fp16", "fp32")
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:

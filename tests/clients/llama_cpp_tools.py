@@ -33,6 +33,12 @@ PROGRAMS = {  # by the folder of their sources under tools/
     "llama-bench": "llama-bench",
 }
 CONVERTER = "convert_hf_to_gguf.py"
+# A thread of its own prints llama.cpp's messages, and the process may end before it has printed the last ones: it is waited for.
+_DRAIN = """struct common_log;
+extern struct common_log * common_log_main();
+extern void common_log_pause(struct common_log * log);
+__attribute__((destructor)) static void drain() { common_log_pause(common_log_main()); }
+"""
 _LIBRARIES = ("llama-common", "llama", "ggml", "ggml-cpu", "ggml-base")
 _PARTS = ("common", "conversion", "ggml/include", "gguf-py", "include", "models", "src", "tools", "vendor", CONVERTER)
 
@@ -44,17 +50,9 @@ class LlamaCppTools:
     programs: Path
     source: Path
 
-    def run(self, program: str, *arguments: object, until: str = "") -> str:
-        """What `llama-quantize` and the like print, stdout before stderr; a failure fails the test.
-
-        A thread of its own prints llama.cpp's messages, and on a busy machine the process may end before it: the program runs again, a few
-        times at most, until the last thing that is looked for, `until`, is there.
-        """
-        for _ in range(8):
-            out = _run([self.programs / program, *arguments])
-            if until in out:
-                return out
-        pytest.fail(f"{program} never printed {until!r}:\n{out[-2000:]}")
+    def run(self, program: str, *arguments: object) -> str:
+        """What `llama-quantize` and the like print, stdout before stderr; a failure fails the test."""
+        return _run([self.programs / program, *arguments])
 
     def convert(self, model: Path, out: Path, outtype: str, *arguments: object) -> Path:
         """Run llama.cpp's converter on the checkpoint folder `model`; `out` is the file, or the folder for the converter to name it in."""
@@ -78,7 +76,7 @@ def llama_cpp_tools() -> LlamaCppTools:
     common = sorted(libraries.glob("libllama-common.*"))
     if not common:
         pytest.fail(f"llama-cpp-python {release} has no libllama-common in {libraries}; set LLAMA_CPP_TOOLS to a folder of programs")
-    built = hashlib.sha256(f"{common[0]} {common[0].stat().st_size}".encode()).hexdigest()[:8]
+    built = hashlib.sha256(f"{common[0]} {common[0].stat().st_size} {_DRAIN}".encode()).hexdigest()[:8]
     source = kept(f"llama-cpp-python-{release}/source", lambda where: _extract(release, where))
     programs = kept(f"llama-cpp-python-{release}/programs-{built}", lambda where: _build(source, libraries, where))
     return LlamaCppTools(programs, source)
@@ -107,9 +105,12 @@ def _build(source: Path, libraries: Path, folder: Path) -> None:
     if sys.platform == "linux":
         link.append("-Wl,--disable-new-dtags")  # the libraries find each other the same way
 
+    drain = folder / "drain.cpp"
+    drain.write_text(_DRAIN, encoding="utf-8")
+
     def build(tool: str) -> None:
         files = sorted((source / "tools" / tool).glob("*.cpp"))
-        _run([compiler, "-std=c++17", "-O2", "-DNDEBUG", *include, *files, *link, "-o", folder / PROGRAMS[tool]])
+        _run([compiler, "-std=c++17", "-O2", "-DNDEBUG", *include, *files, drain, *link, "-o", folder / PROGRAMS[tool]])
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(build, PROGRAMS))

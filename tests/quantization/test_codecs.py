@@ -18,13 +18,14 @@ from torch import Tensor
 from calibration.gptq import gptq, output_error
 from calibration.weight_set import WeightFacts, WeightSet, weight_writer
 from elmexport.errors import ElmExportError
+from elmexport.formats import FORMATS
 from elmexport.quantization import packed_bits, schemes
 from elmexport.quantization.codec import Codec, Part, Quantized, Rounding, find_codec
 from elmexport.quantization.grids import Grid
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import load_recipe, resolve
 from elmexport.quantization.schemes import CodedScheme, find_scheme
-from elmexport.target import TARGETS, find_target
+from elmexport.target import find_target
 from elmexport.weights import Role, WeightSpec
 from tests.memory_checkpoint import MemoryCheckpoint
 
@@ -219,6 +220,6 @@ def test_a_new_kind_is_a_module_and_a_row(sign: Sign, small_checkpoint: MemoryCh
         writer.add(spec, fitted)
     assert torch.equal(WeightSet.load(tmp_path / "set.safetensors").get(spec).dequantize(), fitted.dequantize())
 
-    for target in TARGETS:
+    for target in FORMATS:
         reason = find_target(target).refuses(sign, Role.ATTENTION_QKV)
         assert reason is not None and reason.startswith("stores ")

@@ -32,13 +32,8 @@ FOLDERS: Mapping[str, str] = {
     "wikitext": "wikitext",
     "winogrande": "winogrande",
 }
-# The metric that is compared, also with the published figures; other tasks: acc_norm, else acc, else their first. OpenELM's model card names
-# none. Where lm-eval has both acc and acc_norm:
-# - ARC and HellaSwag of the few-shot tables are acc_norm, as on the first Open LLM Leaderboard. For OPT 1.3B the OpenELM paper (arXiv:2404.14619,
-#   table 1) has a mean of 41.49 over these five tasks, and the leaderboard has 29.52, 54.53, 24.96, 38.71 and 59.75
-#   (huggingface.co/facebook/opt-1.3b/discussions/31), whose mean is 41.49.
-# - Zero-shot HellaSwag lies within a point of the few-shot figure for every model, so it is acc_norm too.
-# - Zero-shot ARC and PIQA (acc_norm) and SciQ (acc) are assumptions: what is customary, with no source found.
+# The metric that is compared, also with the published figures (the families' published.toml say how it is known); other tasks: acc_norm, else
+# acc, else their first.
 METRICS: Mapping[str, str] = {
     "arc_challenge": "acc_norm",
     "arc_easy": "acc_norm",
