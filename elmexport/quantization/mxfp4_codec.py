@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import get_args
 
 import torch
@@ -19,7 +20,7 @@ from elmexport.quantization.threads import in_threads
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; those of a negative sign are 8 more
 LARGEST_EXPONENT = 127  # E8M0: from -127 to 127
-_MIDDLES = tuple((low + high) / 2 for low, high in zip(MAGNITUDES, MAGNITUDES[1:], strict=False))
+_MIDDLES = tuple((low + high) / 2 for low, high in pairwise(MAGNITUDES))
 # Exponents to try beside the least one that clips nothing. One less clips the largest values and halves every other error.
 _OFFSETS = (-1, 1)
 _CHUNK = 1 << 18  # values handled at a time: small enough for the temporaries to stay in a core's cache

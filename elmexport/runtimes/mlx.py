@@ -1,13 +1,12 @@
 """MLX, through mlx-lm: on a Mac's GPU as stored, on CPUs with scales, biases, norms and floating-point weights widened to fp32.
 
-Integer codes stay as they are. CPUs multiply fp16 many times slower than fp32, and what is measured there is the stored numbers in exact
+Codes stay as they are. CPUs multiply fp16 many times slower than fp32, and what is measured there is the stored numbers in exact
 arithmetic; how much fp16 activations cost on a GPU it does not say.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError, MissingDependencyError
+from elmexport.models import read_config
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
 
@@ -109,11 +109,7 @@ def open_runtime(path: Path) -> MlxRuntime:
     """
     if (path / MANIFEST).is_file():
         return MlxRuntime(path, Artifact.open(path).manifest.context)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return MlxRuntime(path, int(config["max_context_length"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ElmExportError(f"{path} is no MLX model with a config.json that says its max_context_length ({error})") from None
+    return MlxRuntime(path, read_config(path / "config.json").dims.context)
 
 
 def _is_float(mx: Any, array: Any) -> bool:

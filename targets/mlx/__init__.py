@@ -42,8 +42,7 @@ class MlxTarget(Target):
     )
     example: ClassVar[str] = "--model 450M --quant int4-group64 --method gptq"
 
-    @classmethod
-    def stored_recipe(cls, quant: str) -> Recipe:
+    def stored_recipe(self, quant: str) -> Recipe:
         return _with_biases(super().stored_recipe(quant))
 
     def adapt(self, recipe: Recipe) -> Recipe:

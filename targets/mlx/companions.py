@@ -34,7 +34,7 @@ def write_companions(job: ExportJob, modules: Modules, folder: Path) -> None:
 def _config(job: ExportJob, modules: Modules) -> dict[str, Any]:
     kind = model_class(job.config)
     data = job.config.to_dict()
-    data[kind.eps_key], data[kind.tied_key], data[kind.context_key] = modules.eps, modules.tied, job.graph.context
+    data[kind.eps_key], data[kind.tied_key] = modules.eps, modules.tied
     data["torch_dtype"] = TORCH_NAMES[job.recipe.activations.dtype]
     quantization = _quantization(modules, job.weights.plan)
     if quantization:

@@ -26,7 +26,6 @@ class ModelClass:
     requirements: tuple[Requirement, ...]
     tied_key: str  # of config.json
     eps_key: str  # of config.json: the eps of every norm
-    context_key: str  # of config.json
     swift_notes: Callable[[ModelConfig, float], tuple[str, ...]]  # of a model and its alpha: why mlx-swift cannot run it
 
     def check(self, config: ModelConfig) -> None:
@@ -52,7 +51,6 @@ CLASSES: Mapping[str, ModelClass] = {
         requirements=(Requirement("ffn_with_glu is false (the feed-forward network always has a gate)", _gated),),
         tied_key="share_input_output_layers",
         eps_key="rms_norm_eps",
-        context_key="max_context_length",
         swift_notes=openelm_notes,
     ),
 }
