@@ -124,7 +124,7 @@ def test_shards(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, exporte
 
 @pytest.mark.parametrize("size", ["", "0", "5GB", "-1", "1.5G"])
 def test_bad_shard_sizes(small_checkpoint: MemoryCheckpoint, size: str) -> None:
-    with pytest.raises(ElmExportError, match="--max-shard-size is .*; give bytes, or thousands of them"):
+    with pytest.raises(ElmExportError, match=r"--max-shard-size is .*; give bytes, or thousands of them"):
         find_target("mlx", {"max_shard_size": size}).check(small_checkpoint.config, 16)
 
 
