@@ -14,8 +14,8 @@ import pytest
 
 from elmexport.artifact import Artifact
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.runtimes import open_artifact
 from elmexport.runtimes import mlx as mlx_module
+from elmexport.runtimes import open_artifact
 from elmexport.runtimes.mlx import MlxRuntime, open_runtime
 from tests.conftest import SmallArtifact
 from tests.graph.test_forward import token_ids
