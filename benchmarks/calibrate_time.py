@@ -27,20 +27,18 @@ COLUMNS = {
 # The same loop as `calibration.collect`, without its observer.
 FORWARD = """
 import sys, torch
-from calibration.collect import BATCH_TOKENS
 from calibration.calibrate import make_sample
 from elmexport.checkpoint import open_checkpoint
-from elmexport.graph.layerwise import stages
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import layer_stages, stage_by_stage
 from elmexport.models import trace
 
 with torch.no_grad():
     checkpoint = open_checkpoint(sys.argv[1], random_weights=0, tokenizer="none")
     sample = make_sample(checkpoint, tokens=int(sys.argv[2]))
-    batches = list(torch.from_numpy(sample.ids).split(max(1, BATCH_TOKENS // sample.window)))
-    for stage in stages(trace(checkpoint.config, sample.window)):
-        weights = {spec.name: checkpoint.tensor(spec.name).float() for spec in stage.weights()}
-        for i, batch in enumerate(batches):
-            batches[i] = stage.run(weights, batch)
+    stages = layer_stages(trace(checkpoint.config, sample.window))[:-1]
+    for _ in stage_by_stage(stages, lambda spec: checkpoint.tensor(spec.name), torch.from_numpy(sample.ids), torch_device()):
+        pass
 """
 
 

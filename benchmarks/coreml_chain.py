@@ -110,7 +110,7 @@ def _reference(model: str, quant: str, artifact: str, out: str, tokens: int) -> 
     import torch
 
     from elmexport.checkpoint import open_checkpoint
-    from elmexport.graph.interpret import Caches, interpret
+    from elmexport.graph.forward import KVCaches, forward
     from elmexport.models import trace
     from elmexport.quantization.recipes import resolve
     from elmexport.quantization.weight_source import CheckpointWeights
@@ -128,7 +128,7 @@ def _reference(model: str, quant: str, artifact: str, out: str, tokens: int) -> 
 
     ids = torch.from_numpy(_ids(tokens, checkpoint.config.vocab_size))[None]
     with torch.inference_mode():
-        np.save(out, interpret(graph, weight, ids, 0, Caches(graph))[0].numpy())
+        np.save(out, forward(graph, weight, ids, 0, KVCaches(graph))[0].numpy())
 
 
 def _compare(reference: Path, chain: Path) -> tuple[float, float]:

@@ -93,7 +93,7 @@ from pathlib import Path
 import numpy as np
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
-from elmexport.evaluation.metrics import divergence
+from elmexport.divergence import divergence
 from elmexport.runtimes.mlx import open_runtime
 from elmexport.runtimes.torch import TorchRuntime
 model, windows, window, texts, folders = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(json.loads, sys.argv[4:])

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.allocate import allocate, by_gptq, candidates
+from calibration.allocate import allocate, candidates, with_gain
 from calibration.awq import awq_folds
 from calibration.calibrate import make_sample
 from calibration.collect import collect
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
-from calibration.sensitivity import Probe, sensitivities
+from calibration.methods.gptq import GPTQ
+from calibration.sensitivity import KLEvaluator, sensitivities
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Statistics, mean_square_of
 from calibration.table import quantize_table
@@ -40,7 +41,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.self_check import reference_pass
 from elmexport.export import export_checkpoint
-from elmexport.graph.layerwise import Stage, stages
+from elmexport.graph.forward import layer_stages
 from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize
@@ -79,7 +80,7 @@ class Judge:
         assert checkpoint.tokenizer_path is not None
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         self.checkpoint = checkpoint
-        self.stages: list[Stage] = stages(trace(checkpoint.config, WINDOW))
+        self.stages = layer_stages(trace(checkpoint.config, WINDOW))
         self.ids = {
             path.stem: torch.from_numpy(
                 sample_windows(tokenizer, [path.read_text(encoding="utf-8")], path.name, tokens=windows * WINDOW, window=WINDOW).ids
@@ -109,15 +110,14 @@ class Judge:
 
     def _log_probabilities(self, ids: Tensor, weights: Weights) -> Iterator[Tensor]:
         def get(spec: WeightSpec) -> Tensor:
-            return weights[spec.name] if spec.name in weights else self.checkpoint.tensor(spec.name).to(torch.float32)
+            return weights[spec.name] if spec.name in weights else self.checkpoint.tensor(spec.name)
 
-        table = next(spec for spec in self.checkpoint.specs.values() if spec.role is Role.EMBEDDING)
-        tensors = {spec.name: get(spec) for stage in self.stages for spec in stage.weights()}
+        loaded = [stage.load(get) for stage in self.stages]
         for batch in ids.split(16):
             x: Tensor = batch
-            for stage in self.stages:
-                x = stage.run(tensors, x)
-            yield torch.nn.functional.linear(x, tensors[table.name]).log_softmax(-1)
+            for stage in loaded:
+                x = stage(x)
+            yield x.log_softmax(-1)
 
 
 def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iterator[Entry]:
@@ -164,7 +164,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
             ),
             "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s).mean_square).dequantize()),
             "mse, 128 tokens": lambda: each(
-                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(reference.moments)(s)).dequantize()
+                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(reference.statistics.moments)(s)).dequantize()
             ),
             "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: by_hessian(w, s, k, moments(checkpoint, s).hessian)),
             "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: by_hessian(w, s, k, moments(folded, s).hessian)),
@@ -180,10 +180,10 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
     target = find_target("onnx")
     short = sample_windows(tokenizer, [bundled_text()], "prose", tokens=1024, window=WINDOW)
     offered = candidates(target, checkpoint.specs.values())
-    measured = sensitivities(checkpoint, offered, short, Probe(checkpoint, short), SilentProgress())
+    measured = sensitivities(checkpoint, offered, short, KLEvaluator(checkpoint, short), SilentProgress())
     for bits in MIXED:
         for method in ("mse, 128 tokens", "gptq"):
-            items = [by_gptq(item) for item in measured] if method == "gptq" else measured
+            items = [with_gain(item, GPTQ.gain) for item in measured] if method == "gptq" else measured
             plan = resolve(allocate(items, checkpoint.config, int4, bits).recipe, checkpoint.config)
             name = f"--bits-per-weight {bits:g} {method}"
             yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(plan)[method]())

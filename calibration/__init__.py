@@ -1,1 +1,1 @@
-"""What a model shows when it reads text: the statistics that exports are calibrated with."""
+"""Calibration: statistics of activations, and the methods that find the codes of a model's weights."""

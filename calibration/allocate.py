@@ -1,4 +1,4 @@
-"""Choosing bits: the mix of schemes, matrix by matrix, of least predicted divergence at a given size.
+"""Bit allocation: the mix of schemes, matrix by matrix, of least predicted divergence at a given size.
 
 Every matrix takes one of several schemes, and their divergences add up (`calibration.sensitivity`): a multiple-choice knapsack. It is solved
 exactly, but for rounding: the embedding may be a fifth of the model, too large a piece for a greedy choice.
@@ -14,7 +14,8 @@ from math import ceil
 import numpy as np
 
 from calibration.costs import known_sensitivities
-from calibration.sensitivity import Probe, Sensitivity
+from calibration.method import Gain
+from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import bundled_text, random_windows, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -33,18 +34,13 @@ CANDIDATES = (
     *("int6-block64", "int6-block32", "lut6-group64", "lut6-group16", "int8-block32"),
 )
 
-
-# What is left of the divergence when GPTQ finds the codes, of a layer's matrix and of a tied embedding in less than 8 bits: about as in
-# `tiny`, docs/quantization-results.md.
-GPTQ_GAIN = 0.33
-TABLE_GAIN = 0.7
 _GRAINS = 20000
 TOKENS, WINDOW = 1024, 256  # of the text that costs are measured on
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A recipe, and what it is predicted to cost."""
+    """Chosen recipe, and its predicted cost."""
 
     recipe: Recipe
     bits_per_weight: float
@@ -53,10 +49,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each matrix of a model costs in each scheme that it may have, and the probe by which to measure what came of a choice."""
+    """Costs of each matrix of a model in each scheme that it may have, and what measures the divergence of a choice."""
 
     measured: Sequence[Sensitivity]
-    probe: Probe
+    evaluator: KLEvaluator
     config: ModelConfig
     base: Recipe  # of which an allocation takes everything but the rules
 
@@ -65,29 +61,29 @@ class Costs:
         return allocate(self.measured, self.config, self.base, bits_per_weight)
 
     def sizes(self) -> tuple[float, float]:
-        """Bits per weight with the narrowest and with the widest scheme everywhere."""
+        """Count bits per weight with the narrowest and with the widest scheme everywhere."""
         offered, specs = {item.spec.name: tuple(item.kl) for item in self.measured}, list(self.config.weights())
         return _extreme_bits(specs, offered, self.base, min), _extreme_bits(specs, offered, self.base, max)
 
 
 def choose_bits(
-    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gptq: bool, progress: Progress
-) -> tuple[Allocation, Probe]:
-    """The allocation for `checkpoint`, and the probe by which to measure what came of it.
+    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gain: Gain, progress: Progress
+) -> tuple[Allocation, KLEvaluator]:
+    """Allocate bits to `checkpoint`; returns what measures the divergence of the choice too.
 
     Raises:
         ElmExportError: see `allocate`.
     """
     specs = list(checkpoint.specs.values())
     check_budget(specs, candidates(target, specs), base, bits_per_weight)  # before the minutes that measuring takes
-    costs = measure_costs(checkpoint, target, base, gptq=gptq, progress=progress)
-    return costs.allocate(bits_per_weight), costs.probe
+    costs = measure_costs(checkpoint, target, base, gain=gain, progress=progress)
+    return costs.allocate(bits_per_weight), costs.evaluator
 
 
-def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq: bool, progress: Progress) -> Costs:
-    """What `allocate` needs, for the schemes that `target` can hold. The text is the bundled prose.
+def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gain: Gain, progress: Progress) -> Costs:
+    """Measure what `allocate` needs, for the schemes that `target` can hold. The text is the bundled prose.
 
-    Costs are measured with scales of least weighted error. `gptq` says that the codes will be GPTQ's.
+    Costs are measured with scales of least weighted error; `gain` is that of the method which will find the codes.
     """
     window = min(WINDOW, checkpoint.config.dims.context)
     if checkpoint.tokenizer_path is None:
@@ -95,23 +91,23 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gptq:
     else:
         sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
-    probe = Probe(checkpoint, sample)
-    measured = known_sensitivities(checkpoint, candidates(target, specs), sample, probe, progress)
-    return Costs([by_gptq(item) for item in measured] if gptq else measured, probe, checkpoint.config, base)
+    evaluator = KLEvaluator(checkpoint, sample)
+    measured = known_sensitivities(checkpoint, candidates(target, specs), sample, evaluator, progress)
+    return Costs([with_gain(item, gain) for item in measured], evaluator, checkpoint.config, base)
 
 
 def mixed_name(bits_per_weight: float) -> str:
-    """Of the recipe that `allocate` makes."""
+    """Name the recipe that `allocate` makes."""
     return f"mixed-{bits_per_weight:g}"
 
 
 def drop_name(max_drop: float) -> str:
-    """Of the recipe that `--max-drop` finds."""
+    """Name the recipe that `--max-drop` finds."""
     return f"drop-{max_drop:g}"
 
 
 def candidates(target: Target, specs: Iterable[WeightSpec]) -> dict[str, tuple[CodedScheme, ...]]:
-    """By the name of each matrix that has any, the schemes among `CANDIDATES` that its shape and `target` can take."""
+    """List the schemes among `CANDIDATES` that each matrix's shape and `target` can take, by its name. Others are left out."""
     known = [scheme for name in CANDIDATES if isinstance(scheme := find_scheme(name), CodedScheme)]
     found = {
         spec.name: tuple(s for s in known if s.refuses(spec.shape) is None and target.refuses(s, spec.role) is None)
@@ -135,7 +131,7 @@ def check_budget(specs: Sequence[WeightSpec], offered: Mapping[str, Sequence[Cod
 
 
 def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe, bits_per_weight: float) -> Allocation:
-    """The recipe of least predicted divergence within `bits_per_weight`, counted as in manifests: over all parameters, scales included.
+    """Find the recipe of least predicted divergence within `bits_per_weight`, counted as in manifests (all parameters, with scales).
 
     Everything but the rules is that of `base`.
 
@@ -155,15 +151,15 @@ def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe,
     return Allocation(recipe, plan.bits_per_weight, sum(item.kl[chosen[item.spec.name]] for item in measured))
 
 
-def by_gptq(item: Sensitivity) -> Sensitivity:
-    """`item` under GPTQ."""
+def with_gain(item: Sensitivity, gain: Gain) -> Sensitivity:
+    """Predict `item` under a method of `gain`."""
     if item.spec.role is Role.EMBEDDING:
-        return replace(item, kl={scheme: kl * (TABLE_GAIN if scheme.is_coarse else 1.0) for scheme, kl in item.kl.items()})
-    return replace(item, kl={scheme: kl * GPTQ_GAIN for scheme, kl in item.kl.items()})
+        return replace(item, kl={scheme: kl * (gain.table if scheme.is_coarse else 1.0) for scheme, kl in item.kl.items()})
+    return replace(item, kl={scheme: kl * gain.linear for scheme, kl in item.kl.items()})
 
 
 def _cheapest(measured: Sequence[Sensitivity], budget: int, scale_bits: int) -> dict[str, CodedScheme]:
-    """The scheme of each matrix, of least total divergence within `budget` bits: a multiple-choice knapsack, by dynamic programming.
+    """Solve a multiple-choice knapsack by dynamic programming: the scheme of each matrix, of least total divergence within `budget` bits.
 
     Bits beyond those of the narrowest schemes are counted in `_GRAINS` grains of what is left of the budget, rounded up.
     """

@@ -1,4 +1,4 @@
-"""`elmexport calibrate` as a library call: from a model's name and a text to a statistics file."""
+"""Calibration run: from a model's name and a text to a statistics file, as `elmexport calibrate` does it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import TypedDict, Unpack
 from calibration.collect import collect
 from calibration.statistics import FORMAT, Statistics
 from calibration.text import Sample, calibration_text, random_windows, read_text, sample_windows
-from calibration.work import FolderWork, complete_file
+from calibration.work import FolderWork
 from elmexport import __version__
 from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 from elmexport.progress import Progress, SilentProgress
 
 DEFAULT_TOKENS = 32768
@@ -27,7 +28,7 @@ DEFAULT_WINDOW = 512
 
 
 class TextOptions(TypedDict, total=False):
-    """What to read; `make_sample` says what each means and its default."""
+    """Options of the calibration text; `make_sample` says what each means and its default."""
 
     text: Sequence[Path]
     tokens: int
@@ -35,8 +36,8 @@ class TextOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """A finished calibration."""
+class CalibrationResult:
+    """Finished calibration."""
 
     path: Path
     statistics: Statistics
@@ -55,7 +56,7 @@ def calibrate(
     revision: str | None = None,
     progress: Progress | None = None,
     **text: Unpack[TextOptions],
-) -> Calibration:
+) -> CalibrationResult:
     """Measure `model` (an alias, hub id, or path; see `open_checkpoint`) and write its statistics to `out`.
 
     `out` is `./<model>-calibration.safetensors` where None.
@@ -77,13 +78,13 @@ def calibrate(
     if sample.tokens < wanted:
         notes.append(f"the text holds {sample.tokens:,} tokens, fewer than the {wanted:,} asked for; all of it was read")
     statistics = calibrate_checkpoint(checkpoint, sample, out, hessian=hessian, force=force, progress=progress)
-    return Calibration(out, statistics, checkpoint, tuple(notes))
+    return CalibrationResult(out, statistics, checkpoint, tuple(notes))
 
 
 def make_sample(
     checkpoint: Checkpoint, texts: Sequence[str] = (), *, text: Sequence[Path] = (), tokens: int = DEFAULT_TOKENS, window: int | None = None
 ) -> Sample:
-    """What `checkpoint` is to read: `texts`, the contents of the files `text`, or the bundled calibration text where there is none.
+    """Cut a calibration text into windows: `texts`, the contents of the files `text`, or the bundled text where there is none.
 
     About `tokens` tokens in windows of `window`, 512 or the model's maximum, whichever is less, where None.
 
@@ -109,7 +110,7 @@ def make_sample(
 def calibrate_checkpoint(
     checkpoint: Checkpoint, sample: Sample, out: Path, *, hessian: bool = False, force: bool = False, progress: Progress | None = None
 ) -> Statistics:
-    """`collect` into the file `out`, with what is between two layers in a folder beside it, until `out` is complete.
+    """Measure statistics into the file `out`, with a work folder beside it until `out` is complete; see `collect`.
 
     A run that was killed leaves that folder, and the next with the same model, sample and kind of statistics goes on from there.
 

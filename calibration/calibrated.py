@@ -1,4 +1,4 @@
-"""The codes of a calibrated weight set: computed once for a model, plan, method and text, then found in the cache.
+"""GPTQ of a whole model into a weight set, computed once for a model, plan, method and text, then found in the cache.
 
 Exports of one model to several formats so hold the same codes.
 """
@@ -21,11 +21,12 @@ from calibration.statistics import Moments, Statistics
 from calibration.table import quantize_table
 from calibration.text import Sample
 from calibration.weight_set import FORMAT, WeightFacts, WeightSet, quantized_schemes, weight_writer
-from calibration.work import complete_file
 from elmexport import __version__
 from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
+from elmexport.graph.device import torch_device
 from elmexport.progress import Progress
 from elmexport.quantization.codec import Quantized
 from elmexport.quantization.quantize import quantize
@@ -42,11 +43,14 @@ def gptq_weights(
     source: Sample | Statistics,
     progress: Progress,
     fold: Callable[[], FoldedCheckpoint] | None = None,
+    *,
+    method: str = "gptq",
 ) -> WeightSet:
-    """The weights of `checkpoint` under `plan` by GPTQ, out of the cache if they have been computed before.
+    """Compute the weights of `checkpoint` under `plan` by GPTQ, or take them out of the cache if they have been computed before.
 
     With a text (`Sample`), layer by layer in order (`quantize_in_order`); with statistics, each tensor by itself from its Hessian, without
-    running the model. `fold` gives the model to quantize instead (AWQ); it is not called where the cache holds its result.
+    running the model. `fold` gives the model to quantize instead (AWQ); it is not called where the cache holds its result. `method` is what all
+    of it is called.
 
     Raises:
         ElmExportError: statistics without Hessians, weights that do not fit their schemes, or a cache that cannot be written.
@@ -65,7 +69,7 @@ def gptq_weights(
         identity=checkpoint.identity(),
         schemes=quantized_schemes(plan),
         folded=() if fold is None else tuple(name for name, spec in checkpoint.specs.items() if _is_foldable(spec)),
-        method="gptq" if fold is None else "awq+gptq",
+        method=method,
         sequential=sequential,
         text=text,
         text_sha256=digest,
@@ -95,7 +99,7 @@ def gptq_weights(
 
 
 def moments_of(checkpoint: Checkpoint, statistics: Statistics) -> MomentsOf:
-    """The moments of what each matrix of `checkpoint`, folded or not, reads; `statistics` are of the model that is not folded."""
+    """Give the moments of what each matrix of `checkpoint`, folded or not, reads; `statistics` are of the model that is not folded."""
 
     def get(spec: WeightSpec) -> Moments | None:
         moments = statistics.moments(spec)
@@ -129,20 +133,22 @@ def _is_foldable(spec: WeightSpec) -> bool:
 def _from_statistics(
     checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress, damped: Callable[[WeightSpec, float], None]
 ) -> Iterator[tuple[WeightSpec, Quantized]]:
+    device = torch_device()
     specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], CodedScheme)]
     progress.stage("quantizing", sum(spec.size for spec in specs))
     for spec in specs:
         scheme = plan.schemes[spec.name]
         assert isinstance(scheme, CodedScheme)
         moments = moments_of(spec)
-        weight = checkpoint.tensor(spec.name)
+        hessian = None if moments is None or moments.hessian is None else moments.hessian.to(device)
+        weight = checkpoint.tensor(spec.name).to(device)
         try:
-            if moments is None or moments.hessian is None:
+            if hessian is None or (spec.role is Role.EMBEDDING and not scheme.is_coarse):
                 yield spec, quantize(weight, scheme)
             elif spec.role is Role.EMBEDDING:
-                yield spec, quantize_table(weight, scheme, moments.hessian) if scheme.is_coarse else quantize(weight, scheme)
+                yield spec, quantize_table(weight, scheme, hessian)
             else:
-                yield spec, gptq(weight, scheme, moments.hessian, damped=partial(damped, spec))
+                yield spec, gptq(weight, scheme, hessian, damped=partial(damped, spec))
         except ElmExportError as error:
             raise ElmExportError(f"{spec.name}: {error}") from None
         progress.advance(spec.size)

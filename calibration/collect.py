@@ -1,4 +1,4 @@
-"""One pass over the calibration text, layer by layer: what goes into each linear layer, and how large the residual stream grows.
+"""Collection of statistics: one pass over the calibration text, which observes inputs of linear layers and the residual stream.
 
 One layer's weights are in memory at a time. Sums of squares and magnitudes add up in float64, one batch after the other; second moments
 (Hessians) in float32, each batch being one symmetric product, so that an entry's relative error stays near float32's own.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,26 +18,24 @@ from calibration.residual import ResidualPeak
 from calibration.second_moments import add_products, mirror
 from calibration.statistics import HESSIAN, MEAN_ABS, MEAN_SQUARE, TOKEN_COUNTS, Facts, Statistics
 from calibration.text import Sample
-from calibration.work import MemoryWork, Part, Work
+from calibration.work import MemoryWork, StageResult, Work
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.graph.interpret import Observer
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import Stage, batches, layer_stages
 from elmexport.graph.ir import Graph, Node
-from elmexport.graph.layerwise import Stage, stages
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
-
-BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
 
 
 @torch.no_grad()
 def collect(
     checkpoint: Checkpoint, sample: Sample, *, hessian: bool = False, work: Work | None = None, progress: Progress | None = None
 ) -> Statistics:
-    """The statistics of `checkpoint` reading `sample`, computed in float32; Hessians too if asked for.
+    """Measure the statistics of `checkpoint` on `sample`, in float32; Hessians too if asked for.
 
     `work` keeps what is between two layers, and every layer's results; memory where None. What it holds already, from a run that was
-    interrupted, is not computed again, and the outcome is the same to the last bit (on the same machine, with as many threads).
+    interrupted, is not computed again, and the outcome is the same to the last bit (on the same device, with as many threads).
 
     Raises:
         ElmExportError: windows longer than the model takes, ids outside the vocabulary, or activations that are not finite.
@@ -49,82 +47,67 @@ def collect(
             f"token id {sample.ids.max()} is outside the vocabulary of {checkpoint.source.name}; use the model's tokenizer"
         )
     work = work or MemoryWork()
-    layers = stages(graph)
+    layers = layer_stages(graph)[:-1]  # of the head only the input counts
     costs = [_cost(stage, graph, hessian) for stage in layers]
     done = work.stages_done()
     progress.stage(f"calibrating on {sample.tokens:,} tokens", sum(costs[done:]) * sample.tokens)
     ids = torch.from_numpy(sample.ids)
-    for number in range(done, len(layers)):
+
+    def measure(number: int) -> StageResult:
+        stage, observer = layers[number], _Observer(graph, layers[number], hessian)
+        loaded = stage.load(lambda spec: checkpoint.tensor(spec.name), torch_device())
         with work.boundary(number, len(ids), last=number + 1 == len(layers)) as boundary:
-            observer = _Observer(graph, layers[number], hessian)
-            batches = ((batch, ids[batch] if number == 0 else boundary.read(batch)) for batch in _batches(sample))
-            for batch, out in _run(layers[number], checkpoint, batches, observer):
-                boundary.write(batch, out)
-                progress.advance(costs[number] * ids[batch].numel())
-        work.finish(number, observer.part(sample, checkpoint))
-        del observer  # its Hessians, before the next layer's are made
-    return _merge(checkpoint, sample, graph, hessian, work.parts())
+            for rows in batches(len(ids), sample.window):
+                boundary.write(rows, loaded(ids[rows] if number == 0 else boundary.read(rows), observe=observer))
+                progress.advance(costs[number] * ids[rows].numel())
+        return observer.result(checkpoint)
 
-
-def _batches(sample: Sample) -> list[slice]:
-    rows = max(1, BATCH_TOKENS // sample.window)
-    return [slice(start, min(start + rows, len(sample.ids))) for start in range(0, len(sample.ids), rows)]
-
-
-def _run(
-    stage: Stage, checkpoint: Checkpoint, batches: Iterable[tuple[slice, Tensor]], observer: Observer
-) -> Iterator[tuple[slice, Tensor]]:
-    """What `stage` makes of each batch; its weights go with the iterator."""
-    weights = {spec.name: checkpoint.tensor(spec.name).to(torch.float32) for spec in stage.weights()}
-    for batch, x in batches:
-        yield batch, stage.run(weights, x, observe=observer)
-
-
-def read_by(graph: Graph) -> dict[str, str]:
-    """Name of each weight that multiplies activations to that of the activation."""
-    return {node.weights["weight"].name: node.inputs["x"] for node in graph.nodes if node.op == "linear"}
+    for number in range(done, len(layers)):
+        work.finish(number, measure(number))
+    return _merge(checkpoint, sample, graph, hessian, work.results())
 
 
 @dataclass
 class _Sums:
-    """Of the rows x `[rows, width]` of one activation."""
+    """Running sums over the rows x `[rows, width]` of one activation."""
 
     width: int
     hessian: bool
     rows: int = 0
-    square: Tensor = field(init=False)  # float64 [width]
-    magnitude: Tensor = field(init=False)  # float64 [width]
-    products: Tensor | None = field(init=False)  # float32 [width, width]; true on and below the diagonal's blocks
+    square: Tensor = field(init=False)  # float64 [width], on the CPU: not every device has float64
+    magnitude: Tensor = field(init=False)  # float64 [width], on the CPU
+    products: Tensor | None = None  # float32 [width, width], on the device of x; true on and below the diagonal's blocks
 
     def __post_init__(self) -> None:
         self.square, self.magnitude = torch.zeros(2, self.width, dtype=torch.float64)
-        self.products = torch.zeros(self.width, self.width) if self.hessian else None
 
     def add(self, x: Tensor) -> None:
         self.rows += len(x)
-        self.square += x.square().sum(0)
-        self.magnitude += x.abs().sum(0)
-        if self.products is not None:
+        self.square += x.square().sum(0).cpu()
+        self.magnitude += x.abs().sum(0).cpu()
+        if self.hessian:
+            if self.products is None:
+                self.products = torch.zeros(self.width, self.width, device=x.device)
             add_products(self.products, x)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         mean_square = (self.square / self.rows).to(torch.float32)
         found = {f"{name}.{MEAN_SQUARE}": mean_square, f"{name}.{MEAN_ABS}": (self.magnitude / self.rows).to(torch.float32)}
         if self.products is not None:
-            hessian = mirror(self.products.div_(self.rows))
+            hessian = mirror(self.products.div_(self.rows)).cpu()
             hessian.diagonal().copy_(mean_square)  # the same figure, but summed in float64
             found[f"{name}.{HESSIAN}"] = hessian
         return found
 
 
 class _Observer:
-    """Watches one stage: the inputs of linear layers, wherever they are, and of norms, and the residual stream."""
+    """Observer of one stage: the inputs of linear layers, wherever they are, and of norms, and the residual stream."""
 
     def __init__(self, graph: Graph, stage: Stage, hessian: bool) -> None:
         self._peak = ResidualPeak()
         self._norm_peaks: dict[str, float] = {}
         made = {node.outputs[0] for node in stage.nodes}
-        self._sums = {name: _Sums(_width(graph, name), hessian) for name in dict.fromkeys(read_by(graph).values()) if name in made}
+        self._sums = {name: _Sums(_width(graph, name), hessian) for name in dict.fromkeys(graph.linear_inputs.values()) if name in made}
         norms = (node for node in graph.nodes if node.op == "rms_norm")
         self._norms = {node.inputs["x"]: node.weights["weight"].name for node in norms}
         self._attention = {node.inputs["qkv"]: node for node in stage.nodes if node.op == "attention"}
@@ -140,8 +123,8 @@ class _Observer:
         if name in self._attention:
             self._heads(self._attention[name], out)
 
-    def part(self, sample: Sample, checkpoint: Checkpoint) -> Part:
-        """What was seen, of all batches."""
+    def result(self, checkpoint: Checkpoint) -> StageResult:
+        """The statistics of all batches."""
         tensors: dict[str, Tensor] = {}
         for name, sums in self._sums.items():
             tensors |= sums.tensors(name)
@@ -150,7 +133,7 @@ class _Observer:
             raise ElmExportError(
                 f"{checkpoint.source.name} gives activations that are not finite in float32; the checkpoint is damaged, download it again"
             )
-        return Part(tensors, self._peak.value, self._norm_peaks)
+        return StageResult(tensors, self._peak.value, self._norm_peaks)
 
     def _heads(self, node: Node, qkv: Tensor) -> None:
         """The q/k norms work on each head by itself, inside the attention."""
@@ -173,17 +156,17 @@ def _width(graph: Graph, name: str) -> int:
 def _cost(stage: Stage, graph: Graph, hessian: bool) -> int:
     """Multiplications for each token, about: the measure of progress."""
     made = {node.outputs[0] for node in stage.nodes}
-    products = sum(_width(graph, name) ** 2 for name in set(read_by(graph).values()) & made) if hessian else 0
+    products = sum(_width(graph, name) ** 2 for name in set(graph.linear_inputs.values()) & made) if hessian else 0
     return sum(node.weights["weight"].size for node in stage.nodes if node.op == "linear") + products // 2 + 1
 
 
-def _merge(checkpoint: Checkpoint, sample: Sample, graph: Graph, hessian: bool, parts: list[Part]) -> Statistics:
+def _merge(checkpoint: Checkpoint, sample: Sample, graph: Graph, hessian: bool, results: list[StageResult]) -> Statistics:
     counts = torch.bincount(torch.from_numpy(sample.ids).flatten(), minlength=checkpoint.config.dims.vocab_size)
     norm_peaks: dict[str, float] = {}
-    for part in parts:
-        norm_peaks |= part.norm_peaks
+    for result in results:
+        norm_peaks |= result.norm_peaks
     # A chain reads nothing: tensors that lie in files stay there.
-    tensors = ChainMap({TOKEN_COUNTS: counts}, *(part.tensors for part in parts))  # type: ignore[arg-type]
+    tensors = ChainMap({TOKEN_COUNTS: counts}, *(result.tensors for result in results))  # type: ignore[arg-type]
     facts = Facts(
         model=checkpoint.source.name,
         identity=checkpoint.identity(),
@@ -192,8 +175,8 @@ def _merge(checkpoint: Checkpoint, sample: Sample, graph: Graph, hessian: bool, 
         tokens=sample.tokens,
         window=sample.window,
         hessian=hessian,
-        inputs=read_by(graph),
-        residual_peaks=tuple(part.residual_peak for part in parts[:-1]),  # the final norm writes nothing to the stream
+        inputs=graph.linear_inputs,
+        residual_peaks=tuple(result.residual_peak for result in results[:-1]),  # the final norm writes nothing to the stream
         norm_peaks=_in_order(norm_peaks, checkpoint),
     )
     return Statistics(facts, tensors)

@@ -1,4 +1,4 @@
-"""What each matrix costs in each scheme, kept in the cache: measured once for a model, a text and a choice of schemes."""
+"""Cache of sensitivities: measured once for a model, a text and a choice of schemes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from calibration.sensitivity import Probe, Sensitivity, sensitivities
+from calibration.sensitivity import KLEvaluator, Sensitivity, sensitivities
 from calibration.text import Sample
-from calibration.work import complete_file
 from elmexport import __version__
 from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 from elmexport.progress import Progress
 from elmexport.quantization.schemes import CodedScheme, find_scheme
 
@@ -21,9 +21,9 @@ FORMAT = 1  # of the files; raised when the same measurement would give other fi
 
 
 def known_sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, probe: Probe, progress: Progress
+    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
-    """`sensitivities`, out of the cache if they have been measured before.
+    """Measure `sensitivities`, or take them out of the cache if they have been measured before.
 
     Raises:
         ElmExportError: the cache cannot be written.
@@ -34,7 +34,7 @@ def known_sensitivities(
     known = _read(path, checkpoint, names)
     if known is not None:
         return known
-    found = sensitivities(checkpoint, candidates, sample, probe, progress)
+    found = sensitivities(checkpoint, candidates, sample, evaluator, progress)
     document = {item.spec.name: {scheme.recipe_name: kl for scheme, kl in item.kl.items()} for item in found}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

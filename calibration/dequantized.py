@@ -1,4 +1,4 @@
-"""Planned weights as numbers: what the artifact will hold, in the place of the model's own."""
+"""Dequantized weights: the numbers that an artifact will hold, in the place of the model's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elmexport.quantization.weight_source import WeightSource
 
 
 class Dequantized(Mapping[str, Tensor]):
-    """Every tensor as the artifact will hold it, float32, made when it is asked for."""
+    """Mapping of every tensor's name to its values as the artifact will hold them, float32, made when they are asked for."""
 
     def __init__(self, weights: WeightSource) -> None:
         self._weights = weights
@@ -29,7 +29,7 @@ class Dequantized(Mapping[str, Tensor]):
 
 
 class DequantizedCheckpoint(Checkpoint):
-    """`model` with `weights` in the place of its own: what a runtime for checkpoints can run."""
+    """Checkpoint whose weights are those that an artifact will hold: what a runtime for checkpoints can run."""
 
     def __init__(self, model: Checkpoint, weights: WeightSource) -> None:
         super().__init__(model.config, model.source, model.tokenizer_path)

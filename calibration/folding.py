@@ -1,4 +1,4 @@
-"""Foldings: rescaling a linear's input channels, undone exactly in what produces them. Target-independent: only weights change.
+"""Folding of scales: a linear's input channels are rescaled, and what produces them takes the inverse. Only weights change.
 
 For a linear W and a positive scale s per input channel, W' = W diag(s) on inputs x' = x / s gives the same output. Where x comes from
 
@@ -48,7 +48,7 @@ Folds = Mapping[int, LayerFold]  # by layer; layers that are absent are left alo
 
 
 class FoldedCheckpoint(Checkpoint):
-    """`checkpoint` with `folds` applied to each tensor as it is read: the same function, other weights.
+    """Checkpoint with folds applied to each tensor as it is read: the same function, other weights.
 
     Tensors that a fold touches come as float32, others as they are stored. Scales of norms are adjusted by less than 2^-11 so that the
     folded norm is a number of fp16, which every format stores without rounding; a channel whose norm would leave fp16's normal numbers, or
@@ -67,7 +67,7 @@ class FoldedCheckpoint(Checkpoint):
         self._folds = {layer: self._settled(layer, fold) for layer, fold in folds.items()}
 
     def input_scale(self, spec: WeightSpec) -> Tensor | None:
-        """What the columns of `spec` are multiplied by, float32 `[in]`; None where they are not."""
+        """Factors of the columns of `spec`, float32 `[in]`; None where it has none."""
         fold = None if spec.layer is None else self._folds.get(spec.layer)
         if fold is None or spec.layer is None:
             return None
@@ -149,12 +149,12 @@ class FoldedCheckpoint(Checkpoint):
 
 
 def for_query_heads(scale: Tensor, dims: ModelDims, layer: int) -> Tensor:
-    """Scales of `out`'s input channels `[query heads * head_dim]` from those of the KV heads `[KV heads * head_dim]`."""
+    """Expand the scales of `out`'s input channels `[query heads * head_dim]` from those of the KV heads `[KV heads * head_dim]`."""
     return scale.view(dims.layers[layer].kv_heads, 1, dims.head_dim).expand(-1, dims.layers[layer].queries_per_kv_head, -1).reshape(-1)
 
 
 def folded_moments(moments: Moments, scale: Tensor) -> Moments:
-    """Moments of x / `scale` from those of x."""
+    """Compute the moments of x / `scale` from those of x."""
     from calibration.statistics import Moments
 
     hessian = None if moments.hessian is None else moments.hessian / scale / scale[:, None]

@@ -32,7 +32,7 @@ Damped = Callable[[float], None]  # called with a damping that had to be raised
 def gptq(
     weight: Tensor, scheme: CodedScheme, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
 ) -> Quantized:
-    """Compute the GPTQ codes of one matrix: `weight` `[out, in]` (any float dtype) in `scheme`, of small output error under `hessian` `[in, in]`.
+    """Compute the GPTQ codes of one matrix: `weight` `[out, in]`, any float dtype, in `scheme`, with `hessian` `[in, in]`.
 
     `hessian` is E[x xᵀ] of the linear's input. `damping`, a part of its mean diagonal, is added to the diagonal: it keeps the factor well
     conditioned, and rounding sensible where the calibration text says nothing (a channel that was always zero is rounded to nearest). It
@@ -56,7 +56,7 @@ def gptq(
     del ordered, factor
     feedback = h / h.diagonal()
     feedback.fill_diagonal_(0)
-    natural = torch.arange(len(w))
+    natural = torch.arange(len(w), device=w.device)
     for _ in range(rounds):
         error = _refit(grid, w, error, h)
         _sweep(grid, w, error, feedback, natural)
@@ -66,8 +66,8 @@ def gptq(
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
-    """Mean squared error of a linear's output, summed over the outputs: tr(E H Eᵀ) of the weight's error `[out, in]`."""
-    return float(((error @ hessian) * error).sum(dtype=torch.float64))
+    """Compute the mean squared error of a linear's output, summed over the outputs: tr(E H Eᵀ) of the weight's error `[out, in]`."""
+    return float(((error @ hessian) * error).cpu().sum(dtype=torch.float64))  # not every device has float64
 
 
 def _sweep(grid: Grid, w: Tensor, error: Tensor, feedback: Tensor, order: Tensor, *, triangular: bool = False) -> None:
@@ -77,7 +77,7 @@ def _sweep(grid: Grid, w: Tensor, error: Tensor, feedback: Tensor, order: Tensor
     feedback comes from earlier rows only.
     """
     n = len(w)
-    channels = order.tolist()
+    channels = order.cpu().tolist()
     for start in range(0, n, _BLOCK):
         stop = min(start + _BLOCK, n)
         known = slice(0, start if triangular else n)
@@ -123,10 +123,11 @@ def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, fl
     Returns H, the order of its diagonal (largest first), R, upper triangular, of R Rᵀ = H in that order, and the damping that it took.
     """
     mean = hessian.diagonal().mean()
-    h = torch.eye(len(hessian)) if mean == 0 else hessian / mean
+    unit = torch.eye(len(hessian), device=hessian.device)
+    h = unit if mean == 0 else hessian / mean
     order = h.diagonal().argsort(descending=True, stable=True)
     for _ in range(_ATTEMPTS):
-        attempt = h + damping * torch.eye(len(h))
+        attempt = h + damping * unit
         lower, failed = torch.linalg.cholesky_ex(attempt[order][:, order].flip(0, 1))
         if not failed:
             return attempt, order, lower.flip(0, 1), damping

@@ -1,4 +1,4 @@
-"""Exports that choose their schemes by themselves: for a size, or the smallest within a loss of accuracy."""
+"""Mixed precision: a plan that is chosen for a size, or the smallest within a loss of accuracy."""
 
 from __future__ import annotations
 
@@ -9,89 +9,98 @@ from typing import Any
 
 from calibration.allocate import Allocation, Costs, choose_bits, drop_name, measure_costs
 from calibration.dequantized import Dequantized, DequantizedCheckpoint
-from calibration.preparation import Prepared, rounded
-from calibration.sensitivity import Probe
+from calibration.facts import rounded
+from calibration.method import Gain, Prepared
+from calibration.sensitivity import KLEvaluator
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.results import TaskComparison, TaskResult
-from elmexport.evaluation.task_drop import TaskDrop
 from elmexport.progress import Progress
 from elmexport.quantization.recipes import Recipe
 from elmexport.target import Target
 
 STEP = 0.2  # bits per weight, between the sizes that a search may try
 
-Prepare = Callable[[Recipe, bool], Prepared]
-"""Weights under a recipe; the flag says that they are the ones to be written."""
+Prepare = Callable[[Recipe], Prepared]
+"""Finds the weights under a recipe."""
+
+
+@dataclass(frozen=True)
+class AccuracyDrop:
+    """Accuracy that other weights cost a model on one task, compared with its own item by item, in percentage points."""
+
+    task: str
+    items: int
+    drop: float
+    interval: tuple[float, float] | None  # of the drop, at 95 %
+    detectable: float | None  # the smallest that so many items could show
+
+
+MeasureDrop = Callable[[Checkpoint, str], AccuracyDrop]
+"""Measures the accuracy that a model with other weights loses; the words are shown meanwhile."""
 
 
 def of_size(
-    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, prepare: Prepare, *, gptq: bool, progress: Progress
+    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, prepare: Prepare, *, gain: Gain, progress: Progress
 ) -> Prepared:
-    """The mix of least predicted divergence within `bits_per_weight`; the facts say what it was predicted to cost and what it costs.
+    """Choose the mix of least predicted divergence within `bits_per_weight`; the facts give the predicted cost and the measured one.
 
     Raises:
         ElmExportError: see `choose_bits`.
     """
-    allocation, probe = choose_bits(checkpoint, target, base, bits_per_weight, gptq=gptq, progress=progress)
-    return _described(prepare(allocation.recipe, True), {"asked": bits_per_weight}, allocation, probe)
+    allocation, evaluator = choose_bits(checkpoint, target, base, bits_per_weight, gain=gain, progress=progress)
+    return _described(prepare(allocation.recipe), {"asked": bits_per_weight}, allocation, evaluator)
 
 
 @dataclass(frozen=True)
 class _Trial:
     size: float  # as asked of the allocation
     allocation: Allocation
-    result: TaskResult
-
-    @property
-    def comparison(self) -> TaskComparison:
-        assert self.result.comparison is not None
-        return self.result.comparison
-
-    @property
-    def drop(self) -> float:
-        """Percentage points."""
-        assert self.comparison.drop is not None
-        return self.comparison.drop
+    cost: AccuracyDrop
 
 
 def within_drop(
-    checkpoint: Checkpoint, target: Target, base: Recipe, max_drop: float, prepare: Prepare, *, gptq: bool, progress: Progress
+    checkpoint: Checkpoint,
+    target: Target,
+    base: Recipe,
+    max_drop: float,
+    prepare: Prepare,
+    measure: MeasureDrop,
+    *,
+    gain: Gain,
+    progress: Progress,
 ) -> Prepared:
-    """The smallest mix that loses at most `max_drop` percentage points on the bundled cloze task against the fp16 model.
+    """Choose the smallest mix that loses at most `max_drop` percentage points of accuracy, as `measure` finds.
 
     Sizes are `STEP` apart, and each mix is the one of least predicted divergence at its size; bisection tries about five of them. What
     counts is the drop that was measured, as with the gate of the same name. The facts have it, its interval, and every trial.
 
     Raises:
-        ElmExportError: a model without a tokenizer, or not even the widest mix loses so little.
+        ElmExportError: not even the widest mix loses so little.
     """
-    task = TaskDrop(checkpoint, progress)
-    costs = measure_costs(checkpoint, target, base, gptq=gptq, progress=progress)
+    costs = measure_costs(checkpoint, target, base, gain=gain, progress=progress)
     sizes = _sizes(*costs.sizes())
     trials: list[_Trial] = []
 
     def passes(size: float) -> bool:
-        trial = _try(checkpoint, task, costs, size, prepare, progress)
-        trials.append(trial)
-        return trial.drop <= max_drop
+        trials.append(_try(checkpoint, measure, costs, size, prepare))
+        return trials[-1].cost.drop <= max_drop
 
     size = smallest(sizes, passes)
     if size is None:
         raise ElmExportError(_unreachable(max_drop, trials[-1]))
     chosen = next(trial for trial in trials if trial.size == size)
     recipe = replace(chosen.allocation.recipe, name=drop_name(max_drop))
-    compared, interval = chosen.comparison, chosen.comparison.drop_ci
+    cost = chosen.cost
     facts = {
         "max_drop": max_drop,
-        "task": "cloze",
-        "items": chosen.result.n,
-        "drop": rounded(chosen.drop),
-        "drop_interval": None if interval is None else [rounded(end) for end in interval],
-        "detectable_drop": None if compared.detectable_drop is None else rounded(compared.detectable_drop),
-        "trials": [{"bits_per_weight": rounded(trial.allocation.bits_per_weight), "drop": rounded(trial.drop)} for trial in trials],
+        "task": cost.task,
+        "items": cost.items,
+        "drop": rounded(cost.drop),
+        "drop_interval": None if cost.interval is None else [rounded(end) for end in cost.interval],
+        "detectable_drop": None if cost.detectable is None else rounded(cost.detectable),
+        "trials": [{"bits_per_weight": rounded(trial.allocation.bits_per_weight), "drop": rounded(trial.cost.drop)} for trial in trials],
     }
-    return _described(prepare(recipe, True), facts, chosen.allocation, costs.probe)
+    return _described(prepare(recipe), facts, chosen.allocation, costs.evaluator)
 
 
 def _sizes(least: float, most: float) -> list[float]:
@@ -101,7 +110,7 @@ def _sizes(least: float, most: float) -> list[float]:
 
 
 def smallest(sizes: Sequence[float], passes: Callable[[float], bool]) -> float | None:
-    """The smallest of `sizes` (ascending) that passes, by bisection; None where not even the largest does.
+    """Find the smallest of `sizes` (ascending) that passes, by bisection; None where not even the largest does.
 
     Where passing is a matter of luck too, the result passes and the size before it, if any, does not. The smallest is tried first, for
     large models lose little; the largest only if all that were tried below it fail.
@@ -119,23 +128,24 @@ def smallest(sizes: Sequence[float], passes: Callable[[float], bool]) -> float |
     return sizes[good] if good and (good < len(sizes) - 1 or passes(sizes[good])) else None
 
 
-def _try(checkpoint: Checkpoint, task: TaskDrop, costs: Costs, size: float, prepare: Prepare, progress: Progress) -> _Trial:
+def _try(checkpoint: Checkpoint, measure: MeasureDrop, costs: Costs, size: float, prepare: Prepare) -> _Trial:
     allocation = costs.allocate(size)
-    weights = prepare(allocation.recipe, False).weights
-    result = task.measure(DequantizedCheckpoint(checkpoint, weights), f"{allocation.bits_per_weight:.2f} bits per weight", progress)
-    return _Trial(size, allocation, result)
+    weights = prepare(allocation.recipe).weights
+    cost = measure(DequantizedCheckpoint(checkpoint, weights), f"{allocation.bits_per_weight:.2f} bits per weight")
+    return _Trial(size, allocation, cost)
 
 
 def _unreachable(max_drop: float, widest: _Trial) -> str:
+    cost = widest.cost
     return (
         f"--max-drop {max_drop:g} is out of reach: even with the widest weights that can be mixed ({widest.allocation.bits_per_weight:.2f} bits "
-        f"each) accuracy on cloze falls by {widest.drop:.2f} points ({widest.result.n} items, so {100 / widest.result.n:.2g} points for each); "
+        f"each) accuracy on {cost.task} falls by {cost.drop:.2f} points ({cost.items} items, so {100 / cost.items:.2g} points for each); "
         "allow more, choose --method gptq, or export with --quant fp16"
     )
 
 
-def _described(prepared: Prepared, asked: dict[str, Any], allocation: Allocation, probe: Probe) -> Prepared:
+def _described(prepared: Prepared, asked: dict[str, Any], allocation: Allocation, evaluator: KLEvaluator) -> Prepared:
     """`prepared` with the prediction and what was measured among its facts."""
-    measured = rounded(probe.divergence(Dequantized(prepared.weights)))
+    measured = rounded(evaluator.divergence(Dequantized(prepared.weights)))
     costs = {**asked, "predicted_kl": rounded(allocation.predicted_kl), "measured_kl": measured, "text": "bundled prose"}
     return replace(prepared, facts={**prepared.facts, "allocation": costs})

@@ -1,4 +1,4 @@
-"""How large the residual stream grows, and the power of two that keeps it inside fp16 (see `elmexport.graph.rescale`)."""
+"""Residual peak: largest value of the residual stream, and the power of two that keeps it in fp16 (`elmexport.graph.rescale`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_ALPHA = 2.0**-5
 
 
 class ResidualPeak:
-    """An observer for `interpret` that records the largest magnitude on the residual stream."""
+    """Observer of a forward pass: the largest magnitude on the residual stream."""
 
     def __init__(self) -> None:
         self.value = 0.0
@@ -29,7 +29,7 @@ class ResidualPeak:
 
 
 def choose_alpha(peak: float) -> float:
-    """The largest power of two, at most 1, that keeps `HEAD_ROOM * peak` within fp16."""
+    """Choose the residual scale: the largest power of two, at most 1, that keeps `HEAD_ROOM * peak` within fp16."""
     if peak * HEAD_ROOM <= FP16_MAX:
         return 1.0
     return 2.0 ** math.floor(math.log2(FP16_MAX / (HEAD_ROOM * peak)))

@@ -1,4 +1,4 @@
-"""Sums of x xᵀ: one triangle of blocks is computed, then mirrored, which halves the cost of wide Hessians."""
+"""Second moments: sums of x xᵀ, of which one triangle of blocks is computed, then mirrored. That halves the cost of wide Hessians."""
 
 from __future__ import annotations
 

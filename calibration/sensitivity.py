@@ -1,4 +1,4 @@
-"""What each matrix costs when it alone is quantized: measured once for each, predicted from there for other schemes.
+"""Sensitivity of each matrix: the divergence when it alone is quantized, measured once, predicted for other schemes.
 
 The model reads a short text; KL(model || model with one matrix quantized) is measured on its logits, with the narrowest of the candidate
 schemes. The divergence is quadratic in a small error, so that of another scheme is predicted by the ratio of their squared output errors (with
@@ -20,9 +20,9 @@ from calibration.collect import collect
 from calibration.table import EMBEDDING_PART
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.evaluation.metrics import token_divergence
-from elmexport.graph.ir import Graph
-from elmexport.graph.layerwise import Stage, stages
+from elmexport.divergence import token_divergence
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import GetWeight, layer_stages, stage_by_stage
 from elmexport.models import trace
 from elmexport.progress import Progress
 from elmexport.quantization.quantize import quantize
@@ -32,7 +32,7 @@ from elmexport.weights import Role, WeightSpec
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one matrix: for each scheme that it can take, the divergence (nats per token) that it alone causes."""
+    """Divergence (nats per token) that one matrix alone causes, for each scheme that it can take."""
 
     spec: WeightSpec
     kl: Mapping[CodedScheme, float]
@@ -40,9 +40,9 @@ class Sensitivity:
 
 @torch.inference_mode()
 def sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, probe: Probe, progress: Progress
+    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
 ) -> list[Sensitivity]:
-    """Of every matrix that `candidates` names, for the schemes that it gives; `probe` reads `sample`."""
+    """Measure the sensitivity of every matrix that `candidates` names, for the schemes that it gives; `evaluator` reads `sample`."""
     statistics = collect(checkpoint, sample, progress=progress)
     specs = [spec for spec in checkpoint.specs.values() if spec.name in candidates]
     progress.stage("measuring what each matrix costs", len(specs))
@@ -55,45 +55,38 @@ def sensitivities(
             energy = energy / energy.mean() + EMBEDDING_PART
         schemes = sorted(candidates[spec.name], key=lambda scheme: scheme.bits(spec.shape))
         rounded = [quantize(weight, scheme, "mse", None if moments is None else moments.mean_square).dequantize() for scheme in schemes]
-        measured = probe.divergence({spec.name: rounded[0]})
+        measured = evaluator.divergence({spec.name: rounded[0]})
         errors = [float((rounding.sub_(weight).square_() @ energy).sum()) for rounding in rounded]
         found.append(Sensitivity(spec, {s: measured * (e / errors[0] if errors[0] else 0.0) for s, e in zip(schemes, errors, strict=True)}))
         progress.advance(1)
     return found
 
 
-class Probe:
-    """The model on one sample: its logits, and the residual stream before each stage, from where it can be run again."""
+class KLEvaluator:
+    """KL divergence of a model from itself with some weights replaced, on the logits of one sample.
+
+    The residual stream before each stage is kept, so that only what a weight reaches runs again.
+    """
 
     @torch.inference_mode()
     def __init__(self, checkpoint: Checkpoint, sample: Sample) -> None:
         self._checkpoint = checkpoint
-        self._graph: Graph = trace(checkpoint.config, sample.window)
-        self._stages: list[Stage] = stages(self._graph)
-        self._streams: list[Tensor] = []
-        x = torch.from_numpy(sample.ids)
-        for stage in self._stages:
-            self._streams.append(x)
-            x = self._run(stage, x, {})
-        self._reference = self._logits(x, {})
+        self._stages = layer_stages(trace(checkpoint.config, sample.window))
+        ids = torch.from_numpy(sample.ids)
+        self._inputs = [ids, *stage_by_stage(self._stages, self._weights({}), ids, torch_device())]
+        self._reference = _rows(self._inputs.pop())
 
     @torch.inference_mode()
     def divergence(self, changed: Mapping[str, Tensor]) -> float:
-        """Mean KL (nats per token) of the model with the float32 tensors `changed` in the place of its own."""
-        first = next(
-            i for i, stage in enumerate(self._stages) if any(spec.name in changed for spec in stage.weights()) or i + 1 == len(self._stages)
-        )
-        x = self._streams[first]
-        for stage in self._stages[first:]:
-            x = self._run(stage, x, changed)
-        return float(np.mean(token_divergence(self._reference, self._logits(x, changed))))
+        """Measure the mean KL (nats per token) of the model with the float32 tensors `changed` in the place of its own."""
+        last = len(self._stages) - 1
+        first = next((i for i, stage in enumerate(self._stages) if any(spec.name in changed for spec in stage.weights())), last)
+        *_, logits = stage_by_stage(self._stages[first:], self._weights(changed), self._inputs[first], torch_device())
+        return float(np.mean(token_divergence(self._reference, _rows(logits))))
 
-    def _run(self, stage: Stage, x: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
-        return stage.run({spec.name: self._weight(spec, changed) for spec in stage.weights()}, x)
+    def _weights(self, changed: Mapping[str, Tensor]) -> GetWeight:
+        return lambda spec: changed[spec.name] if spec.name in changed else self._checkpoint.tensor(spec.name)
 
-    def _logits(self, x: Tensor, changed: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        (head,) = (node.weights["weight"] for node in self._graph.nodes if node.role is Role.LM_HEAD)
-        return torch.nn.functional.linear(x.flatten(0, 1), self._weight(head, changed)).numpy()
 
-    def _weight(self, spec: WeightSpec, changed: Mapping[str, Tensor]) -> Tensor:
-        return changed[spec.name] if spec.name in changed else self._checkpoint.tensor(spec.name).to(torch.float32)
+def _rows(logits: Tensor) -> NDArray[np.float32]:
+    return logits.flatten(0, 1).numpy()

@@ -1,4 +1,4 @@
-"""What a model showed while it read the calibration text: second moments of every linear layer's input, and peaks.
+"""Statistics of activations on a calibration text: second moments of every linear layer's input, and peaks.
 
 One safetensors file holds it all. Statistics of activations are stored once, under the name that the traced graph gives the activation
 (`layers.3.attn_norm`), however many weights read it; `calibration.collect` measures them.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import MappedTensors, read_metadata, write_safetensors
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FORMAT = 1  # of the file; a reader refuses a newer one
@@ -28,16 +30,21 @@ MEAN_SQUARE, MEAN_ABS, HESSIAN = "mean_square", "mean_abs", "hessian"
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the input x `[in]` of one linear layer, over `tokens` positions, in the float32 model as published (alpha 1, nothing folded)."""
+    """Moments of the input x `[in]` of a linear layer, over `tokens` positions, in the float32 model as published (alpha 1, not folded)."""
 
     tokens: int
     mean_square: Tensor  # float32 [in]: E[x²]
-    mean_abs: Tensor | None  # float32 [in]: E[|x|]; None only where llama.cpp measured (an importance matrix)
+    mean_abs: Tensor | None  # float32 [in]: E[|x|]; None in an importance matrix and in a short pass
     hessian: Tensor | None  # float32 [in, in]: E[x xᵀ], symmetric, its diagonal equal to `mean_square`; None where not asked for
+
+    def to(self, device: torch.device) -> Moments:
+        """Move the moments to `device`."""
+        mean_abs, hessian = (None if tensor is None else tensor.to(device) for tensor in (self.mean_abs, self.hessian))
+        return Moments(self.tokens, self.mean_square.to(device), mean_abs, hessian)
 
 
 def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callable[[WeightSpec], Tensor | None]:
-    """The mean squares float32 `[in]` among the moments of what a matrix multiplies, for `elmexport.quantization.weight_source.CheckpointWeights`."""
+    """Take the mean squares, float32 `[in]`, out of the moments of what a matrix multiplies, for `CheckpointWeights`."""
 
     def get(spec: WeightSpec) -> Tensor | None:
         moments = moments_of(spec)
@@ -48,7 +55,7 @@ def mean_square_of(moments_of: Callable[[WeightSpec], Moments | None]) -> Callab
 
 @dataclass(frozen=True)
 class Facts:
-    """What was read by which model, and the small figures: the file's metadata."""
+    """Metadata of a statistics file: what was read by which model, and the small figures."""
 
     model: str  # display name
     identity: str  # SHA-256 of `Checkpoint.identity`; empty for an importance matrix, which does not say
@@ -58,12 +65,14 @@ class Facts:
     window: int  # tokens of one window
     hessian: bool
     inputs: Mapping[str, str]  # name of each weight to that of the activation it reads
-    residual_peaks: tuple[float, ...]  # largest magnitude on the residual stream after the embedding, then in each layer
+    residual_peaks: tuple[
+        float, ...
+    ]  # largest magnitude on the residual stream after the embedding, then in each layer; one of all in a short pass
     norm_peaks: Mapping[str, float]  # by the name of each norm's weight: the largest sum of squares it met (q/k norms: in one head)
 
 
 class Statistics:
-    """`facts` and the tensors, which a file gives one at a time: it is mapped, and read where a tensor is looked at.
+    """Statistics of a model's activations; the tensors of a file are mapped, and read where one is looked at.
 
     Tensors: for every activation `A` `A.mean_square`, `A.mean_abs` (float32 `[in]`) and, if asked for, `A.hessian` (float32
     `[in, in]`); and `token_counts`, int64 `[vocab]`.
@@ -80,11 +89,11 @@ class Statistics:
 
     @property
     def token_counts(self) -> Tensor | None:
-        """How often each token was read, int64 `[vocab]`; None only for an importance matrix."""
+        """Counts of the tokens read, int64 `[vocab]`; None in an importance matrix and in a short pass."""
         return self.tensors.get(TOKEN_COUNTS)
 
     def moments(self, spec: WeightSpec) -> Moments | None:
-        """Those of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an embedding that is not the head too)."""
+        """Look up the moments of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an untied embedding)."""
         activation = self.facts.inputs.get(spec.name)
         if activation is None:
             return None
@@ -96,7 +105,7 @@ class Statistics:
         )
 
     def outliers(self) -> list[tuple[str, float]]:
-        """By weight, how many times its inputs' root mean square the largest channel's is, the most extreme weight first.
+        """Rank weights by how many times their inputs' root mean square the largest channel's is, the most extreme first.
 
         Quantization that does not know the inputs suffers where this is large.
         """
@@ -122,11 +131,11 @@ class Statistics:
         Raises:
             ElmExportError: no such file, another kind of file, a damaged one, or one of a newer format.
         """
-        header = read_metadata(path)
+        header = read_metadata(path, "statistics file", "make one with `elmexport calibrate --out FILE`")
         if METADATA_KEY not in header:
             raise ElmExportError(f"{path} holds no calibration statistics; make them with `elmexport calibrate --out FILE`")
         facts = _facts(path, header[METADATA_KEY])
-        tensors = FileTensors(path)
+        tensors = MappedTensors(path, "calibrate again")
         kinds = (MEAN_SQUARE, MEAN_ABS, *([HESSIAN] if facts.hessian else []))
         wanted = {TOKEN_COUNTS, *(f"{activation}.{kind}" for activation in facts.inputs.values() for kind in kinds)}
         missing = sorted(wanted - set(tensors))
@@ -136,7 +145,7 @@ class Statistics:
 
 
 def load_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
-    """The statistics in `path`, made sure to be of `checkpoint`.
+    """Read the statistics in `path`, made sure to be of `checkpoint`.
 
     Raises:
         ElmExportError: statistics of another model, or see `Statistics.load`.
@@ -149,71 +158,6 @@ def load_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
             f"while {checkpoint.source.name} has {wanted[:12]}…; calibrate this one with `elmexport calibrate`"
         )
     return statistics
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensors` one after another, so that mapped ones are never in memory together; the library's own writer gathers them first."""
-    dtypes = {"torch.float32": "F32", "torch.int64": "I64"}
-    sizes = {name: (tensor.element_size(), tensor.numel()) for name, tensor in tensors.items()}
-    order = sorted(sizes, key=lambda name: (-sizes[name][0], name))  # the library's own order: every tensor lies aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + math.prod(sizes[name])
-        header[name] = {"dtype": dtypes[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name].contiguous().numpy().data)
-
-
-class FileTensors(Mapping[str, "Tensor"]):
-    """The tensors of a safetensors file, mapped anew at every access."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import safe_open
-
-        self._path = path
-        with safe_open(path, framework="pt") as file:
-            self._names = tuple(file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                tensor: Tensor = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ElmExportError(f"{self._path} changed while it was in use ({error}); calibrate again") from None
-        if tensor.ndim == 1 and not bool(tensor.isfinite().all()):
-            raise ElmExportError(f"{self._path} is damaged: {name} holds NaN or infinity; calibrate again")
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
-        raise ElmExportError(
-            f"{path} is no statistics file, or is truncated or damaged ({error}); make one with `elmexport calibrate --out FILE`"
-        ) from None
-    except OSError as error:
-        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a file that `elmexport calibrate` wrote") from None
 
 
 def _facts(path: Path, text: str) -> Facts:

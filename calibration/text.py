@@ -1,4 +1,4 @@
-"""The texts that a model reads: public-domain prose that ships, or the user's own, cut into windows of tokens."""
+"""Calibration text: public-domain prose that ships, or the user's own, cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CALIBRATION = "calibration.txt"
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model reads in one calibration: `ids` `[windows, window]` int64, every row after a BOS; `words` says what it is."""
+    """Calibration text in windows: `ids` `[windows, window]` int64, every row after a BOS; `words` says what it is."""
 
     ids: NDArray[np.int64]
     words: str
@@ -38,20 +38,22 @@ class Sample:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the ids as little-endian int64, row after row, and their shape: it covers the text, the tokenizer and what was chosen."""
+        """SHA-256 of the ids as little-endian int64, row after row, and their shape: it covers the text, the tokenizer and what was chosen."""
         return hashlib.sha256(f"{self.ids.shape}".encode() + self.ids.astype("<i8").tobytes()).hexdigest()
 
 
 def bundled_text() -> str:
+    """Read the bundled text of the self-check."""
     return _shipped(BUNDLED)
 
 
 def calibration_text() -> str:
+    """Read the bundled calibration text."""
     return _shipped(CALIBRATION)
 
 
 def read_text(path: Path, option: str = "--text") -> str:
-    """A text file, which `option` named.
+    """Read a text file, which `option` named.
 
     Raises:
         ElmExportError: it cannot be read, is not UTF-8, or holds nothing.
@@ -68,7 +70,7 @@ def read_text(path: Path, option: str = "--text") -> str:
 
 
 def sample_windows(tokenizer: Tokenizer, texts: Sequence[str], words: str, *, tokens: int, window: int, seed: int = 0) -> Sample:
-    """About `tokens` tokens in windows of `window`: BOS, then text.
+    """Sample about `tokens` tokens in windows of `window`: BOS, then text.
 
     The texts' tokens, one text after the other, are cut into pieces that do not overlap. If there are more than enough, as many as fill
     `tokens` (rounded up to whole windows) are chosen by `seed`, spread evenly: one from each equal part of the whole. If there are fewer,
@@ -92,7 +94,7 @@ def sample_windows(tokenizer: Tokenizer, texts: Sequence[str], words: str, *, to
 
 
 def random_windows(vocab_size: int, bos_id: int, *, tokens: int, window: int, seed: int = 0) -> Sample:
-    """A sample of ids drawn uniformly, for random weights without a tokenizer."""
+    """Draw a sample of ids uniformly, for random weights without a tokenizer."""
     count = -(-tokens // window)
     ids = np.random.Generator(np.random.PCG64(seed)).integers(0, vocab_size, (count, window))
     ids[:, 0] = bos_id
@@ -100,7 +102,7 @@ def random_windows(vocab_size: int, bos_id: int, *, tokens: int, window: int, se
 
 
 def sample_ids(tokenizer: Tokenizer | None, vocab_size: int, count: int) -> tuple[NDArray[np.int64], str]:
-    """`count` token ids to feed a model, int64, and what they are in words.
+    """Take `count` token ids to feed a model, int64; returns what they are in words, too.
 
     The start of the bundled text after BOS; without a tokenizer, ids drawn uniformly with a fixed seed.
     """

@@ -12,12 +12,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
-from calibration.statistics import FileTensors
-from calibration.work import complete_file
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.files import MappedTensors, SafetensorsWriter, complete_file, read_metadata
 from elmexport.quantization.codec import Codec, Quantized, find_codec
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme, find_scheme
@@ -31,7 +30,6 @@ FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.weights"
 DAMPING = "damping"
 _FIX = "make one with --save-weights"
-_DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.float16": "F16", "torch.float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class WeightSet:
 
     def __init__(self, path: Path, facts: WeightFacts) -> None:
         self.path, self.facts = path, facts
-        self._tensors = FileTensors(path)
+        self._tensors = MappedTensors(path, _FIX)
 
     @classmethod
     def load(cls, path: Path) -> WeightSet:
@@ -64,15 +62,7 @@ class WeightSet:
         Raises:
             ElmExportError: no such file, another kind of file, a damaged one, or one of a newer format.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-        except SafetensorError as error:
-            raise ElmExportError(f"{path} is no weight set, or is truncated or damaged ({error}); {_FIX}") from None
-        except OSError as error:
-            raise ElmExportError(f"cannot read {path}: {error.strerror or error}; give a weight set: {_FIX}") from None
+        header = read_metadata(path, "weight set", _FIX)
         if METADATA_KEY not in header:
             raise ElmExportError(f"{path} holds no calibrated weights; {_FIX}")
         found = cls(path, _facts(path, header[METADATA_KEY]))
@@ -125,18 +115,18 @@ class WeightSet:
 
 
 class StoredWeights(WeightSource):
-    """Weights out of a weight set, norms that a folding changed included; of `checkpoint`, only tensors that are not in the set are read."""
+    """Weights of a weight set, norms that a folding changed included. Of `checkpoint`, only tensors that are not in the set are read."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
         """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""
         super().__init__(checkpoint, plan)
-        self._weights, self._norms = weights, weights.norms()
+        self.weight_set, self._norms = weights, weights.norms()
 
     def numbers(self, spec: WeightSpec) -> Tensor:
         return self._norms[spec.name] if spec.name in self._norms else super().numbers(spec)
 
     def _quantized(self, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
-        return self._weights.get(spec)
+        return self.weight_set.get(spec)
 
 
 def quantized_schemes(plan: Plan) -> dict[str, str]:
@@ -148,66 +138,42 @@ class WeightWriter:
     """Writer of a weight set, tensor by tensor in any order; the sizes of all are known from their schemes."""
 
     def __init__(self, file: IO[bytes], facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> None:
-        self._file = file
-        header: dict[str, Any] = {"__metadata__": {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(facts)})}}
-        self._entries: dict[str, tuple[str, list[int], int]] = {}
-        end = 0
+        import torch
+
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for name, scheme in facts.schemes.items():
-            for label, part in _codec(scheme).layout(specs[name].shape).items():
-                dtype, shape = _DTYPES[str(part.dtype)], list(part.shape)
-                header[f"{name}.{label}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + part.size]}
-                self._entries[f"{name}.{label}"] = (dtype, shape, end)
-                end += part.size
-        for name in facts.folded:
-            shape, size = list(specs[name].shape), specs[name].size * 4
-            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
-            self._entries[name] = ("F32", shape, end)
-            end += size
+            layout |= {f"{name}.{label}": (part.dtype, part.shape) for label, part in _codec(scheme).layout(specs[name].shape).items()}
+        layout |= {name: (torch.float32, specs[name].shape) for name in facts.folded}
+        layout[DAMPING] = (torch.float32, (len(facts.schemes),))
         self._damping = dict.fromkeys(facts.schemes, 0.0)
-        header[DAMPING] = {"dtype": "F32", "shape": [len(self._damping)], "data_offsets": [end, end + 4 * len(self._damping)]}
-        self._entries[DAMPING] = ("F32", [len(self._damping)], end)
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        self._start = len(text) + 8
+        self._writer = SafetensorsWriter(file, layout, {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(facts)})})
 
     def add(self, spec: WeightSpec, quantized: Quantized) -> None:
         for part, tensor in quantized.parts().items():
-            self._write(f"{spec.name}.{part}", tensor)
+            self._writer.write(f"{spec.name}.{part}", tensor)
 
     def damped(self, spec: WeightSpec, damping: float) -> None:
         """Record that the Hessian of `spec` needed more damping than usual: this part of its mean diagonal."""
         self._damping[spec.name] = damping
 
     def add_norm(self, name: str, tensor: Tensor) -> None:
-        self._write(name, tensor)
-
-    def _write(self, name: str, tensor: Tensor) -> None:
-        dtype, shape, offset = self._entries.pop(name)
-        assert (dtype, shape) == (_DTYPES[str(tensor.dtype)], list(tensor.shape)), name
-        self._file.seek(self._start + offset)
-        self._file.write(tensor.contiguous().numpy().data)
+        self._writer.write(name, tensor)
 
     def close(self) -> None:
         import torch
 
-        self._write(DAMPING, torch.tensor(list(self._damping.values()), dtype=torch.float32))
-        assert not self._entries, f"never written: {sorted(self._entries)[:3]}"
+        self._writer.write(DAMPING, torch.tensor(list(self._damping.values()), dtype=torch.float32))
+        self._writer.close()
 
 
 @contextmanager
 def weight_writer(path: Path, facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> Iterator[WeightWriter]:
     """Open a writer into `path`, a file that appears when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with complete_file(path) as partial:
-        try:
-            with partial.open("wb") as file:
-                writer = WeightWriter(file, facts, specs)
-                yield writer
-                writer.close()
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with complete_file(path) as partial, partial.open("wb") as file:
+        writer = WeightWriter(file, facts, specs)
+        yield writer
+        writer.close()
 
 
 def _codec(scheme: str) -> Codec:

@@ -1,4 +1,4 @@
-"""What a calibration keeps while it runs: the residual stream between two layers, and the results of the layers that are done.
+"""Checkpoints of a running calibration: the residual stream between two layers, and the results of the layers that are done.
 
 In memory, or in a folder that a later run picks up where a killed one stopped. Files of a folder are read and written batch by batch, so
 that only the system's file cache, which shrinks when memory is short, holds them.
@@ -7,7 +7,6 @@ that only the system's file cache, which shrinks when memory is short, holds the
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -19,14 +18,15 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from calibration.statistics import FileTensors, read_metadata, write_safetensors
+from elmexport.files import MappedTensors, complete_file, read_metadata, write_safetensors
 
 _METADATA_KEY = "elmexport.calibration_part"
+_FIX = "calibrate again"
 
 
 @dataclass(frozen=True)
-class Part:
-    """The results of one stage: tensors as `Statistics` has them, the peak of the residual stream, the peaks of norms."""
+class StageResult:
+    """Results of one stage: tensors as `Statistics` has them, the peak of the residual stream, the peaks of norms."""
 
     tensors: Mapping[str, Tensor]
     residual_peak: float
@@ -34,7 +34,7 @@ class Part:
 
 
 class Boundary(Protocol):
-    """The residual stream `[sequences, tokens, dim]` float32 before and after the stage that is running; batches come in order."""
+    """Residual stream `[sequences, tokens, dim]` float32 before and after the stage that is running; batches come in order."""
 
     def read(self, batch: slice) -> Tensor: ...
 
@@ -42,34 +42,34 @@ class Boundary(Protocol):
 
 
 class Work(ABC):
-    """Stages are numbered from 0, the embedding, which reads no boundary."""
+    """State of a running calibration. Stages are numbered from 0, the embedding, which reads no boundary."""
 
     @abstractmethod
     def stages_done(self) -> int:
-        """How many stages need not run again."""
+        """Count the stages that need not run again."""
 
     @abstractmethod
     def boundary(self, stage: int, sequences: int, *, last: bool) -> AbstractContextManager[Boundary]:
-        """Opened to run a stage; what the last one writes is not kept."""
+        """Open the boundary of a stage that is to run; what the last one writes is not kept."""
 
     @abstractmethod
-    def finish(self, stage: int, part: Part) -> None:
-        """`stage` has run to its end."""
+    def finish(self, stage: int, result: StageResult) -> None:
+        """Keep the result of `stage`, which has run to its end."""
 
     @abstractmethod
-    def parts(self) -> list[Part]:
-        """Those of all finished stages."""
+    def results(self) -> list[StageResult]:
+        """Read the results of all finished stages."""
 
 
 class MemoryWork(Work):
-    """One tensor, overwritten batch by batch."""
+    """State in memory: one tensor, overwritten batch by batch."""
 
     def __init__(self) -> None:
-        self._parts: list[Part] = []
+        self._results: list[StageResult] = []
         self._stream = torch.empty(0)
 
     def stages_done(self) -> int:
-        return len(self._parts)
+        return len(self._results)
 
     @contextmanager
     def boundary(self, stage: int, sequences: int, *, last: bool) -> Iterator[Boundary]:
@@ -84,15 +84,15 @@ class MemoryWork(Work):
             self._stream = torch.empty(self._sequences, *x.shape[1:])
         self._stream[batch] = x
 
-    def finish(self, stage: int, part: Part) -> None:
-        self._parts.append(part)
+    def finish(self, stage: int, result: StageResult) -> None:
+        self._results.append(result)
 
-    def parts(self) -> list[Part]:
-        return self._parts
+    def results(self) -> list[StageResult]:
+        return self._results
 
 
 class FolderWork(Work):
-    """Files `stream-K` (what stage K - 1 gave) and `part-K.safetensors`, each complete if it has its name."""
+    """State in a folder: files `stream-K` (what stage K - 1 gave) and `part-K.safetensors`, each complete if it has its name."""
 
     def __init__(self, folder: Path, tokens: int, dim: int) -> None:
         """`tokens` and `dim`: of a sequence on the residual stream."""
@@ -115,22 +115,22 @@ class FolderWork(Work):
         with complete_file(self._stream(stage + 1)) as partial, partial.open("wb") as sink:
             yield _FileBoundary(self._stream(stage), sink, self._sequence)
 
-    def finish(self, stage: int, part: Part) -> None:
-        figures = {"residual_peak": part.residual_peak, "norm_peaks": dict(part.norm_peaks)}
+    def finish(self, stage: int, result: StageResult) -> None:
+        figures = {"residual_peak": result.residual_peak, "norm_peaks": dict(result.norm_peaks)}
         with complete_file(self._part(stage)) as partial:
-            write_safetensors(partial, part.tensors, {_METADATA_KEY: json.dumps(figures)})
+            write_safetensors(partial, result.tensors, {_METADATA_KEY: json.dumps(figures)})
         self._stream(stage).unlink(missing_ok=True)
 
-    def parts(self) -> list[Part]:
+    def results(self) -> list[StageResult]:
         return [self._read(self._part(stage)) for stage in range(self.stages_done())]
 
     def remove(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _read(self, path: Path) -> Part:
-        figures = json.loads(read_metadata(path)[_METADATA_KEY])
-        return Part(FileTensors(path), figures["residual_peak"], figures["norm_peaks"])
+    def _read(self, path: Path) -> StageResult:
+        figures = json.loads(read_metadata(path, "part of a calibration", _FIX)[_METADATA_KEY])
+        return StageResult(MappedTensors(path, _FIX), figures["residual_peak"], figures["norm_peaks"])
 
     def _stream(self, stage: int) -> Path:
         return self._folder / f"stream-{stage}"
@@ -154,13 +154,3 @@ class _FileBoundary:
     def write(self, batch: slice, x: Tensor) -> None:
         if self._sink is not None:
             self._sink.write(x.contiguous().numpy().data)
-
-
-@contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Give a name beside `path` to write to; what was written gets its own name when it is complete and on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    with partial.open("r+b") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)

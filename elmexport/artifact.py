@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from elmexport.errors import ElmExportError
+from elmexport.files import remove_stale, sync_file, temporary_sibling
 from elmexport.formats import find_format
 from elmexport.manifest import FIX, FileFacts, Manifest, read_manifest
 from elmexport.weights import Role
@@ -35,15 +35,15 @@ def artifact_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     """
     out = Path(os.path.realpath(out))  # behind a link: what is replaced is the folder, not the link to it
     check_free(out, force=force)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = temporary_sibling(out, "partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(out, "partial")
+        remove_stale(out, "partial")
         partial.mkdir()
         yield partial
         _sync(partial)
         _replace(partial, out)
-        _remove_stale(out, "old")
+        remove_stale(out, "old")  # an old artifact that was set aside goes only when a new one has taken its place
     except OSError as error:
         reason = error.strerror or error
         if error.filename is not None and not _on_the_way(Path(error.filename).absolute(), out.parent):
@@ -180,46 +180,16 @@ def _on_the_way(path: Path, folder: Path) -> bool:
     return path.is_relative_to(folder) or folder.is_relative_to(path)
 
 
-def _remove_stale(out: Path, kind: str) -> None:
-    """Remove what killed exports to `out` left behind: folders named "partial" or "old" whose process is gone, or has this one's number.
-
-    In containers every process may have the same number. An old artifact that was set aside goes only when a new one has taken its place.
-    """
-    for leftover in out.parent.glob(f".{_glob_escape(out.name)}.{kind}-*"):
-        pid = re.fullmatch(rf".*\.{kind}-(\d+)", leftover.name)
-        if pid is not None and (int(pid[1]) == os.getpid() or not _alive(int(pid[1]))):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _glob_escape(name: str) -> str:
-    """`name` as a glob pattern that matches only itself."""
-    return re.sub(r"([\[\]*?])", r"[\1]", name)
-
-
-def _alive(pid: int) -> bool:
-    if sys.platform == "win32":  # signal 0 is no question there, but Ctrl-C
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def _sync(folder: Path) -> None:
-    """Flush every file to the disk, so that a power cut after the rename cannot leave a complete name with incomplete content."""
     for path in _files(folder):
-        with path.open("r+b") as file:  # Windows flushes only what may be written
-            os.fsync(file.fileno())
+        sync_file(path)
 
 
 def _replace(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    old = temporary_sibling(out, "old")
     shutil.rmtree(old, ignore_errors=True)  # of a killed process with this one's number; `out` has taken its place
     out.rename(old)
     try:

@@ -1,22 +1,14 @@
-"""The folder where what was expensive to compute is kept for later commands."""
+"""Cache folder, for results that later commands use again."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+
+import platformdirs
 
 
 def cache_folder() -> Path:
-    """`$ELMEXPORT_CACHE`, else `elmexport` in the platform's folder for caches. It need not exist."""
+    """Name the cache folder: `$ELMEXPORT_CACHE`, else `elmexport` in the platform's folder for caches. It need not exist."""
     chosen = os.environ.get("ELMEXPORT_CACHE")
-    if chosen:
-        return Path(chosen)
-    home = Path.home()
-    if sys.platform == "darwin":
-        parent = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        parent = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        parent = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    return parent / "elmexport"
+    return Path(chosen) if chosen else platformdirs.user_cache_path("elmexport", appauthor=False, opinion=False)

@@ -1,4 +1,4 @@
-"""The one exception family that `elmexport` raises on purpose.
+"""Exceptions that `elmexport` raises on purpose, with their exit codes.
 
 A message says what was found, what is allowed, and the fix. The command line prints it without a traceback and exits with
 `exit_code`: 1 a gate failed, 2 bad use or bad input, 3 the environment lacks something.

@@ -1,4 +1,4 @@
-"""The export: a checkpoint goes in, an artifact folder comes out, complete and checked, or nothing does."""
+"""Export of a checkpoint to an artifact folder, complete and checked, or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any, TypedDict, Unpack
 import msgspec
 
 from calibration.allocate import drop_name, mixed_name
-from calibration.preparation import WeightOptions, prepare, rounded
+from calibration.facts import rounded
+from calibration.options import WeightOptions
+from calibration.preparation import prepare
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
@@ -23,8 +25,11 @@ from elmexport.checkpoint import open_checkpoint, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.evaluation.self_check import Reference, reference_pass, self_check
+from elmexport.evaluation.self_check import ReferenceRun, reference_pass, self_check
+from elmexport.evaluation.task_drop import TaskDrop
+from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
+from elmexport.importance import read_importance
 from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Quantization, SelfCheck
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
@@ -36,7 +41,7 @@ RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop
 
 
 class ExportOptions(TypedDict, total=False):
-    """What both `export` and `export_checkpoint` take by keyword; `export_checkpoint` says what each means and its default."""
+    """Keyword arguments of `export` and `export_checkpoint`; `export_checkpoint` says what each means and its default."""
 
     out: Path | None
     context: int | None
@@ -77,7 +82,7 @@ def export(
     progress = progress or SilentProgress()
     chosen = find_target(target, options.get("settings"))
     read_recipe(chosen, quant)  # a misspelt option must not cost a download
-    (options.get("weights") or WeightOptions()).check()
+    torch_device()
     out = options.get("out")
     if out is not None:
         check_free(out, force=options.get("force", False))
@@ -104,7 +109,7 @@ def export_checkpoint(
     settings: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Trace, quantize, write, check.
+    """Export an open checkpoint: trace, quantize, write, check.
 
     `quant` is one of the target's (its first where None) or the path of a recipe, `context` the tokens of the KV cache (the model's
     maximum where None), `out` the artifact folder (`./<model>-<target>-<quant>` where None). `weights` says how codes are found. For fp16
@@ -118,7 +123,6 @@ def export_checkpoint(
     progress = progress or SilentProgress()
     chosen = find_target(target, settings)
     options = weights or WeightOptions()
-    options.check()
     recipe = read_recipe(chosen, quant)
     config = checkpoint.config
     context = config.dims.context if context is None else context
@@ -136,19 +140,30 @@ def export_checkpoint(
         check_vocabulary(tokenizer, config)
 
     @cache
-    def reference() -> Reference:
+    def reference() -> ReferenceRun:
         return reference_pass(checkpoint, graph, tokenizer, progress)
 
     if not options.mixes:  # what a search for bits will choose is not known before it
         chosen.check_plan(graph, resolve(recipe, config))
-    prepared = prepare(checkpoint, chosen, recipe, options, progress, reference)
+    prepared = prepare(
+        checkpoint,
+        chosen,
+        recipe,
+        options,
+        progress,
+        short_pass=lambda: reference().statistics,
+        importance=None if options.importance_matrix is None else read_importance(options.importance_matrix, checkpoint),
+        measure_drop=None if options.max_drop is None else TaskDrop(checkpoint, progress).measure,
+    )
     plan, recipe = prepared.plan, prepared.plan.recipe
-    rescales, measures = recipe.activations.dtype == "fp16", options.calibrate != "none"
-    peak = None if prepared.statistics is None else prepared.statistics.residual_peak
-    needs_peak = rescales and measures and peak is None
     if verify:
         reference()  # before anything is written
-    alpha, calibration = _alpha(prepared.statistics, reference() if needs_peak else None) if rescales else (1.0, None)
+    alpha, calibration = 1.0, None
+    if recipe.activations.dtype == "fp16":
+        statistics = prepared.statistics
+        if options.calibrate != "none" and (statistics is None or statistics.residual_peak is None):
+            statistics = reference().statistics
+        alpha, calibration = _alpha(statistics)
     notes = [*prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
     if context > config.dims.context:
         notes.append(f"the model was trained on {config.dims.context} tokens; what it says beyond them may be poor (context {context})")
@@ -205,20 +220,16 @@ def read_recipe(target: Target, quant: str | None) -> Recipe:
     return target.adapt(recipe)
 
 
-def _alpha(statistics: Statistics | None, reference: Reference | None) -> tuple[float, Calibration]:
+def _alpha(statistics: Statistics | None) -> tuple[float, Calibration]:
     """The factor on the residual stream, and how it was found."""
-    if statistics is not None and statistics.residual_peak is not None:
-        peak = rounded(statistics.residual_peak)
-        text, tokens = statistics.facts.text, statistics.facts.tokens
-    elif reference is not None:
-        peak, text, tokens = rounded(reference.residual_peak), reference.text, len(reference.ids)
-    else:
+    if statistics is None or statistics.residual_peak is None:
         return DEFAULT_ALPHA, Calibration("default", None, 0)
-    return choose_alpha(peak), Calibration("measured", text, tokens, peak)
+    peak, facts = rounded(statistics.residual_peak), statistics.facts
+    return choose_alpha(peak), Calibration("measured", facts.text, facts.tokens, peak)
 
 
 def _self_check(
-    target: Target, folder: Path, reference: Reference, recipe: Recipe, context: int, progress: Progress
+    target: Target, folder: Path, reference: ReferenceRun, recipe: Recipe, context: int, progress: Progress
 ) -> tuple[SelfCheck, list[str]]:
     try:
         result, logits = self_check(target.name, folder, reference, recipe.max_self_check_kl, progress)

@@ -32,7 +32,7 @@ _DTYPES = {
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `path` to write to; it becomes `path` when it is complete and on the disk, and is removed on any error.
+    """Give a temporary sibling of `path` to write; it becomes `path` when it is complete and on the disk, and is removed on any error.
 
     Raises:
         OSError: as writing does.

@@ -1,4 +1,4 @@
-"""The formats that exist: one row says by which code each is written, run, read and tokenized. Strings only, so that a row costs nothing.
+"""Registry of formats: one row says by which code each is written, run, read and tokenized. Strings only, so that a row costs nothing.
 
 A package adds a format by an entry point in the group `elmexport.formats` whose object is a `Format`. Keep that object in a module that imports
 nothing heavy: listing the commands loads it.

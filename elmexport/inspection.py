@@ -1,4 +1,4 @@
-"""What an artifact holds: whether its files are those of its manifest, and its tensors as the format's own reader finds them.
+"""Inspection of an artifact: its files against its manifest, its tensors as the format's own reader finds them.
 
 How to list the tensors of a format stands in its row, `elmexport.formats.Format.reader`.
 """
@@ -16,7 +16,7 @@ from elmexport.models import config_from_dict
 
 @dataclass(frozen=True)
 class Inspection:
-    """An artifact, what is wrong with its files (nothing, it is to be hoped), and its tensors where they were asked for."""
+    """Result of an inspection: the artifact, problems of its files, and its tensors where they were asked for."""
 
     artifact: Artifact
     problems: tuple[str, ...]
@@ -41,7 +41,7 @@ def inspect_artifact(path: Path, *, tensors: bool = False) -> Inspection:
 
 
 def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
-    """What the files of `artifact` hold, unverified.
+    """List the tensors in the files of `artifact`, unverified.
 
     Raises:
         ElmExportError: files that the format's reader cannot make sense of.

@@ -1,4 +1,4 @@
-"""`manifest.json`: what an artifact says of itself, as one typed document.
+"""Manifest of an artifact, `manifest.json`, as one typed document.
 
 Reading is strict: a key that is missing, unknown or of another type is an error, so nobody who holds a `Manifest` has to doubt it. Open to
 any content are only the model's `config`, which its family checks, and the names in `settings` and `tools`.
@@ -25,11 +25,11 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 FloatType = Literal["fp32", "fp16", "bf16"]
 
 
-class Part(Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of the document; its fields are written in their order."""
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """Section of the document; its fields are written in their order."""
 
 
-class Model(Part, frozen=True):
+class Model(Section, frozen=True):
     """The model that was exported."""
 
     name: str  # display name
@@ -40,8 +40,8 @@ class Model(Part, frozen=True):
     config: dict[str, Any]  # of its family
 
 
-class FileSetting(Part, frozen=True):
-    """A target's setting that is a file: what it was called, and what it held."""
+class FileSetting(Section, frozen=True):
+    """A target's setting that is a file: its name, and the hash of its content."""
 
     file: str
     sha256: Sha256
@@ -50,7 +50,7 @@ class FileSetting(Part, frozen=True):
 Setting = str | bool | int | float | FileSetting | None
 
 
-class RuleFacts(Part, frozen=True, omit_defaults=True):
+class RuleFacts(Section, frozen=True, omit_defaults=True):
     """One rule of a recipe; None: it does not ask."""
 
     scheme: str
@@ -59,7 +59,7 @@ class RuleFacts(Part, frozen=True, omit_defaults=True):
     min_gqa: int | None = None
 
 
-class CalibrationText(Part, frozen=True):
+class CalibrationText(Section, frozen=True):
     """The text that codes were calibrated on."""
 
     text: str  # in words
@@ -68,15 +68,15 @@ class CalibrationText(Part, frozen=True):
     sequential: bool  # whether each matrix was fitted to its quantized predecessors
 
 
-class Trial(Part, frozen=True):
+class Trial(Section, frozen=True):
     """A size that a search for a loss of accuracy tried."""
 
     bits_per_weight: float
     drop: float  # percentage points
 
 
-class Allocation(Part, frozen=True, kw_only=True):
-    """How schemes were chosen matrix by matrix: for a size (`asked`), or the smallest within a loss of accuracy (`max_drop` to `trials`).
+class AllocationFacts(Section, frozen=True, kw_only=True):
+    """Allocation of schemes matrix by matrix: for a size (`asked`), or the smallest within a loss of accuracy (`max_drop` to `trials`).
 
     Losses are in percentage points, divergences in nats per token, both of the weights only.
     """
@@ -94,8 +94,8 @@ class Allocation(Part, frozen=True, kw_only=True):
     text: str
 
 
-class Quantization(Part, frozen=True, omit_defaults=True):
-    """The recipe, and how codes were found."""
+class Quantization(Section, frozen=True, omit_defaults=True):
+    """Quantization: the recipe, and the method that found the codes."""
 
     name: str
     words: str
@@ -107,18 +107,18 @@ class Quantization(Part, frozen=True, omit_defaults=True):
     rule: tuple[RuleFacts, ...]
     method: str
     calibration: CalibrationText | None  # None: it read nothing
-    allocation: Allocation | None = None
+    allocation: AllocationFacts | None = None
 
 
-class Fallback(Part, frozen=True):
+class Fallback(Section, frozen=True):
     """A tensor that could not take its scheme."""
 
     tensor: str
     reason: str
 
 
-class Calibration(Part, frozen=True, omit_defaults=True):
-    """How the factor on the residual stream was found."""
+class Calibration(Section, frozen=True, omit_defaults=True):
+    """Calibration of the factor on the residual stream."""
 
     method: Literal["measured", "default"]
     text: str | None
@@ -126,7 +126,7 @@ class Calibration(Part, frozen=True, omit_defaults=True):
     residual_peak: float | None = None  # None: not measured
 
 
-class SelfCheck(Part, frozen=True, omit_defaults=True):
+class SelfCheck(Section, frozen=True, omit_defaults=True):
     """The comparison with the model that ended the export (`text` to `top1_agreement`), or the `reason` why there was none."""
 
     done: bool
@@ -143,7 +143,7 @@ class SelfCheck(Part, frozen=True, omit_defaults=True):
             raise ValueError("one that was done has text, tokens, kl_mean, kl_max and top1_agreement, any other has a reason")
 
 
-class ChainedPackage(Part, frozen=True):
+class ChainedPackage(Section, frozen=True):
     """One package of a model that was cut."""
 
     file: str
@@ -154,30 +154,33 @@ class ChainedPackage(Part, frozen=True):
     states: tuple[str, ...]
 
 
-class Joint(Part, frozen=True):
-    """An output, and the input of the next package that takes it: each a package and a name."""
+class Joint(Section, frozen=True):
+    """Connection of two packages: an output, and the input of the next package that takes it: each a package and a name."""
 
     source: tuple[str, str] = msgspec.field(name="from")
     to: tuple[str, str]
 
 
-class Chain(Part, frozen=True):
-    """Packages of one model that run one after another. All inputs but those of `joints` come from the caller, the same for all packages."""
+class Chain(Section, frozen=True):
+    """Chain of packages of one model that run one after another.
+
+    All inputs but those of `joints` come from the caller, the same for all packages.
+    """
 
     functions: dict[str, Positive]  # and the tokens that each takes
     packages: tuple[ChainedPackage, ...]
     joints: tuple[Joint, ...]
 
 
-class FileFacts(Part, frozen=True):
+class FileFacts(Section, frozen=True):
     """One file of the artifact."""
 
     bytes: Count
     sha256: Sha256
 
 
-class Manifest(Part, frozen=True, kw_only=True, omit_defaults=True):
-    """The whole document."""
+class Manifest(Section, frozen=True, kw_only=True, omit_defaults=True):
+    """Manifest of an artifact, the whole document."""
 
     format: int
     model: Model

@@ -1,4 +1,4 @@
-"""How long work reports on itself: stages with a known or unknown number of steps. Drawing it is the command line's business."""
+"""Progress of long work: stages with a known or unknown number of steps. Drawing it is the command line's business."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ class Progress(Protocol):
     """Receives the progress of one command."""
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """A new stage begins (and the one before it has ended): `total` steps of work, None where nobody knows."""
+        """Begin a new stage (and end the one before it): `total` steps of work, None where nobody knows."""
 
     def advance(self, n: int) -> None:
-        """`n` more steps of the current stage are done."""
+        """Report `n` more steps of the current stage."""
 
 
 class SilentProgress:
-    """Says nothing."""
+    """Progress that is shown to nobody."""
 
     def stage(self, name: str, total: int | None = None) -> None:
         pass

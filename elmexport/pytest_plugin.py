@@ -1,4 +1,4 @@
-"""A fixture for projects that ship artifacts: `elmexport_eval` evaluates one, and its result asserts what it may have cost.
+"""Pytest fixture for projects that ship artifacts: `elmexport_eval` evaluates one, and its result asserts what it may have cost.
 
     def test_quality(elmexport_eval):
         report = elmexport_eval("build/450M-coreml-int4", tasks=["arc_easy"], limit=200)
@@ -73,7 +73,10 @@ class Evaluate(Protocol):
 
 @pytest.fixture(scope="session")
 def elmexport_eval() -> Evaluate:
-    """`elmexport_eval(path, tasks=["arc_easy"], limit=200)` evaluates an artifact; bad input fails the test with the command's message."""
+    """Fixture that evaluates an artifact: `elmexport_eval(path, tasks=["arc_easy"], limit=200)`.
+
+    Bad input fails the test with the command's message.
+    """
 
     def call(
         path: str | Path,

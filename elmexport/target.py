@@ -1,4 +1,4 @@
-"""The contract of a target: what writes the files of one format. `elmexport.formats` says which there are.
+"""Contract of a target, the writer of one format's files. `elmexport.formats` says which there are.
 
 A target is one package with a lowering from the traced graph, packing of weights, and recipes as data.
 """
@@ -62,7 +62,7 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class Written:
-    """What should be known of files just written: how they run one after another, where they do, and notes for the user."""
+    """Result of writing files: the chain in which they run, where there is one, and notes for the user."""
 
     chain: Chain | None = None
     notes: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the self-check read: token ids `[tokens]`, and the logits `[tokens, vocab]` of the model (float32) and of the artifact."""
+    """Self-check's token ids `[tokens]`, and the logits `[tokens, vocab]` of the model (float32) and of the artifact."""
 
     ids: NDArray[np.int64]
     model: NDArray[np.float32]
@@ -80,7 +80,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line offers one field of a target."""
+    """Command-line option of one field of a target."""
 
     help: str
     metavar: str | None = None
@@ -93,7 +93,7 @@ def option(help: str, *, metavar: str | None = None, choices: tuple[str, ...] | 
 
 
 def options(kind: type[Target]) -> Mapping[str, Option]:
-    """The options that the fields of the target `kind` are, by field."""
+    """Command-line options of the target `kind`, by field."""
     if not is_dataclass(kind):
         return {}
     return {field.name: field.metadata["option"] for field in fields(kind) if "option" in field.metadata}
@@ -128,7 +128,7 @@ class Target(ABC):
         return load_recipe(files(package).joinpath("recipes", f"{quant}.toml"))
 
     def adapt(self, recipe: Recipe) -> Recipe:
-        """`recipe`, the target's own or a user's, as the target's settings leave it.
+        """Adapt `recipe`, the target's own or a user's, to the target's settings.
 
         Raises:
             ElmExportError: settings that have no use with it.
@@ -137,7 +137,7 @@ class Target(ABC):
         return recipe.given(imatrix=False)
 
     def refuses(self, scheme: Scheme, role: Role) -> str | None:
-        """Why files of the format cannot hold a tensor of `role` in `scheme`, as the end of a sentence that begins with the format's name.
+        """Reason why files of the format cannot hold a tensor of `role` in `scheme`, as the end of a sentence that begins with its name.
 
         None if they can. Recipes that a user wrote are checked with it before any work.
         """

@@ -46,8 +46,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """One tensor of a model: `name` as in the family's published checkpoints, `shape` `[out, in]` for matrices (`[experts, out, in]` for those of
-    experts), `layer` None outside the layers."""
+    """Specification of one tensor of a model.
+
+    `name` is as in the family's published checkpoints, `shape` `[out, in]` for matrices (`[experts, out, in]` for those of experts),
+    `layer` None outside the layers.
+    """
 
     name: str
     shape: tuple[int, ...]

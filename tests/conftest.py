@@ -12,6 +12,10 @@ from typing import Any, Protocol
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded; see elmexport.cli.main
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # every worker would use every core: they share them instead, programs that tests start too
+    _threads = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ.setdefault("OMP_NUM_THREADS", _threads)
+    os.environ.setdefault("ELMEXPORT_THREADS", _threads)
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm.config import OpenELMConfig

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.export import export
 
 RECORDED = Path(__file__).with_name("artifact_bytes.json")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from elmexport.artifact import Artifact
 from elmexport.checkpoint.base import Checkpoint
@@ -169,7 +169,7 @@ def test_a_recipe_of_the_user_s_own(tiny: Checkpoint, tmp_path: Path) -> None:
         (RECIPE.format(name="a/b", scheme="int8-block32"), "name is 'a/b'; it becomes part of file names"),
         (
             RECIPE.format(name="mine", scheme="int4-block64"),
-            r"ffn\.proj_2\.weight \(ffn\.down\) as .* gguf stores fp32, fp16, bf16, int4-block32",
+            r"ffn\.proj_2\.weight \(ffn\.down\) as .* gguf stores fp32, fp16, bf16, int8-block32",
         ),
         (RECIPE.format(name="mine", scheme="int5"), "unknown scheme 'int5'"),
     ],

@@ -20,7 +20,7 @@ from elmexport.bench.workload import Workload
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.cli.describe import describe
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.entrant import artifact_entrant, find_reference
+from elmexport.evaluation.evaluated_model import evaluated_artifact, find_reference
 from elmexport.formats import FORMATS
 from elmexport.inspection import inspect_artifact
 from elmexport.manifest import Chain, ChainedPackage, Joint, read_manifest
@@ -33,7 +33,7 @@ from tests.damage import Place, having, places, spoilt
 
 READERS: dict[str, Callable[[Path], object]] = {
     "inspect": lambda path: describe(inspect_artifact(path, tensors=True).artifact),
-    "eval, report, pytest plugin": lambda path: (artifact_entrant(path), find_reference(path)),
+    "eval, report, pytest plugin": lambda path: (evaluated_artifact(path), find_reference(path)),
     "bench": lambda path: _subject(path, Workload((4,), (), 1), ()),
     "generate": lambda path: artifact_tokenizer(artifact_kind(path), path),
     "logits": open_artifact,

@@ -1,4 +1,4 @@
-"""How fast an artifact runs on this machine, and what it takes: `benchmark`.
+"""Benchmark of artifacts on this machine: speed, load time and memory (`benchmark`).
 
 Every measurement is a process of its own (`worker`), so that load time and peak memory are the artifact's alone. docs/benchmarking.md
 defines the figures.

@@ -1,4 +1,4 @@
-"""The rate at which this machine reads memory: python -m elmexport.bench.bandwidth THREADS BYTES
+"""Memory read bandwidth of this machine: python -m elmexport.bench.bandwidth THREADS BYTES
 
 Each thread looks for the largest of its part of an array that no cache holds, the plainest read there is. Prints bytes per second, the best
 of several passes.

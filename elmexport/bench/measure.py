@@ -1,4 +1,4 @@
-"""One pass of a workload over an open runtime."""
+"""Timing of a workload on an open runtime."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Clock = Callable[[], float]  # seconds
 
 
 @dataclass(frozen=True)
-class Pass:
+class Timings:
     """Seconds for each prompt length, and for the tokens generated at each depth."""
 
     prefill_s: dict[int, float]
     decode_s: dict[int, float]
 
 
-def measure(runtime: Runtime, workload: Workload, clock: Clock = time.perf_counter) -> Pass:
+def measure(runtime: Runtime, workload: Workload, clock: Clock = time.perf_counter) -> Timings:
     """Time `workload`, which fits the runtime's context, after a first run of it that is not timed.
 
     Ids are random and the same every time. What is timed is `Runtime.greedy`, a step of generation: logits of the last token, and the choice.
@@ -43,7 +43,7 @@ def measure(runtime: Runtime, workload: Workload, clock: Clock = time.perf_count
         for position in range(depth, depth + workload.generate):
             runtime.greedy(ids[position : position + 1], position)
         decode[depth] = clock() - start
-    return Pass(prefill, decode)
+    return Timings(prefill, decode)
 
 
 def _warm_up(runtime: Runtime, workload: Workload, ids: NDArray[np.int64]) -> None:

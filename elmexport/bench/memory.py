@@ -9,12 +9,12 @@ _STATUS = Path("/proc/self/status")
 
 
 def resident_bytes() -> int | None:
-    """Memory now in use, pages of mapped files that were touched included; None where the system does not say."""
+    """Resident memory now in bytes, pages of mapped files that were touched included; None where the system does not say."""
     return _status("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that there has been.
+    """Peak resident memory, in bytes.
 
     Linux's counter for waiting parents (`ru_maxrss`) begins with the memory of the process that started this one, so it is not used there.
     """

@@ -13,7 +13,7 @@ SCHEMA = 1
 
 
 class Summary(Struct, frozen=True):
-    """One figure over all runs."""
+    """Median and range of one figure over all runs."""
 
     median: float
     lowest: float
@@ -31,7 +31,10 @@ class Summary(Struct, frozen=True):
 
 
 class PrefillResult(Struct, frozen=True):
-    """A prompt of `tokens` read into an empty cache. `ratio`: to the first artifact's median, None where that did not measure the same."""
+    """Prefill speed: a prompt of `tokens` read into an empty cache.
+
+    `ratio`: to the first artifact's median, None where that did not measure the same.
+    """
 
     tokens: int
     tokens_per_s: Summary
@@ -39,7 +42,7 @@ class PrefillResult(Struct, frozen=True):
 
 
 class DecodeResult(Struct, frozen=True):
-    """`tokens` decoded one by one after `depth` tokens. `bytes_per_token` and `bandwidth_fraction` are None for bare model files."""
+    """Decode speed: `tokens` one by one after `depth` tokens. `bytes_per_token` and `bandwidth_fraction` are None for bare model files."""
 
     depth: int
     tokens: int
@@ -50,7 +53,7 @@ class DecodeResult(Struct, frozen=True):
 
 
 class ArtifactResult(Struct, frozen=True):
-    """One artifact. Sizes in bytes; `note` says what the figures do not mean."""
+    """Benchmark of one artifact. Sizes in bytes; `note` says what the figures do not mean."""
 
     path: str
     name: str
@@ -68,7 +71,7 @@ class ArtifactResult(Struct, frozen=True):
 
 
 class Machine(Struct, frozen=True):
-    """Where it was measured; `packages` by name, null where one is not installed."""
+    """Machine of a benchmark; `packages` by name, null where one is not installed."""
 
     system: str
     cpus: int | None
@@ -77,7 +80,7 @@ class Machine(Struct, frozen=True):
 
 
 class Benchmark(Struct, frozen=True):
-    """All artifacts, in the order given. `bandwidth` in bytes per second, as read by `threads` threads between the runs."""
+    """Benchmark of artifacts, in the order given. `bandwidth` in bytes per second, as read by `threads` threads between the runs."""
 
     machine: Machine
     threads: int

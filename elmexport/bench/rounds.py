@@ -1,4 +1,4 @@
-"""Measure several artifacts in turn: every round opens each once, in a process of its own, so that what disturbs the machine disturbs all."""
+"""Benchmark in rounds: each opens every artifact once, in a process of its own, so that disturbances of the machine meet all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from elmexport.artifact import MANIFEST, Artifact
 from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, Summary
 from elmexport.bench.traffic import Traffic, traffic
 from elmexport.bench.workload import Workload
+from elmexport.cores import VARIABLE, available_cores
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import artifact_kind
-from elmexport.runtimes.threads import VARIABLE
 
 REPEAT = 3
 _BANDWIDTH_BYTES = 1 << 30  # more than any cache holds
@@ -75,11 +75,6 @@ def benchmark(
         bandwidths.append(float(_python("elmexport.bench.bandwidth", str(threads), str(_BANDWIDTH_BYTES), threads=threads)))
         progress.advance(1)
     return Benchmark(_machine(), threads, repeat, Summary.of(bandwidths), summarize(subjects, runs, Summary.of(bandwidths).median))
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def summarize(subjects: Sequence[_Subject], runs: Sequence[Sequence[dict[str, Any]]], bandwidth: float) -> tuple[ArtifactResult, ...]:

@@ -1,4 +1,4 @@
-"""How many bytes an artifact has to read for one decoded token: its weights, as the file stores them, and the cache up to that token."""
+"""Memory traffic of decoding: bytes read for one token, which are the weights as the file stores them and the KV cache so far."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.formats import find_format
+from elmexport.graph.dims import ModelDims
 from elmexport.inspection import list_tensors
 from elmexport.manifest import Manifest
 from elmexport.models import config_from_dict
@@ -17,7 +18,7 @@ _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """`weight_bytes` are read for every token, `cache_bytes` (keys and values of all layers) for every token that the cache holds."""
+    """Bytes to read: `weight_bytes` for every token, `cache_bytes` (keys and values of all layers) for every token that the cache holds."""
 
     weight_bytes: int
     cache_bytes: int
@@ -28,7 +29,7 @@ class Traffic:
 
 
 def traffic(path: Path) -> Traffic | None:
-    """Of the artifact folder `path`; None for a bare model file, whose tensors and configuration are not described.
+    """Memory traffic of the artifact folder `path`; None for a bare model file, whose tensors and configuration are not described.
 
     Raises:
         ElmExportError: a damaged manifest, or files that the format's reader cannot make sense of.
@@ -36,17 +37,16 @@ def traffic(path: Path) -> Traffic | None:
     if not (path / MANIFEST).is_file():
         return None
     artifact = Artifact.open(path)
-    return Traffic(_weights(list_tensors(artifact)), _cache(artifact.manifest, str(path / MANIFEST)))
+    dims = config_from_dict(artifact.manifest.model.config, where=str(path / MANIFEST)).dims
+    return Traffic(_weights(list_tensors(artifact), dims), _cache(artifact.manifest, dims))
 
 
-def _weights(tensors: tuple[StoredTensor, ...]) -> int:
+def _weights(tensors: tuple[StoredTensor, ...], dims: ModelDims) -> int:
     """Bytes of what a token needs whole: all weights but an embedding that the head does not share, of which it needs a row."""
     weights = [tensor for tensor in tensors if tensor.role is not None]
-    untied = any(tensor.role is Role.LM_HEAD for tensor in weights)
-    return sum(tensor.bytes for tensor in weights if not (untied and tensor.role is Role.EMBEDDING))
+    return sum(tensor.bytes for tensor in weights if dims.tied or tensor.role is not Role.EMBEDDING)
 
 
-def _cache(manifest: Manifest, where: str) -> int:
-    dims = config_from_dict(manifest.model.config, where=where).dims
+def _cache(manifest: Manifest, dims: ModelDims) -> int:
     width = find_format(manifest.target).cache_bytes or _WIDTHS[manifest.quant.activations]
     return 2 * sum(layer.kv_heads for layer in dims.layers) * dims.head_dim * width

@@ -1,4 +1,4 @@
-"""One artifact, opened and measured once in this process: python -m elmexport.bench.worker, its job as JSON on stdin.
+"""Benchmark of one artifact, once, in this process: python -m elmexport.bench.worker, its job as JSON on stdin.
 
 The last line of stdout is JSON: the figures, or `error` and `exit_code` of an `ElmExportError`.
 """
@@ -49,6 +49,7 @@ def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read the job from stdin, print the figures or the error as JSON."""
     job = json.load(sys.stdin)
     workload = Workload(tuple(job["prompts"]), tuple(job["depths"]), job["generate"])
     try:

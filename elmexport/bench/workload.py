@@ -1,4 +1,4 @@
-"""What is measured: prompts of some lengths, and tokens generated at some depths of the cache."""
+"""Workload of a benchmark: prompts of some lengths, and tokens generated at some depths of the cache."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ PARTS = ("prompts", "depths", "generate")
 
 @dataclass(frozen=True)
 class Workload:
-    """`prompts`: lengths of prompts read into an empty cache. `depths`: tokens in the cache when `generate` tokens are decoded one by one."""
+    """Prompt lengths and cache depths to time.
+
+    `prompts`: lengths of prompts read into an empty cache. `depths`: tokens in the cache when `generate` tokens are decoded one by one.
+    """
 
     prompts: tuple[int, ...] = PROMPTS
     depths: tuple[int, ...] = DEPTHS
     generate: int = GENERATE
 
     def check(self) -> None:
-        """
+        """Refuse counts that make no sense.
+
         Raises:
             ElmExportError: a count that makes no sense, or nothing to measure.
         """
@@ -52,7 +56,7 @@ class Workload:
                 )
 
     def fitted(self, context: int, parts: Collection[str] = PARTS) -> Workload:
-        """The workload with `parts` of it cut to what fits a cache of `context` tokens: to the longest possible where nothing of a part does."""
+        """Cut `parts` of the workload to what fits a cache of `context` tokens: to the longest possible where nothing of a part does."""
         generate, prompts, depths = self.generate, self.prompts, self.depths
         if "generate" in parts:
             generate = min(generate, context)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint, Source
+from elmexport.cores import available_cores
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 
@@ -57,7 +57,7 @@ class RandomCheckpoint(Checkpoint):
             target.copy_(torch.from_numpy(values).mul_(std).add_(mean))
 
         # numpy draws outside the interpreter lock; a stream per chunk makes the values independent of the number of threads.
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(available_cores()) as threads:
             list(threads.map(fill, range(-(-spec.size // CHUNK))))
         return out.view(spec.shape)
 

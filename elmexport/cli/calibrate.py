@@ -14,7 +14,7 @@ from elmexport.cli.progress import progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
-    from calibration.calibrate import Calibration
+    from calibration.calibrate import CalibrationResult
 
 
 class Dataset(StrEnum):
@@ -94,9 +94,9 @@ def calibrate(
             window=window,
         )
     if imatrix is not None:
-        from targets.gguf.statistics import write_imatrix
+        from elmexport.importance import write_importance
 
-        write_imatrix(result.statistics, result.checkpoint.config, imatrix)
+        write_importance(result.statistics, result.checkpoint.config, imatrix)
     for note in result.notes:
         typer.echo(f"note: {note}", err=True)
     facts = _facts(result, imatrix, time.monotonic() - start)
@@ -106,7 +106,7 @@ def calibrate(
         typer.echo(table(_summary(facts)))
 
 
-def _facts(result: Calibration, imatrix: Path | None, seconds: float) -> dict[str, Any]:
+def _facts(result: CalibrationResult, imatrix: Path | None, seconds: float) -> dict[str, Any]:
     from calibration.residual import choose_alpha
 
     facts, peak = result.statistics.facts, result.statistics.residual_peak

@@ -1,4 +1,4 @@
-"""An artifact in words, from its manifest; and JSON, the one way in which every command prints it."""
+"""Description of an artifact in words, from its manifest, and JSON output of every command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def print_json(document: Any) -> None:
 
 
 def size(count: int) -> str:
-    """`count` bytes in the largest decimal unit of which there is at least one."""
+    """Format `count` bytes in the largest decimal unit of which there is at least one."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
@@ -26,7 +26,7 @@ def size(count: int) -> str:
 
 
 def table(rows: list[tuple[str, ...]], *, right: frozenset[int] = frozenset()) -> str:
-    """`rows` in columns two spaces apart, those in `right` aligned to the right."""
+    """Format `rows` in columns two spaces apart, those in `right` aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
@@ -36,7 +36,7 @@ def table(rows: list[tuple[str, ...]], *, right: frozenset[int] = frozenset()) -
 
 
 def describe(artifact: Artifact) -> str:
-    """What the artifact is, how large, and how close to the model it came from: one fact a line."""
+    """Describe an artifact: its model, its size, how close it is to the model it came from, one fact a line."""
     return table(list(_facts(artifact)))
 
 

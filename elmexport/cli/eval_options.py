@@ -1,4 +1,4 @@
-"""What `elmexport eval` and `elmexport report` both take: which tasks, which items, which text, compared with what."""
+"""Options that `elmexport eval` and `elmexport report` share: tasks, items, text, reference."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def settings(
     text: Path | None,
     text_tokens: int,
 ) -> Settings:
-    """What these options ask for.
+    """Settings of an evaluation from these options.
 
     Raises:
         ElmExportError: options that contradict each other.

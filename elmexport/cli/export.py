@@ -1,4 +1,4 @@
-"""The command that exports to a format: what every target's has in common, and the target's own options."""
+"""Export command of a format: the options that all targets have in common, and the target's own."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from calibration.methods import DEFAULT, METHODS, methods_help
 from elmexport.cli.describe import describe, print_json
 from elmexport.cli.progress import progress_bar
 from elmexport.cli.target_options import setting_values, target_options
 from elmexport.target import Target
 
-
-class Method(StrEnum):
-    """The values of --method."""
-
-    MSE = "mse"
-    GPTQ = "gptq"
-    AWQ = "awq"
-    AWQ_GPTQ = "awq+gptq"
-    RTN = "rtn"
+MethodName = StrEnum("MethodName", {name: name for name in METHODS})  # type: ignore[misc]  # the values of --method
 
 
 def _calibrate(value: str) -> Literal["auto", "none"] | Path:
@@ -57,11 +50,9 @@ def command(target: type[Target]) -> Callable[..., None]:
             ),
         ] = None,
         method: Annotated[
-            Method,
-            typer.Option(
-                help="How codes are found. mse: the scale of least error, in seconds; gptq: errors cancel along a calibration text, in minutes, at about a third of the loss; rtn: round to nearest."
-            ),
-        ] = Method.MSE,
+            MethodName,
+            typer.Option(help=f"How codes are found. {methods_help()}."),
+        ] = MethodName[DEFAULT],
         calibrate: Annotated[
             str,
             typer.Option(
@@ -119,7 +110,7 @@ def command(target: type[Target]) -> Callable[..., None]:
         json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a summary.")] = False,
         **settings: Any,
     ) -> None:
-        from calibration.preparation import WeightOptions
+        from calibration.options import WeightOptions
         from elmexport.artifact import Artifact
         from elmexport.export import export as library_export
 

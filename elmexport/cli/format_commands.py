@@ -1,4 +1,4 @@
-"""The commands that export, `elmexport onnx` and so on: one for each format that is known, its target imported when the command is used."""
+"""Export commands, `elmexport onnx` and so on: one for each known format, its target imported when the command is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FormatGroup(TyperGroup):
 
 
 class _FormatCommand(TyperCommand):
-    """Stands for a command until it is used."""
+    """Export command whose target is not imported before it is used."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         assert self.name is not None

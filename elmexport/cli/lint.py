@@ -11,7 +11,7 @@ import typer
 from elmexport.cli.describe import print_json, table
 
 if TYPE_CHECKING:
-    from targets.coreml.lint import Finding
+    from targets.coreml.lint import LintFinding
 
 
 def lint(
@@ -47,7 +47,7 @@ def lint(
         raise typer.Exit(1)
 
 
-def _document(finding: Finding) -> dict[str, object]:
+def _document(finding: LintFinding) -> dict[str, object]:
     rule = finding.rule
     return {
         "rule": rule.id,
@@ -63,13 +63,13 @@ def _document(finding: Finding) -> dict[str, object]:
     }
 
 
-def _grouped(findings: tuple[Finding, ...]) -> list[str]:
+def _grouped(findings: tuple[LintFinding, ...]) -> list[str]:
     """One paragraph a rule: what it says and who says it, then the operations, equal ones in one line with their number."""
     lines = []
     for rule in dict.fromkeys(finding.rule for finding in findings):
         lines.append(f"{rule.id} {rule.severity}: {rule.title}")
         lines += [f"  {source}" for source in rule.sources]
-        groups: dict[tuple[object, ...], list[Finding]] = {}
+        groups: dict[tuple[object, ...], list[LintFinding]] = {}
         for finding in findings:
             if finding.rule is rule:
                 groups.setdefault((finding.package, finding.function, finding.operation, finding.shape, _kind(finding)), []).append(finding)
@@ -78,12 +78,12 @@ def _grouped(findings: tuple[Finding, ...]) -> list[str]:
     return lines
 
 
-def _kind(finding: Finding) -> str:
+def _kind(finding: LintFinding) -> str:
     """What is wrong, without names that differ from one operation to the next."""
     return " ".join(word for word in finding.detail.split() if word != finding.name and "_" not in word)
 
 
-def _row(group: list[Finding]) -> tuple[str, ...]:
+def _row(group: list[LintFinding]) -> tuple[str, ...]:
     first = group[0]
     shape = "x".join("?" if size is None else str(size) for size in first.shape)
     more = f" and {len(group) - 1} more" if len(group) > 1 else ""

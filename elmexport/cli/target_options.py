@@ -1,4 +1,4 @@
-"""Options that only one target's command has: one for each field of the target's class that is marked as one."""
+"""Command-line options of one target: one for each field of the target's class that is marked as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names and conventions that an artifact's writer (`targets`) and its reader (`elmexport.runtimes`) share: one module for each format.
+"""Names that an artifact's writer (`targets`) and its reader (`elmexport.runtimes`) share: one module for each format.
 
 Nothing here imports a format's library.
 """

@@ -67,8 +67,11 @@ def is_logits(name: str) -> bool:
 
 @dataclass(frozen=True)
 class PackageIndex:
-    """Place of a package among a model's packages, as the JSON under `CHAIN_METADATA` says it: `{"index": 0, "files": ["a-1of2.mlpackage",
-    …], "layers": [0, 9]}`, the files being all of them in the order in which they run, and the layers the first and the last of this one."""
+    """Place of a package among a model's packages, the JSON under `CHAIN_METADATA`.
+
+    `{"index": 0, "files": ["a-1of2.mlpackage", …], "layers": [0, 9]}`: the files are all of them in the order in which they run, the layers
+    the first and the last of this one.
+    """
 
     index: int
     files: list[str]
@@ -79,12 +82,12 @@ class PackageIndex:
         return f"package {self.index + 1} of {len(self.files)}"
 
     def to_metadata(self) -> dict[str, str]:
-        """The entry of a package's metadata."""
+        """Entry of a package's metadata."""
         return {CHAIN_METADATA: json.dumps(asdict(self))}
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, str]) -> PackageIndex | None:
-        """What `to_metadata` wrote; None in the metadata of a package that is a whole model.
+        """Read what `to_metadata` wrote; None in the metadata of a package that is a whole model.
 
         Raises:
             ValueError, KeyError, TypeError: something else is written there.

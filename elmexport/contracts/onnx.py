@@ -1,4 +1,4 @@
-"""Inputs, outputs and metadata of the ONNX models that we export: the names that optimum, onnxruntime-genai and transformers.js ask for.
+"""Names of inputs, outputs and metadata of our ONNX models: those that optimum, onnxruntime-genai and transformers.js ask for.
 
 `attention_mask` int64 `[batch, total]` has ones over the tokens in the cache and those now fed. Past and present of layer N are
 `past_key_values.N.key|value` and `present.N.key|value`, `[batch, KV heads of the layer, length, head_dim]`.

@@ -1,4 +1,4 @@
-"""Is an artifact worse than the one that a stored report describes? Paired wherever both met the same items or the same text.
+"""Regression gates against a stored report, paired wherever both met the same items or the same text.
 
 A regression has to be beyond noise and, where pairing makes noise very small (KL divergence, perplexity: the same tokens), also large enough to
 matter: a new version of an engine that rounds elsewhere is none. The intervals of the tasks are widened for their number (Bonferroni), so

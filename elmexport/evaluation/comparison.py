@@ -1,4 +1,4 @@
-"""An artifact's results beside a reference's, paired item by item."""
+"""Comparison of an artifact's results with a reference's, paired item by item."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ UNPAIRED = "none: the metric is not a mean over items"
 
 
 def compare(artifact: Evaluation, reference: Evaluation | None, *, lm_eval: str | None = None) -> Report:
-    """The report on `artifact`; its text pass has met the reference already. `lm_eval` is the version whose tasks were run.
+    """Compare `artifact` with a reference; its text pass has met the reference already. `lm_eval` is the version whose tasks were run.
 
     Raises:
         ElmExportError: a task that only one of the two has, or items that do not pair; the task is named.
@@ -55,7 +55,7 @@ def compare(artifact: Evaluation, reference: Evaluation | None, *, lm_eval: str 
 
 
 def compare_task(name: str, task: TaskResult, reference: TaskResult) -> TaskResult:
-    """`task` with its comparison, every item with the reference's scores.
+    """Compare a task, every item with the reference's scores.
 
     Raises:
         ElmExportError: other items, another metric or other few-shot examples than the reference's.
@@ -75,7 +75,7 @@ def compare_task(name: str, task: TaskResult, reference: TaskResult) -> TaskResu
 
 
 def pair_items(name: str, items: Sequence[Item], others: Sequence[Item]) -> list[tuple[Item, Item]]:
-    """Each of `items` with the one of `others` that asks the same.
+    """Pair each of `items` with the one of `others` that asks the same.
 
     Raises:
         ElmExportError: one has no counterpart.
@@ -97,7 +97,7 @@ def pair_items(name: str, items: Sequence[Item], others: Sequence[Item]) -> list
 
 
 def metric_values(name: str, items: Sequence[Item], metric: str) -> NDArray[np.float64]:
-    """One value of `metric` for each item.
+    """Values of `metric`, one for each item.
 
     Raises:
         ElmExportError: an item of the task `name` that lacks it.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.layouts import Kind, Layout, Line
+from elmexport.evaluation.layouts import DataRow, Kind, Layout
 
 SPLITS = ("test", "validation", "train", "dev")
 # Where the split that lm-eval evaluates is not there, the first of these that is.
@@ -23,7 +23,8 @@ class LocalData:
     """The files of one folder, read when first asked for."""
 
     def __init__(self, folder: Path) -> None:
-        """
+        """Find the JSONL files of a folder.
+
         Raises:
             ElmExportError: no such folder, or no JSONL file in it.
         """
@@ -33,7 +34,7 @@ class LocalData:
         self._files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.suffix == ".jsonl" and path.is_file()}
         if not self._files:
             raise ElmExportError(f"{folder} holds no .jsonl files; --data takes a folder with files like arc_easy.validation.jsonl")
-        self._lines: dict[tuple[Path, int], list[Line]] = {}
+        self._lines: dict[tuple[Path, int], list[DataRow]] = {}
 
     def splits(self, layout: Layout) -> dict[str, Path]:
         """The files of a data set by split; "" is the split that the task itself evaluates.
@@ -52,7 +53,7 @@ class LocalData:
                 found[split] = path
         return found
 
-    def lines(self, path: Path, layout: Layout) -> list[Line]:
+    def lines(self, path: Path, layout: Layout) -> list[DataRow]:
         """The checked and converted rows of a file.
 
         Raises:
@@ -71,7 +72,7 @@ class LocalData:
         return [path.name for path in self._files.values()]
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path) -> list[DataRow]:
     """The rows of a JSONL file; blank lines are left out.
 
     Raises:
@@ -81,7 +82,7 @@ def read_lines(path: Path) -> list[Line]:
         raw = path.read_bytes()
     except OSError as error:
         raise ElmExportError(f"cannot read {path}: {error.strerror or error}") from None
-    return [Line(str(path), number, _parse(path, number, text)) for number, text in enumerate(raw.split(b"\n"), start=1) if text.strip()]
+    return [DataRow(str(path), number, _parse(path, number, text)) for number, text in enumerate(raw.split(b"\n"), start=1) if text.strip()]
 
 
 def _parse(path: Path, number: int, text: bytes) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _parse(path: Path, number: int, text: bytes) -> dict[str, Any]:
     return row
 
 
-def _check(line: Line, columns: Mapping[str, Kind]) -> None:
+def _check(line: DataRow, columns: Mapping[str, Kind]) -> None:
     for column, kind in columns.items():
         value: Any = line.row
         for key in column.split("."):

@@ -1,4 +1,4 @@
-"""A reference's next-token distributions on some windows, kept on disk so that every artifact of a model is compared with the same pass.
+"""Next-token distributions of a reference, kept on disk: every artifact of a model is compared with the same pass.
 
 Log-probabilities are stored as 16-bit codes between the smallest and the largest of each token, and normalized again when read. The step is
 some 5e-4 nats; what that costs is second order, about 1e-8 nats of KL divergence per token, and a relative 1e-3 of a single token's
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.divergence import log_softmax, token_nll
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.evaluation.metrics import log_softmax, token_nll
 from elmexport.evaluation.windows import Windows
+from elmexport.files import complete_file
 from elmexport.progress import Progress
 from elmexport.runtimes.base import Runtime
 
@@ -31,7 +32,7 @@ _CODES = 65535
 
 @dataclass(frozen=True)
 class Distributions:
-    """One window of a pass, `tokens` = window - 1 predictions."""
+    """Next-token distributions on one window of a pass, `tokens` = window - 1 predictions."""
 
     log_probs: NDArray[np.float32]  # [tokens, vocab], normalized up to the rounding of the codes
     top: NDArray[np.int64]  # [tokens], the most likely next token, before rounding
@@ -39,7 +40,7 @@ class Distributions:
 
 
 class ReferencePass:
-    """The distributions of one reference, by window.
+    """Next-token distributions of one reference, by window.
 
     `identity` stands for the model, its precision and its engine; `open_runtime` is called only where the pass is not in `folder` yet. The
     runtime stays open: closing it is its owner's business.
@@ -85,23 +86,18 @@ class ReferencePass:
             )
         _make_room(self._folder, self._limit - per_window * shape[0])
         progress.stage("reference text pass", windows.ids.size)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with complete_file(path) as partial, partial.open("wb") as file:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_2_0(file, header)
                 for ids in windows.ids:
                     file.write(_encode(runtime, ids).tobytes())
                     progress.advance(len(ids))
-            partial.replace(path)
         except OSError as error:
             raise ElmExportError(
                 f"cannot write {path}: {error.strerror or error}; free space, or set ELMEXPORT_CACHE to another folder"
             ) from None
-        finally:
-            with contextlib.suppress(OSError):  # gone, renamed, or in a place where nothing can be
-                partial.unlink()
 
 
 def window_logits(runtime: Runtime, ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from elmexport.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from elmexport.evaluation.comparison import compare
 from elmexport.evaluation.data import LocalData
 from elmexport.evaluation.distributions import ReferencePass
-from elmexport.evaluation.entrant import FP16, Entrant, artifact_entrant, find_reference
+from elmexport.evaluation.evaluated_model import FP16, EvaluatedModel, evaluated_artifact, find_reference
 from elmexport.evaluation.results import Evaluation, Report, TaskResult
 from elmexport.evaluation.store import AnswerStore
 from elmexport.evaluation.tasks.presets import DEFAULT_TASK, published
@@ -34,7 +34,7 @@ STORE_FORMAT = 1  # of the kept answers; raised when the same request would be a
 
 @dataclass(frozen=True)
 class Settings:
-    """What to evaluate. `tasks` are names with a number of few-shot examples each, None for the task's own number."""
+    """Settings of an evaluation. `tasks` are names with a number of few-shot examples each, None for the task's own number."""
 
     tasks: Mapping[str, int | None]
     limit: int | None = None  # documents of each task
@@ -53,7 +53,7 @@ def evaluate(
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Evaluate `artifact` and compare it with `against`: "fp16", the model it was made from, or the path of another artifact of it, or None.
+    """Evaluate `artifact`, and compare it with `against`: "fp16", the model it was made from, another artifact's path, or None.
 
     `settings`: by default the bundled cloze task and text, which need no download. Answers are kept in `elmexport.cache.cache_folder()` as they
     come: an interrupted evaluation goes on where it ended. `note` receives, in words, what is not as one might expect.
@@ -66,27 +66,27 @@ def evaluate(
     settings = settings or Settings({DEFAULT_TASK: None})
     progress = progress or SilentProgress()
     started = time.monotonic()
-    entrant = artifact_entrant(artifact)
+    evaluated = evaluated_artifact(artifact)
     reference = None if against is None else find_reference(artifact, against, progress=progress)
     chosen = artifact_tokenizer(artifact_kind(artifact), artifact) if tokenizer is None else load_tokenizer(tokenizer)
-    exam, notes = _prepare(settings, progress)
+    tasks, notes = _prepare(settings, progress)
     for line in notes:
         note(line)
 
-    with _Opened(entrant) as ours:
+    with _Opened(evaluated) as ours:
         context, vocab_size = ours.runtime().context, ours.runtime().vocab_size
         windows = None
         if settings.text_tokens:
             windows = text_windows(chosen, vocab_size, context, path=settings.text, tokens=settings.text_tokens)
-        results = _answer(ours, context, chosen, exam, progress)
-        shortened = sum(_too_long(instance, chosen, context) for _, documents in exam for doc in documents for instance in doc.instances)
+        results = _answer(ours, context, chosen, tasks, progress)
+        shortened = sum(_too_long(instance, chosen, context) for _, documents in tasks for doc in documents for instance in doc.instances)
         if shortened:
             notes.append(f"{shortened} requests are longer than the context of {context} tokens and lost their beginning")
             note(notes[-1])
         others, distributions = None, None
         if reference is not None:
             with _Opened(reference, before=ours.close) as theirs:  # large models do not fit in memory together
-                others = _answer(theirs, context, chosen, exam, progress)
+                others = _answer(theirs, context, chosen, tasks, progress)
                 if windows is not None:
                     distributions = ReferencePass(reference.subject.identity, theirs.runtime, cache_folder() / "distributions")
                     distributions.windows(windows, vocab_size, progress)
@@ -94,25 +94,25 @@ def evaluate(
                 text = None if windows is None else text_pass(ours.runtime(), windows, distributions, progress)
         else:
             text = None if windows is None else text_pass(ours.runtime(), windows, None, progress)
-    described = _described(settings, exam, windows, notes)
+    described = _described(settings, tasks, windows, notes)
     seconds = time.monotonic() - started
-    own = Evaluation(entrant.subject, described, results, text, seconds)
+    own = Evaluation(evaluated.subject, described, results, text, seconds)
     other = None if reference is None or others is None else Evaluation(reference.subject, described, others, None, seconds)
     return compare(own, other, lm_eval=_lm_eval_version())
 
 
 class _Opened:
-    """An entrant's runtime, opened when it is first needed, and again after it was closed."""
+    """An evaluated model's runtime, opened when it is first needed, and again after it was closed."""
 
-    def __init__(self, entrant: Entrant, before: Callable[[], None] = lambda: None) -> None:
-        self.entrant = entrant
+    def __init__(self, evaluated: EvaluatedModel, before: Callable[[], None] = lambda: None) -> None:
+        self.evaluated = evaluated
         self._before = before
         self._runtime: Runtime | None = None
 
     def runtime(self) -> Runtime:
         if self._runtime is None:
             self._before()
-            self._runtime = self.entrant.open_runtime()
+            self._runtime = self.evaluated.open_runtime()
         return self._runtime
 
     def close(self) -> None:
@@ -127,11 +127,11 @@ class _Opened:
         self.close()
 
 
-Exam = Sequence[tuple["Suite", Sequence["Document"]]]
+TaskList = Sequence[tuple["Suite", Sequence["Document"]]]
 
 
-def _prepare(settings: Settings, progress: Progress) -> tuple[Exam, list[str]]:
-    """The questions, and what is remarkable about them."""
+def _prepare(settings: Settings, progress: Progress) -> tuple[TaskList, list[str]]:
+    """Load the tasks with their documents, and notes on them."""
     if not settings.tasks:
         return [], []
     progress.stage("tasks", len(settings.tasks))
@@ -140,29 +140,29 @@ def _prepare(settings: Settings, progress: Progress) -> tuple[Exam, list[str]]:
     from elmexport.evaluation.tasks.suite import load_suites
 
     data = None if settings.data is None else LocalData(settings.data)
-    exam = []
+    tasks = []
     with quiet():
         for suite in load_suites(settings.tasks, data):
-            exam.append((suite, build_documents(suite, settings.limit, settings.seed)))
+            tasks.append((suite, build_documents(suite, settings.limit, settings.seed)))
             progress.advance(1)
-    return exam, [f"{suite.name}: {line}" for suite, _ in exam for line in suite.notes]
+    return tasks, [f"{suite.name}: {line}" for suite, _ in tasks for line in suite.notes]
 
 
-def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, exam: Exam, progress: Progress) -> dict[str, TaskResult]:
-    """The results of one entrant."""
-    if not exam:
+def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, tasks: TaskList, progress: Progress) -> dict[str, TaskResult]:
+    """The results of one model."""
+    if not tasks:
         return {}
     from elmexport.evaluation.lm import RuntimeLM
     from elmexport.evaluation.tasks.documents import task_result
     from elmexport.evaluation.tasks.local import quiet
 
-    subject = opened.entrant.subject
+    subject = opened.evaluated.subject
     folder = cache_folder() / "answers" / _store_name(subject.identity, subject.engine, context, tokenizer)
-    stores = [AnswerStore(folder / f"{suite.name}-{suite.fewshot}shot.jsonl", lambda: progress.advance(1)) for suite, _ in exam]
-    open_requests = [_unanswered(documents, store) for (_, documents), store in zip(exam, stores, strict=True)]
+    stores = [AnswerStore(folder / f"{suite.name}-{suite.fewshot}shot.jsonl", lambda: progress.advance(1)) for suite, _ in tasks]
+    open_requests = [_unanswered(documents, store) for (_, documents), store in zip(tasks, stores, strict=True)]
     progress.stage(subject.label, sum(len(requests) for kinds in open_requests for requests in kinds.values()))
     results = {}
-    for (suite, documents), store, kinds in zip(exam, stores, open_requests, strict=True):
+    for (suite, documents), store, kinds in zip(tasks, stores, open_requests, strict=True):
         with store, quiet():
             for kind, requests in kinds.items():
                 lm = RuntimeLM(opened.runtime(), tokenizer)
@@ -198,10 +198,10 @@ def _store_name(identity: str, engine: str, context: int, tokenizer: Tokenizer) 
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
-def _described(settings: Settings, exam: Exam, windows: Windows | None, notes: Sequence[str]) -> dict[str, Any]:
+def _described(settings: Settings, tasks: TaskList, windows: Windows | None, notes: Sequence[str]) -> dict[str, Any]:
     text = None if windows is None else {"name": windows.text, "windows": len(windows.ids), "window": windows.length, "hash": windows.hash}
     return {
-        "tasks": {suite.name: suite.fewshot for suite, _ in exam},
+        "tasks": {suite.name: suite.fewshot for suite, _ in tasks},
         "limit": settings.limit,
         "seed": settings.seed,
         "data": "hub" if settings.data is None else "local",

@@ -1,4 +1,4 @@
-"""Limits on what a quantization may cost, and regressions against a stored report.
+"""Quality gates: limits on the loss of a quantization, and regressions against a stored report.
 
 A limit is held against the measured figure itself, not against the edge of its interval: the same artifact on the same items always
 gives the same verdict, and few items cannot make a gate lenient. Whether noise could explain a failure, or hide a drop in a pass, is said
@@ -26,14 +26,15 @@ class GateFailure(ElmExportError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an artifact may cost; None: no limit."""
+    """Limits on the loss of an artifact; None: no limit."""
 
     max_drop: float | None = None  # percentage points, each task
     max_kl: float | None = None  # mean, nats per token
     max_ppl_ratio: float | None = None  # of the text and of each perplexity task, artifact / reference
 
     def check(self) -> None:
-        """
+        """Refuse limits that cannot be held.
+
         Raises:
             ElmExportError: a limit that is no number, or one that nothing could meet.
         """
@@ -47,7 +48,7 @@ class Limits:
 
 
 def check_gates(report: Report, limits: Limits, baseline: Report | None = None) -> Report:
-    """`report` with the verdicts of `limits` and of the stored report `baseline`.
+    """Check the gates of `report`: the verdicts of `limits` and of the stored report `baseline`.
 
     Raises:
         ElmExportError: a limit on something that was not measured, or a baseline of another model or with tasks that were not run.
@@ -60,7 +61,8 @@ def check_gates(report: Report, limits: Limits, baseline: Report | None = None) 
 
 
 def enforce(report: Report) -> None:
-    """
+    """Raise an error where a gate has failed.
+
     Raises:
         GateFailure: a gate of `report` has failed; the message is one line.
     """

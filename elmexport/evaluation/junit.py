@@ -1,4 +1,4 @@
-"""The gates as JUnit XML, which GitHub, GitLab, Jenkins and others show as tests: a case for every gate, and one for the evaluation itself."""
+"""JUnit XML of the gates, for CI systems to show as tests: a case for every gate, and one for the evaluation itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNPRINTABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 
 
 def junit_xml(report: Report) -> str:
-    """One `testsuite` named after the artifact. A failed gate is a `failure` whose message is the gate's reason."""
+    """Format the gates as one `testsuite` named after the artifact. A failed gate is a `failure` whose message is the gate's reason."""
     label = _clean(report.artifact.label)
     failures = sum(not gate.passed for gate in report.gates)
     counts = {
@@ -39,7 +39,8 @@ def junit_xml(report: Report) -> str:
 
 
 def write_junit(report: Report, path: Path) -> None:
-    """
+    """Write the JUnit XML file.
+
     Raises:
         ElmExportError: the file cannot be written.
     """

@@ -1,4 +1,4 @@
-"""How the rows of each task look in a local JSONL file: the file names, the columns, and what lm-eval's task wants them turned into.
+"""Layouts of the tasks' rows in local JSONL files: file names, columns, and the conversion to what lm-eval's task reads.
 
 The columns are those of the Hugging Face data set that people know the task by; where lm-eval reads another data set with the same
 content (BoolQ inside SuperGLUE, RACE by article), `convert` turns one into the other.
@@ -15,8 +15,8 @@ Kind = type | tuple[type, ...]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One row and where it stands, for errors."""
+class DataRow:
+    """One row of a data file, and its place for errors."""
 
     file: str
     number: int
@@ -29,15 +29,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows of one data set."""
+    """Layout of the rows of one data set."""
 
     files: tuple[str, ...]  # names before ".split.jsonl"
     columns: Mapping[str, Kind]  # "choices.text": inside the object `choices`
-    convert: Callable[[list[Line]], list[Line]] = field(default=lambda lines: lines)
+    convert: Callable[[list[DataRow]], list[DataRow]] = field(default=lambda lines: lines)
 
 
-def _each(change: Callable[[Row], Row]) -> Callable[[list[Line]], list[Line]]:
-    return lambda lines: [Line(line.file, line.number, change(line.row)) for line in lines]
+def _each(change: Callable[[Row], Row]) -> Callable[[list[DataRow]], list[DataRow]]:
+    return lambda lines: [DataRow(line.file, line.number, change(line.row)) for line in lines]
 
 
 def _boolq(row: Row) -> Row:
@@ -56,9 +56,9 @@ def _truthfulqa(row: Row) -> Row:
     return {**row, "mc1_targets": lists(row["mc1_targets"]), "mc2_targets": lists(row["mc2_targets"])}
 
 
-def _race(lines: list[Line]) -> list[Line]:
+def _race(lines: list[DataRow]) -> list[DataRow]:
     """ehovy/race (a row a question) as EleutherAI/race (a row an article, `problems` as Python text); rows in that form stay."""
-    articles: dict[str, list[Line]] = {}
+    articles: dict[str, list[DataRow]] = {}
     for line in lines:
         articles.setdefault(line.row["article"], []).append(line)
     result = []
@@ -67,7 +67,7 @@ def _race(lines: list[Line]) -> list[Line]:
             result.extend(asked)
             continue
         problems = [{key: line.row[key] for key in ("question", "answer", "options")} for line in asked]
-        result.append(Line(asked[0].file, asked[0].number, {"article": article, "problems": repr(problems)}))
+        result.append(DataRow(asked[0].file, asked[0].number, {"article": article, "problems": repr(problems)}))
     return result
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation found: one artifact's own results (`Evaluation`), and the document that compares them with a reference (`Report`).
+"""Results of an evaluation: of one artifact (`Evaluation`), and compared with those of a reference (`Report`).
 
 The JSON layout is described in docs/evaluation.md, its schema is `elmexport.evaluation.schema.report_schema`. Shares are between 0 and 1, drops in
 percentage points, divergences in nats per token.
@@ -7,7 +7,6 @@ percentage points, divergences in nats per token.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from msgspec import Struct, field, to_builtins
 from elmexport import __version__
 from elmexport.documents import parse_json, to_struct
 from elmexport.errors import ElmExportError
+from elmexport.files import write_text
 
 SCHEMA = 1  # of the document; a reader refuses a newer one
 FIX = "give a file that elmexport eval wrote"
@@ -31,7 +31,7 @@ class ModelFacts(Struct, frozen=True):
 
 
 class Subject(Struct, frozen=True):
-    """What was evaluated."""
+    """Identity of an evaluated artifact or model."""
 
     label: str  # the folder's name
     path: str
@@ -46,14 +46,14 @@ class Subject(Struct, frozen=True):
 
 
 class ItemScores(Struct, frozen=True):
-    """What one model made of one item: every metric, and the log-likelihood of each choice in nats."""
+    """Scores of one model on one item: every metric, and the log-likelihood of each choice in nats."""
 
     metrics: Mapping[str, float]
     scores: tuple[float, ...]
 
 
 class Item(Struct, frozen=True):
-    """One document of a task. Two artifacts' items pair where both `id` and `hash` agree."""
+    """Item, a document of a task, with its scores. Two artifacts' items pair where both `id` and `hash` agree."""
 
     id: int  # lm-eval's doc_id
     hash: str  # of the item's requests: the same hash, the same question
@@ -73,7 +73,7 @@ class Flips(Struct, frozen=True):
 
 
 class TaskComparison(Struct, frozen=True):
-    """One task against the reference; the figures are of the task's `metric`. None: the metric has no such figure."""
+    """Comparison of one task with the reference; the figures are of the task's `metric`. None: the metric has no such figure."""
 
     reference: Mapping[str, float]  # its metrics
     drop: float | None  # percentage points, positive where the artifact is worse
@@ -87,7 +87,7 @@ class TaskComparison(Struct, frozen=True):
 
 
 class TaskResult(Struct, frozen=True):
-    """One task. `metrics` holds every metric of the task by lm-eval's name, `metric` names the one that published tables quote."""
+    """Results of one task. `metrics` holds every metric by lm-eval's name, `metric` names the one that published tables quote."""
 
     metrics: Mapping[str, float]
     n: int
@@ -181,7 +181,7 @@ class Blocks(Struct, frozen=True):
 
 
 class TextResult(Struct, frozen=True):
-    """The pass over a text."""
+    """Results of the text pass: perplexity and KL divergence."""
 
     perplexity: PerplexitySummary
     kl: KlSummary | None
@@ -189,7 +189,7 @@ class TextResult(Struct, frozen=True):
 
 
 class Evaluation(Struct, frozen=True):
-    """One artifact's own results."""
+    """Results of one artifact."""
 
     artifact: Subject
     settings: Mapping[str, Any]
@@ -199,7 +199,7 @@ class Evaluation(Struct, frozen=True):
 
 
 class Gate(Struct, frozen=True):
-    """One limit, checked. `task` is None for limits on the text pass."""
+    """Gate: one limit, checked. `task` is None for limits on the text pass."""
 
     name: str  # "max-drop"
     limit: float | None  # None: the baseline decides
@@ -264,7 +264,8 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 def read_report(path: Path) -> Report:
-    """
+    """Read a report from its file.
+
     Raises:
         ElmExportError: no such file, or see `Report.from_json`.
     """
@@ -283,19 +284,4 @@ def write_report(report: Report, path: Path) -> None:
     Raises:
         ElmExportError: the place cannot be written.
     """
-    write_whole(report.to_json() + "\n", path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a report in whatever form, whole or not at all; a file that is there is replaced.
-
-    Raises:
-        ElmExportError: the place cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ElmExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+    write_text(path, report.to_json() + "\n")

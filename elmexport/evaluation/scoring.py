@@ -21,7 +21,7 @@ REREAD = 16  # context tokens that a request may read again in order to join a b
 
 @dataclass(frozen=True)
 class Request:
-    """How likely is `continuation` after `context`? Both are token ids, neither is empty."""
+    """Continuation to score after a context. Both are token ids, neither is empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Score:
-    """`loglikelihood` of the continuation, nats, summed over its tokens; `greedy`: each of them was the most likely one."""
+    """Score of a continuation: `loglikelihood` in nats, summed over its tokens; `greedy`: each of them was the most likely one."""
 
     loglikelihood: float
     greedy: bool
@@ -113,7 +113,7 @@ def _worthwhile(members: Sequence[_Work], prefix: int) -> bool:
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginnings."""
+    """Length of the common prefix of two sequences."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)
 

@@ -1,8 +1,7 @@
-"""The check that ends every export: does the artifact, run by its engine, still say what the model says?"""
+"""Self-check of an export: KL divergence of the artifact, run by its engine, from the model on a short text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibration.collect import read_by
 from calibration.residual import ResidualPeak
-from calibration.statistics import Moments
+from calibration.statistics import MEAN_SQUARE, Facts, Statistics
 from calibration.text import Sample, sample_ids
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.divergence import Divergence, divergence
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.evaluation.metrics import Divergence, divergence
-from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
@@ -29,42 +28,35 @@ DECODED = 8  # of these, fed one at a time to cover the decode path
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the model itself says: float32 logits `[tokens, vocab]` for `ids`, the peak of its residual stream, and how large the inputs of its matrices are."""
+class ReferenceRun:
+    """The model itself on a short text: float32 logits `[tokens, vocab]` for `ids`, and statistics (mean squares, the residual peak)."""
 
     ids: NDArray[np.int64]
-    text: str  # what the ids are, in words
     logits: NDArray[np.float32]
-    residual_peak: float
-    mean_squares: Mapping[str, torch.Tensor]  # by weight, float32 `[in]`: E[x²] of what it multiplies
+    statistics: Statistics
 
     @property
-    def text_sha256(self) -> str:
-        """Of the ids, as that of a calibration text."""
-        return Sample(self.ids[None], self.text).sha256
-
-    def moments(self, spec: WeightSpec) -> Moments | None:
-        """Those of what `spec` multiplies; None for a tensor that multiplies nothing."""
-        square = self.mean_squares.get(spec.name)
-        return None if square is None else Moments(len(self.ids), square, None, None)
+    def text(self) -> str:
+        """Description of the ids, in words."""
+        return self.statistics.facts.text
 
 
 class _Observer:
-    """Watches the residual stream and the inputs of linear layers."""
+    """Observer of the residual stream and of the inputs of linear layers."""
 
     def __init__(self, graph: Graph) -> None:
         self.peak = ResidualPeak()
         self.mean_squares: dict[str, torch.Tensor] = {}  # by activation
-        self._read = set(read_by(graph).values())
+        self._read = set(graph.linear_inputs.values())
 
     def __call__(self, node: Node, out: torch.Tensor) -> None:
         self.peak(node, out)
         if node.outputs[0] in self._read:
-            self.mean_squares[node.outputs[0]] = out.flatten(0, -2).square().mean(0, dtype=torch.float64).to(torch.float32)
+            self.mean_squares[node.outputs[0]] = out.flatten(0, -2).square().cpu().mean(0, dtype=torch.float64).to(torch.float32)
 
 
 @torch.inference_mode()
-def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | None, progress: Progress) -> Reference:
+def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | None, progress: Progress) -> ReferenceRun:
     """Run the checkpoint in float32 on the bundled text, its weights streamed through `graph` one tensor at a time."""
     ids, text = sample_ids(tokenizer, checkpoint.config.dims.vocab_size, min(TOKENS, graph.context))
     observer = _Observer(graph)
@@ -72,18 +64,34 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
 
     def weight(spec: WeightSpec) -> torch.Tensor:
         progress.advance(spec.size)
-        return checkpoint.tensor(spec.name).to(torch.float32)
+        return checkpoint.tensor(spec.name)
 
-    logits = interpret(graph, weight, torch.from_numpy(ids)[None], 0, Caches(graph, context=len(ids)), observe=observer)
+    caches = KVCaches(graph, context=len(ids), device=torch_device())
+    logits = forward(graph, weight, torch.from_numpy(ids)[None], 0, caches, observe=observer)
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"
         )
-    mean_squares = {name: observer.mean_squares[activation] for name, activation in read_by(graph).items()}
-    return Reference(ids, text, logits[0].numpy(), observer.peak.value, mean_squares)
+    sample = Sample(ids[None], text)
+    facts = Facts(
+        model=checkpoint.source.name,
+        identity=checkpoint.identity(),
+        text=text,
+        text_sha256=sample.sha256,
+        tokens=sample.tokens,
+        window=sample.window,
+        hessian=False,
+        inputs=graph.linear_inputs,
+        residual_peaks=(observer.peak.value,),
+        norm_peaks={},
+    )
+    tensors = {f"{activation}.{MEAN_SQUARE}": square for activation, square in observer.mean_squares.items()}
+    return ReferenceRun(ids, logits[0].numpy(), Statistics(facts, tensors))
 
 
-def self_check(target: str, folder: Path, reference: Reference, limit: float, progress: Progress) -> tuple[Divergence, NDArray[np.float32]]:
+def self_check(
+    target: str, folder: Path, reference: ReferenceRun, limit: float, progress: Progress
+) -> tuple[Divergence, NDArray[np.float32]]:
     """Run the artifact in the engine of its target on the reference's ids, most at once and the last few one by one, and compare.
 
     Returns the divergence, and the artifact's logits `[tokens, vocab]`.

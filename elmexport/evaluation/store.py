@@ -20,14 +20,14 @@ from elmexport.errors import ElmExportError
 class AnswerStore:
     """The answers in `path`, made with its folder when the first one comes. A context manager; also a cache hook for lm-eval's models."""
 
-    def __init__(self, path: Path, heard: Callable[[], None] = lambda: None) -> None:
-        """`heard` is called for every new answer.
+    def __init__(self, path: Path, on_answer: Callable[[], None] = lambda: None) -> None:
+        """`on_answer` is called for every new answer.
 
         Raises:
             ElmExportError: the file is there but cannot be read.
         """
         self.path = path
-        self._heard = heard
+        self._on_answer = on_answer
         self._answers = _read(path)
         self._file: BufferedWriter | None = None
 
@@ -52,7 +52,7 @@ class AnswerStore:
             raise ElmExportError(
                 f"cannot write {self.path}: {error.strerror or error}; free space, or choose another folder with ELMEXPORT_CACHE"
             ) from error
-        self._heard()
+        self._on_answer()
 
     def _open(self) -> BufferedWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)

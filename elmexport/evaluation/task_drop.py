@@ -1,4 +1,4 @@
-"""The accuracy that other weights cost a model, before any artifact is written: the bundled cloze task, in torch, paired item by item."""
+"""Accuracy that other weights cost a model, before any artifact is written: the bundled cloze task, in torch, paired item by item."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from calibration.mixed import AccuracyDrop
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
@@ -17,7 +18,7 @@ from elmexport.runtimes.torch import TorchRuntime
 
 
 class TaskDrop:
-    """The task, and what the model answers with its weights rounded to fp16: the reference of `elmexport eval`.
+    """Paired comparison with a model whose weights are rounded to fp16: the reference of `elmexport eval`.
 
     A model is in memory as a whole, in float32, while it answers.
     """
@@ -40,21 +41,25 @@ class TaskDrop:
         with quiet():
             (self._suite,) = load_suites({DEFAULT_TASK: None}, None)
             self._documents = build_documents(self._suite, None, 0)
-        self._reference = self._answers(checkpoint, torch.float16, f"{checkpoint.source.name} fp16", progress)
+        self._progress = progress
+        self._reference = self._answers(checkpoint, torch.float16, f"{checkpoint.source.name} fp16")
 
-    def measure(self, checkpoint: Checkpoint, label: str, progress: Progress) -> TaskResult:
-        """The results of `checkpoint`, compared with the reference's. `label` is shown while it answers."""
-        return compare_task(DEFAULT_TASK, self._answers(checkpoint, None, label, progress), self._reference)
+    def measure(self, checkpoint: Checkpoint, label: str) -> AccuracyDrop:
+        """Measure the accuracy that the weights of `checkpoint` cost. `label` is shown while it answers."""
+        result = compare_task(DEFAULT_TASK, self._answers(checkpoint, None, label), self._reference)
+        found = result.comparison
+        assert found is not None and found.drop is not None
+        return AccuracyDrop(DEFAULT_TASK, result.n, found.drop, found.drop_ci, found.detectable_drop)
 
-    def _answers(self, checkpoint: Checkpoint, rounded_to: torch.dtype | None, label: str, progress: Progress) -> TaskResult:
+    def _answers(self, checkpoint: Checkpoint, rounded_to: torch.dtype | None, label: str) -> TaskResult:
         from elmexport.evaluation.lm import RuntimeLM
         from elmexport.evaluation.tasks.documents import task_result
         from elmexport.evaluation.tasks.local import quiet
 
         requests = [instance for document in self._documents for instance in document.instances]
-        progress.stage(f"{DEFAULT_TASK}, {label}", len(requests))
+        self._progress.stage(f"{DEFAULT_TASK}, {label}", len(requests))
         lm = RuntimeLM(TorchRuntime(checkpoint, rounded_to=rounded_to), self._tokenizer)
-        lm.set_cache_hook(_Hook(progress))
+        lm.set_cache_hook(_Hook(self._progress))
         with quiet():
             answers = lm.loglikelihood(requests, disable_tqdm=True)
             by_instance = {id(instance): answer for instance, answer in zip(requests, answers, strict=True)}

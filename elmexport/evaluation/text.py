@@ -1,4 +1,4 @@
-"""The pass over a text: perplexity, and how far an artifact's next-token distributions are from a reference's on the same tokens."""
+"""Text pass: perplexity, and KL divergence of an artifact's next-token distributions from a reference's on the same tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.divergence import token_divergence, token_nll
 from elmexport.evaluation.distributions import ReferencePass, window_logits
-from elmexport.evaluation.metrics import token_divergence, token_nll
 from elmexport.evaluation.results import Blocks, DepthBucket, KlSummary, PerplexitySummary, TextResult
 from elmexport.evaluation.statistics import bootstrap_interval
 from elmexport.evaluation.windows import Windows
@@ -49,7 +49,7 @@ def text_pass(runtime: Runtime, windows: Windows, reference: ReferencePass | Non
 
 
 def block_starts(windows: Windows) -> list[int]:
-    """Where in the counted part of a window the blocks begin."""
+    """Starts of the blocks in the counted part of a window."""
     counted = windows.length - 1 - windows.first
     size = min(counted, max(BLOCK, math.ceil(windows.counted / MAX_BLOCKS)))
     return list(range(0, counted, size))

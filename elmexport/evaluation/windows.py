@@ -1,4 +1,4 @@
-"""The text that perplexity and KL divergence are measured on, cut into windows as llama.cpp's `llama-perplexity` does it.
+"""Windows of the text for perplexity and KL divergence, cut as llama.cpp's `llama-perplexity` does it.
 
 Consecutive windows of equal length, the first token of each replaced by BOS, what does not fill a window left out. The model reads each
 window from its beginning; only predictions from the middle of the window on are counted, so that every counted one has seen some text.
@@ -25,7 +25,7 @@ MIN_WINDOW = 16
 
 @dataclass(frozen=True)
 class Windows:
-    """`ids` int64 `[windows, length]`; `text` says what they are, in words."""
+    """Windows of a text: `ids` int64 `[windows, length]`; `text` says what they are, in words."""
 
     ids: NDArray[np.int64]
     text: str

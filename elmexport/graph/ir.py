@@ -17,7 +17,7 @@ Dim = int | str  # a number, or one of the two symbols above
 
 @dataclass(frozen=True)
 class Value:
-    """An activation: `shape` may hold the symbols `batch` and `tokens`."""
+    """Activation: `shape` may hold the symbols `batch` and `tokens`."""
 
     name: str
     shape: tuple[Dim, ...]
@@ -25,7 +25,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Node:
-    """One op.
+    """Node of a graph: one op.
 
     `inputs` maps the op's tensor arguments to value names, `weights` to weight specs (an absent optional argument is in neither),
     `attrs` holds the rest. `role` says what a `linear` or `embed` does here, also where it borrows a tied tensor of another role.
@@ -45,7 +45,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A forward pass over a static KV cache of `context` tokens: a whole model, or consecutive layers of one (`elmexport.graph.partition`).
+    """Traced forward pass over a static KV cache of `context` tokens. It is a whole model, or some layers (`elmexport.graph.partition`).
 
     Inputs: `source`, `position` scalar int64, `k_cache.N` and `v_cache.N` `[batch, K_N, context, d]` of each layer. Outputs: `result`, and the
     caches as the nodes named in `present_keys`, `present_values` return them. `source` and `result` are values: the token ids `ids` `[batch,
@@ -87,6 +87,11 @@ class Graph:
     def kv_heads(self) -> dict[int, int]:
         """KV heads of each layer that is here, by its number."""
         return {node.layer: node.attrs["kv_heads"] for node in self.attentions if node.layer is not None}
+
+    @cached_property
+    def linear_inputs(self) -> dict[str, str]:
+        """Name of each weight that multiplies activations to that of the activation."""
+        return {node.weights["weight"].name: node.inputs["x"] for node in self.nodes if node.op == "linear"}
 
     def weight_specs(self) -> Iterator[WeightSpec]:
         """Every distinct weight, in the order of first use."""

@@ -16,7 +16,7 @@ NAMESPACE = "elmexport"
 
 @torch.library.custom_op(f"{NAMESPACE}::embed", mutates_args=())
 def embed(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of `table` `[vocab, D]` at `ids` `[B, T]` (int64): `[B, T, D]`."""
+    """Look up rows of `table` `[vocab, D]` at `ids` `[B, T]` (int64): `[B, T, D]`."""
     return torch.nn.functional.embedding(ids, table)
 
 
@@ -31,7 +31,7 @@ def _normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x², last axis) + eps) * weight`; `x` `[..., D]`, `weight` `[D]`."""
+    """RMSNorm: `x / sqrt(mean(x², last axis) + eps) * weight`; `x` `[..., D]`, `weight` `[D]`."""
     return _normalize(x, weight, eps)
 
 
@@ -42,7 +42,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weightᵀ`; `x` `[..., in]`, `weight` `[out, in]`: `[..., out]`. Every projection, the LM head included."""
+    """Linear layer: `x @ weightᵀ`; `x` `[..., in]`, `weight` `[out, in]`: `[..., out]`. Every projection, the LM head included."""
     return torch.nn.functional.linear(x, weight)
 
 
@@ -53,7 +53,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
 def swiglu(gate_up: Tensor) -> Tensor:
-    """`silu(gate) * up`, the gate being the first half of the last axis: `[..., 2F]` to `[..., F]`."""
+    """SwiGLU: `silu(gate) * up`, the gate being the first half of the last axis: `[..., 2F]` to `[..., F]`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -65,7 +65,7 @@ def _(gate_up: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::silu", mutates_args=())
 def silu(x: Tensor) -> Tensor:
-    """`x * sigmoid(x)`: the activation of a feed-forward network without a gate (`ffn_with_glu` false)."""
+    """SiLU: `x * sigmoid(x)`, the activation of a feed-forward network without a gate (`ffn_with_glu` false)."""
     return torch.nn.functional.silu(x)
 
 
@@ -76,7 +76,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op(f"{NAMESPACE}::add", mutates_args=())
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """The residual sum of two tensors of one shape."""
+    """Residual sum of two tensors of one shape."""
     return x + y
 
 
@@ -86,7 +86,7 @@ def _(x: Tensor, y: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `[T, d]` of rotary embeddings at `positions` `[T]`, each half of the last axis alike (rotate-half form).
+    """Compute the cosine and sine `[T, d]` of rotary embeddings at `positions` `[T]`, both halves of the last axis alike (rotate-half).
 
     `angle(p, i) = p * theta ** (-2i / d)`, computed in float64 and rounded once to `dtype`.
     """
@@ -96,7 +96,7 @@ def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dty
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of `x` `[..., T, d]` by `cos` and `sin` `[T, d]`: dimension i pairs with i + d/2."""
+    """Apply the rotary embedding to `x` `[..., T, d]` by `cos` and `sin` `[T, d]`: dimension i pairs with i + d/2."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -113,7 +113,7 @@ def attention_(
     rope_theta: float,
     eps: float,
 ) -> Tensor:
-    """`attention` that writes the new keys and values into the caches it was given; returns the output only."""
+    """Compute `attention`, writing the new keys and values into the caches it was given; returns the output only."""
     batch, tokens, _ = qkv.shape
     head_dim = k_cache.shape[3]
     heads = qkv.view(batch, tokens, -1, head_dim).transpose(1, 2)
@@ -123,7 +123,8 @@ def attention_(
     if k_norm is not None:
         key = _normalize(key, k_norm, eps)
     end = position + tokens
-    cos, sin = rope_angles(torch.arange(position, end, device=qkv.device), head_dim, rope_theta, qkv.dtype)
+    # On the CPU, whatever the device: some have no float64, and the angles are the same everywhere.
+    cos, sin = (angles.to(qkv.device) for angles in rope_angles(torch.arange(position, end), head_dim, rope_theta, qkv.dtype))
     query, key = rotate_half(query, cos, sin), rotate_half(key, cos, sin)
     k_cache[:, :, position:end] = key
     v_cache[:, :, position:end] = value

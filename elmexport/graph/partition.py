@@ -1,4 +1,4 @@
-"""A model cut into parts at layer boundaries: consecutive graphs, between which the residual stream alone travels."""
+"""Partition of a graph at layer boundaries: consecutive graphs, between which the residual stream alone travels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from elmexport.graph.ir import Graph, Node
 
 
 def partition(graph: Graph, starts: Sequence[int]) -> tuple[Graph, ...]:
-    """`graph` as consecutive parts that begin with the layers `starts`, the first of which is 0.
+    """Cut `graph` into consecutive parts that begin with the layers `starts`, the first of which is 0.
 
     The embedding is in the first part, the final norm and the head in the last, the KV cache of a layer where the layer is. `source` of each
     part is `result` of the one before; node, value and weight names stay as they are.

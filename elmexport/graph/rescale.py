@@ -15,7 +15,7 @@ from elmexport.graph.ir import Graph, Node
 
 
 def rescale(graph: Graph, alpha: float) -> Graph:
-    """`graph` with its residual stream multiplied by `alpha`.
+    """Multiply the residual stream of `graph` by `alpha`.
 
     Raises:
         ElmExportError: `alpha` is not a power of two.

@@ -32,7 +32,7 @@ class OpenELMConfig(PretrainedConfig):  # type: ignore[misc]
 
     @property
     def num_attention_heads(self) -> int:
-        """The most that a layer has; only the shapes of a cache that is never used are made from it."""
+        """Largest number of heads of a layer; only the shapes of a cache that is never used are made from it."""
         return max(self.num_query_heads)
 
 

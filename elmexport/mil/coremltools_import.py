@@ -1,4 +1,4 @@
-"""Import of coremltools without its warnings about parts that only exist on a Mac, which nothing here uses, and about the torch version."""
+"""Import of coremltools without its warnings about the torch version, and about parts that only exist on a Mac and are not used."""
 
 from __future__ import annotations
 

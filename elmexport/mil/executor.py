@@ -1,4 +1,4 @@
-"""Runs an mlprogram on torch: a numerical reference for what a Core ML package computes, on any machine.
+"""Executor of mlprograms on torch: a numerical reference for what a Core ML package computes, on any machine.
 
 It is no model of a chip's numerics. In mode `fp16` each operation computes in float32 and rounds its result once to fp16 where the program
 declares fp16 (`softmax`, a norm or a matrix product are one operation); the Neural Engine and GPUs accumulate and fuse in ways of their
@@ -121,8 +121,9 @@ class MilModel:
         return {name: value.clone() for name, value in results.items() if value is not None}
 
     def narrowed(self, axes: DynamicAxes, function: str | None = None) -> MilModel:
-        """The same model, its weights shared, whose `function` can run on less: inputs and states may be shorter along `axes`, and of any
-        length along those of declared length 1 (see `elmexport.mil.narrowing`).
+        """Make a model, the weights shared, whose `function` can run on shorter inputs and states.
+
+        They may be shorter along `axes`, and of any length along those of declared length 1 (see `elmexport.mil.narrowing`).
 
         Raises:
             CannotNarrowError: the function needs an axis in full.

@@ -1,4 +1,4 @@
-"""Linking of programs that run one after another into one: what a function gives, the function of that name in the next program takes."""
+"""Linking of programs that run one after another into one: outputs of a function go to the function of that name in the next."""
 
 from __future__ import annotations
 

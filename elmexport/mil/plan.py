@@ -1,4 +1,4 @@
-"""Execution plan of a function: a list of steps over numbered slots, made once, so that running it touches neither names nor protobuf.
+"""Execution plan of a function: steps over numbered slots, made once, so that running it touches neither names nor protobuf.
 
 Operations over small constants are evaluated here. A `slice_update` of a state is done in place where the plan can prove that nobody can
 tell: otherwise each layer of a language model would copy the whole cache.

@@ -1,4 +1,4 @@
-"""The contract of a codec: what must be known of a kind of scheme to quantize to it, store it, and read it back.
+"""Contract of a codec: quantization to a kind of scheme, storing, and reading back.
 
 Each `CodedScheme` names its codec. Nothing outside the codec's module, and the targets that can hold its tensors, knows how a
 scheme represents numbers.
@@ -91,7 +91,7 @@ class Codec(ABC):
 
     @abstractmethod
     def beyond(self, low: float, high: float) -> str | None:
-        """What keeps values from `low` to `high` (finite or not) from being represented, as a clause; None where nothing does."""
+        """Reason why values from `low` to `high` (finite or not) cannot be represented, as a clause; None where they can."""
 
     def check(self, weight: Tensor) -> None:
         """Refuse a weight that the scheme cannot hold.

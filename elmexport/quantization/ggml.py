@@ -1,4 +1,4 @@
-"""ggml's block types as schemes: representations whose codes and scales only ggml's own quantizer finds, so that only GGUF files hold them."""
+"""ggml's block types as schemes: only ggml's own quantizer finds their codes and scales, so that only GGUF files hold them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIX = "ggml-"
 
 @dataclass(frozen=True)
 class GgmlType(Scheme):
-    """`block` consecutive values of a row in `block_bytes` bytes, scales included; `name` is ggml's ("Q4_K")."""
+    """ggml type: `block` consecutive values of a row in `block_bytes` bytes, scales included; `name` is ggml's ("Q4_K")."""
 
     name: str
     block: int

@@ -77,9 +77,9 @@ class IntegerCodec(Codec):
         x = weight.reshape(-1, groups[-1], block)
         if importance is not None:
             importance = importance.view(-1, block)
-        codes = torch.empty(x.shape, dtype=torch.int8)
-        scales = torch.empty(x.shape[:2], dtype=torch.float16)
-        zeros = None if scheme.symmetric else torch.empty(x.shape[:2], dtype=torch.int8)
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        scales = torch.empty(x.shape[:2], dtype=torch.float16, device=x.device)
+        zeros = None if scheme.symmetric else torch.empty(x.shape[:2], dtype=torch.int8, device=x.device)
         step = max(1, _CHUNK // shape[-1])
 
         def work(start: int) -> None:
@@ -122,7 +122,7 @@ class IntegerGrid(Grid):
         self.low, self.high = self.scheme.range
         self.parameters = start.scales.t().to(torch.float32).contiguous()
         self.block = start.codes.shape[1] // len(self.parameters)
-        self.zeros = torch.zeros(1) if start.zeros is None else start.zeros.t().to(torch.float32).contiguous()
+        self.zeros = self.parameters.new_zeros(1) if start.zeros is None else start.zeros.t().to(torch.float32).contiguous()
         self.offsets = start.codes.t().to(torch.float32)  # codes less zero points
         if start.zeros is not None:
             self.offsets -= self.zeros.repeat_interleave(self.block, 0)

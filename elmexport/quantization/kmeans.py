@@ -29,7 +29,9 @@ Array = NDArray[Any]
 
 
 def cluster(values: Tensor, entries: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cluster each row of `values` `[groups, n]` (any float dtype): codes uint8 `[groups, n]`, tables float16 `[groups, entries]`, ascending.
+    """Cluster the rows of `values` `[groups, n]`, any float dtype, by k-means.
+
+    Gives codes uint8 `[groups, n]` and tables float16 `[groups, entries]`, ascending.
 
     Minimizes each group's squared error, weighted by `importance` `[columns]` where given, a group being whole rows of `columns` values.
     Each code is that of the entry nearest to its value, entries as stored. Near-exact: see `benchmarks/kmeans_time.py`.

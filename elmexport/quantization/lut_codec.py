@@ -59,8 +59,9 @@ class LutCodec(Codec):
         if method != "mse":
             raise ElmExportError(f"method {method!r} does not exist for {self.scheme}; tables come from k-means: choose 'mse'")
         groups = self.scheme.granularity.count(tuple(weight.shape))
-        codes, tables = cluster(weight.reshape(groups, -1), self.scheme.entries, importance)
-        return PalettizedTensor(self.scheme, codes.view(weight.shape), tables)
+        # On the CPU: the search is in float64, which not every device has.
+        codes, tables = cluster(weight.cpu().reshape(groups, -1), self.scheme.entries, None if importance is None else importance.cpu())
+        return PalettizedTensor(self.scheme, codes.view(weight.shape).to(weight.device), tables.to(weight.device))
 
     def layout(self, shape: tuple[int, ...]) -> dict[str, Part]:
         columns = shape[-1] * self.scheme.width // 8 if _packs(self.scheme, shape[-1]) else shape[-1]
@@ -95,7 +96,7 @@ class TableGrid(Grid):
         return parameters.repeat_interleave(self.rows, 1).gather(0, self.codes)
 
     def reduce(self, matrix: Tensor) -> Tensor:
-        sums = torch.zeros(len(self.parameters), matrix.shape[1]).scatter_add_(0, self.codes, matrix)
+        sums = matrix.new_zeros(len(self.parameters), matrix.shape[1]).scatter_add_(0, self.codes, matrix)
         return sums.view(len(self.parameters), -1, self.rows).sum(2)
 
     def squares(self, diagonal: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def packs(width: int, columns: int) -> bool:
 def pack(codes: Tensor, width: int) -> Tensor:
     """Pack `codes` uint8 `[…, columns]`, each below `2 ** width`, to uint8 `[…, columns * width / 8]`."""
     count, size = _unit(width)
-    words = torch.zeros((*codes.shape[:-1], codes.shape[-1] // count), dtype=torch.int64)
+    words = torch.zeros((*codes.shape[:-1], codes.shape[-1] // count), dtype=torch.int64, device=codes.device)
     for i in range(count):
         words |= codes[..., i::count].to(torch.int64) << (width * i)
     return words[..., None].view(torch.uint8)[..., :size].flatten(-2).contiguous()
@@ -27,7 +27,7 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     count, size = _unit(width)
     units = packed.reshape(*packed.shape[:-1], -1, size)
     words = torch.nn.functional.pad(units, (0, 8 - size)).contiguous().view(torch.int64)
-    codes = words >> torch.arange(0, width * count, width)
+    codes = words >> torch.arange(0, width * count, width, device=packed.device)
     return (codes & (1 << width) - 1).to(torch.uint8).flatten(-2)
 
 

@@ -41,6 +41,6 @@ def _importance(mean_square: Tensor, columns: int) -> Tensor:
         raise ElmExportError("the calibration's mean squares hold NaN, infinite or negative values; calibrate again")
     mean = mean_square.mean()
     if mean == 0:
-        return torch.ones(columns)
+        return torch.ones(columns, device=mean_square.device)
     importance = mean_square.to(torch.float32) / mean + _IMPORTANCE_FLOOR
     return importance / importance.mean()

@@ -57,7 +57,7 @@ _RULE_KEYS: Mapping[str, type | UnionType] = {"roles": list, "layers": str, "min
 
 @dataclass(frozen=True)
 class Rule:
-    """`scheme` for tensors of `roles` (None: every role but norm) in `layers` (None: anywhere).
+    """Rule of a recipe: `scheme` for tensors of `roles` (None: every role but norm) in `layers` (None: anywhere).
 
     The rule counts only in models with at least `min_gqa` query heads for each KV head, and, where `imatrix` is not None, only for exports
     with (True) or without (False) an importance matrix.

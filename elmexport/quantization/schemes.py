@@ -43,7 +43,7 @@ class Scheme(ABC):
     @property
     @abstractmethod
     def recipe_name(self) -> str:
-        """What recipe files call the scheme, "int4-block32": the inverse of `parse`."""
+        """Name of the scheme in recipe files, "int4-block32": the inverse of `parse`."""
 
     @abstractmethod
     def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
@@ -54,7 +54,7 @@ class Scheme(ABC):
         return 0
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a tensor of `shape` cannot take this scheme, None if it can."""
+        """Reason why a tensor of `shape` cannot take this scheme, None if it can."""
         return None
 
     @property
@@ -87,14 +87,14 @@ class CodedScheme(Scheme):
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale for each output channel (row of `[…, out, in]`)."""
+    """Granularity of one scale for each output channel (row of `[…, out, in]`)."""
 
     def count(self, shape: tuple[int, ...]) -> int:
         """Groups of a tensor of `shape`: sets of values that share a scale or a table."""
         return math.prod(shape[:-1])
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
-        """Why a tensor of `shape` cannot take this granularity, None if it can."""
+        """Reason why a tensor of `shape` cannot take this granularity, None if it can."""
         return None
 
     def __str__(self) -> str:
@@ -103,7 +103,7 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for each `size` consecutive values along the input axis."""
+    """Granularity of one scale for each `size` consecutive values along the input axis."""
 
     size: int
 
@@ -119,7 +119,7 @@ class PerBlock:
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One table for the whole tensor."""
+    """Granularity of one table for the whole tensor."""
 
     def count(self, shape: tuple[int, ...]) -> int:
         return 1
@@ -133,7 +133,7 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerGroupedChannel:
-    """One table for each `size` consecutive output channels."""
+    """Granularity of one table for each `size` consecutive output channels."""
 
     size: int
 
@@ -172,7 +172,9 @@ class Float(Scheme):
 
 @dataclass(frozen=True)
 class Integer(CodedScheme):
-    """`value = scale * (code - zero point)`, codes being integers of `width` bits; one fp16 scale per group of values.
+    """Integer quantization: `value = scale * (code - zero point)`, codes being integers of `width` bits.
+
+    Each group of values has one fp16 scale.
 
     Symmetric codes have no zero point. Those below 8 bits take the whole range of two's complement, 4-bit ones from -8 to 7, 5-bit ones from
     -16 to 15 (GGUF's Q4_0 and Q5_0); their scale may be negative, which lets the value of largest magnitude take the lowest code whichever its
@@ -238,7 +240,7 @@ class Integer(CodedScheme):
 
 @dataclass(frozen=True)
 class Lut(CodedScheme):
-    """`value = table[code]`, codes being indices of `width` bits into a table of `2 ** width` fp16 values (palettization)."""
+    """Palettization: `value = table[code]`, codes being indices of `width` bits into a table of `2 ** width` fp16 values."""
 
     width: Literal[4, 6, 8]
     granularity: PerTensor | PerGroupedChannel

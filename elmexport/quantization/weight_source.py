@@ -1,4 +1,4 @@
-"""Sources of a model's weights in the form that an artifact will hold: read, quantized or cast one at a time, when they are asked for.
+"""Sources of a model's weights as an artifact will hold them: read, quantized or cast one at a time, when they are asked for.
 
 What a target asks is `WeightSource`. `CheckpointWeights` quantizes as it reads; `calibration.weight_set` has the source for codes that were
 computed before.
@@ -47,7 +47,7 @@ class WeightSource(ABC):
         return self._checkpoint.specs
 
     def scheme(self, spec: WeightSpec) -> Scheme:
-        """What `spec` is stored as."""
+        """Scheme that `spec` is stored in."""
         return self.plan.schemes[spec.name]
 
     def get(self, spec: WeightSpec) -> Tensor | Quantized:

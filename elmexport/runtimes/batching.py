@@ -1,4 +1,4 @@
-"""Which continuations are read together."""
+"""Batches of continuations that are read together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ PADDING = 16  # tokens by which a row may be padded: a call of its own would cos
 
 
 def batches(lengths: Sequence[int], *, rows: int | None = None, tokens: int | None = None, padding: int = PADDING) -> Iterator[list[int]]:
-    """Indices of `lengths` in groups of at most `rows`, longest first; each, padded to its longest, has at most `tokens` (`TOKENS`) tokens.
+    """Group indices of `lengths` into batches of at most `rows`, longest first.
 
+    Each, padded to its longest, has at most `tokens` (`TOKENS`) tokens.
     A sequence that is longer than `tokens` is a group by itself.
     """
     tokens = TOKENS if tokens is None else tokens
@@ -29,12 +30,12 @@ def batches(lengths: Sequence[int], *, rows: int | None = None, tokens: int | No
 
 
 def copies(context: int, position: int) -> int:
-    """Rows of a batch whose caches are copies of a prefix of `position` tokens: all together about as large as two full caches."""
+    """Number of rows of a batch whose caches are copies of a prefix of `position` tokens: together about as large as two full caches."""
     return max(1, 2 * context // (position + 1))
 
 
 def padded(sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """`[rows, tokens of the longest]`, zeros on the right."""
+    """Pad to `[rows, tokens of the longest]`, zeros on the right."""
     result = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, sequence in zip(result, sequences, strict=True):
         row[: len(sequence)] = sequence
@@ -44,7 +45,10 @@ def padded(sequences: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 def in_padded_batches(
     continuations: Sequence[NDArray[np.int64]], context: int, position: int, read: Callable[[NDArray[np.int64]], NDArray[np.float32]]
 ) -> list[NDArray[np.float32]]:
-    """What `read` gives for each continuation of the first `position` tokens: of padded ids `[rows, tokens]`, logits `[rows, tokens, vocab]`."""
+    """Read continuations of the first `position` tokens in padded batches.
+
+    `read` gives logits `[rows, tokens, vocab]` of padded ids `[rows, tokens]`.
+    """
     results: dict[int, NDArray[np.float32]] = {}
     for group in batches([len(ids) for ids in continuations], rows=copies(context, position)):
         logits = read(padded([continuations[index] for index in group]))

@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Split `count` tokens at `position` into calls, bounds `[start, stop)`; `first` is the first token whose logits are wanted."""
 
     def logits(self, ids: NDArray[np.int32], position: int, rows: int) -> NDArray[np.float32]:
-        """`[rows, vocab]` of the last `rows` of `ids` `[n]`, which `calls` gave; 0 rows only fill the cache."""
+        """Logits `[rows, vocab]` of the last `rows` of `ids` `[n]`, which `calls` gave; 0 rows only fill the cache."""
 
     def token(self, ids: NDArray[np.int32], position: int) -> int:
         """The most likely token after `ids`; of a package that gives it."""

@@ -1,4 +1,4 @@
-"""Text from a runtime: tokens one at a time, until the end-of-text token, the number asked for, or a full context."""
+"""Generation of text with a runtime: tokens one at a time, until the end-of-text token, the number asked for, or a full context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp, through the C interface that llama-cpp-python wraps: GGUF artifacts on the CPU.
+"""Runtime of GGUF artifacts: llama.cpp on the CPU, through the C interface that llama-cpp-python wraps.
 
 Set up to be compared with, not for speed alone: keys and values in float32, plain attention. llama.cpp itself rounds the input of each
 matrix product to the precision that goes with the weights' type (fp16 for F16, bf16 for BF16, 8-bit blocks for Q8_0 and Q4_0).
@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.cores import asked_threads, available_cores
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import batches
-from elmexport.runtimes.threads import asked_threads
 
 BATCH = 512  # tokens in one call of the engine
 SEQUENCES = 32  # that one call can hold beside the one of `logits`
@@ -40,7 +40,8 @@ class LlamaCppRuntime(Runtime):
     name = "llama.cpp"
 
     def __init__(self, path: Path) -> None:
-        """
+        """Load the file.
+
         Raises:
             ElmExportError: llama.cpp cannot load the file.
             MissingDependencyError: llama-cpp-python is not installed.
@@ -74,7 +75,7 @@ class LlamaCppRuntime(Runtime):
         params.kv_unified, params.n_seq_max = True, SEQUENCES + 1
         params.n_ctx = self.context + BATCH  # a full sequence 0 leaves room for a batch of continuations
         params.n_batch = params.n_ubatch = BATCH
-        params.n_threads = params.n_threads_batch = asked_threads() or _cores()
+        params.n_threads = params.n_threads_batch = asked_threads() or available_cores()
         params.type_k = params.type_v = _F32
         params.flash_attn_type = 0  # disabled; versions that lack the field have it off by default
         params.offload_kqv = params.op_offload = False
@@ -227,7 +228,8 @@ def reason() -> str:
 
 
 def check_magic(path: Path) -> None:
-    """
+    """Refuse files that are not GGUF.
+
     Raises:
         ElmExportError: no such file, or one that does not start as GGUF files do.
     """
@@ -238,8 +240,3 @@ def check_magic(path: Path) -> None:
         raise ElmExportError(f"cannot read {path}: {error.strerror or error}") from None
     if magic != b"GGUF":
         raise ElmExportError(f"{path} is not a GGUF file (it starts with {magic!r}); give the .gguf that an export wrote")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The vocabulary inside a GGUF file, tokenized by llama.cpp itself."""
+"""Tokenizer of a GGUF file: the vocabulary inside it, run by llama.cpp itself."""
 
 from __future__ import annotations
 

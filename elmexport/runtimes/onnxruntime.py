@@ -1,4 +1,4 @@
-"""onnxruntime on the processor, with a static cache: past and present of a layer are one buffer as long as the context.
+"""Runtime of ONNX artifacts: onnxruntime on the CPU. Its cache is static: past and present of a layer are one buffer as long as a context.
 
 Not covered: other execution providers.
 """
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.contracts.onnx import ATTENTION_MASK, CONTEXT_METADATA, EVERY_TOKEN, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, is_past, present_of
+from elmexport.cores import asked_threads
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import batches, copies, padded
-from elmexport.runtimes.threads import asked_threads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits: the most likely one, or drawn at a temperature from the top k or the nucleus p.
+"""Sampling of the next token from logits: the most likely one, or drawn at a temperature from the top k or the nucleus p.
 
 What is not here: penalties, min-p, beam search.
 """
@@ -16,7 +16,7 @@ from elmexport.errors import ElmExportError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of the choice, in the order in which they act: temperature, then `top_k`, then `top_p` over what `top_k` left.
+    """Settings of sampling, in the order in which they act: temperature, then `top_k`, then `top_p` over what `top_k` left.
 
     Raises:
         ElmExportError: a value out of range, or one that would have no effect.

@@ -1,4 +1,4 @@
-"""A prompt and an artifact in, text out: the tokenizer that belongs to an artifact, and generation between text and text."""
+"""Text generation with an artifact: its tokenizer, and generation from text to text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate_text(
 
 
 def artifact_tokenizer(kind: str, path: Path) -> Tokenizer:
-    """Find the tokenizer of an artifact of `kind`: inside the model file where the format has it there, else in the folder, or beside or above a bare file.
+    """Find the tokenizer of an artifact of `kind`: inside the model file, in the folder, or beside or above a bare file.
 
     Raises:
         ElmExportError: there is none.

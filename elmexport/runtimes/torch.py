@@ -1,4 +1,4 @@
-"""The reference runtime: a checkpoint in torch, eager ops, float32 (or float64), weights resident."""
+"""Torch runtime, the reference: a checkpoint run by the eager ops, in float32 (or float64), its weights resident."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from numpy.typing import NDArray
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.models import trace
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
 
 
 class TorchRuntime(Runtime):
-    """Runs `checkpoint` with a cache of `context` tokens, in `dtype`, its weights rounded to `rounded_to` first where that is given."""
+    """Checkpoint in torch, with a cache of `context` tokens, in `dtype`, its weights rounded to `rounded_to` first where given.
+
+    It computes on the device of `ELMEXPORT_TORCH_DEVICE`.
+    """
 
     name = "torch"
 
@@ -32,13 +36,14 @@ class TorchRuntime(Runtime):
     ) -> None:
         """
         Raises:
-            ElmExportError: weights that are not finite, or too large for `rounded_to`.
+            ElmExportError: weights that are not finite, or too large for `rounded_to`, or no such device.
         """
         super().__init__()
         self.graph = trace(checkpoint.config, context)
         self.vocab_size, self.context = checkpoint.config.dims.vocab_size, self.graph.context
-        self._weights = {name: _rounded(name, checkpoint.tensor(name), rounded_to).to(dtype) for name in checkpoint.specs}
-        self._dtype, self._caches = dtype, Caches(self.graph, dtype=dtype)
+        self._dtype, self._device = dtype, torch_device()
+        self._weights = {name: _rounded(name, checkpoint.tensor(name), rounded_to).to(self._device, dtype) for name in checkpoint.specs}
+        self._caches = KVCaches(self.graph, dtype=dtype, device=self._device)
 
     @torch.inference_mode()
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
@@ -49,14 +54,14 @@ class TorchRuntime(Runtime):
     @torch.inference_mode()
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         def read(ids: NDArray[np.int64]) -> NDArray[np.float32]:
-            caches = Caches(self.graph, len(ids), self._dtype, position + ids.shape[1])
+            caches = KVCaches(self.graph, len(ids), self._dtype, position + ids.shape[1], self._device)
             caches.copy_prefix(self._caches, position)
             return self._run(torch.from_numpy(ids), position, caches, None)
 
         return in_padded_batches(continuations, self.context, position, read)
 
-    def _run(self, ids: torch.Tensor, position: int, caches: Caches, last: int | None) -> NDArray[np.float32]:
-        out = interpret(self.graph, lambda spec: self._weights[spec.name], ids, position, caches, last=last)
+    def _run(self, ids: torch.Tensor, position: int, caches: KVCaches, last: int | None) -> NDArray[np.float32]:
+        out = forward(self.graph, lambda spec: self._weights[spec.name], ids, position, caches, last=last)
         return out.to(torch.float32).numpy()
 
 

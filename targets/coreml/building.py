@@ -13,7 +13,7 @@ from targets.coreml.packing import Var
 
 
 def times(x: Var, factor: float) -> Var:
-    """`x * factor`; no operation for a factor of 1."""
+    """Multiply, `x * factor`; no operation for a factor of 1."""
     return x if factor == 1.0 else mb.mul(x=x, y=np.float16(factor))
 
 

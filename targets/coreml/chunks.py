@@ -1,4 +1,4 @@
-"""Where a model is cut into packages, so that no weight file grows beyond a limit. Sizes come from the plan, before anything is written.
+"""Cuts of a model into packages, so that no weight file grows beyond a limit. Sizes come from the plan, before anything is written.
 
 Cuts lie between layers, and every package has at least one: the embedding is with the first layer, the final norm and the head with the
 last. A table that serves as both is in the first package and in the last, since packages share no weights. That costs its bytes once more;

@@ -1,4 +1,4 @@
-"""Files by which an artifact is checked on a device: `golden.npz` and `verify.py`."""
+"""Golden files, by which an artifact is checked on a device: `golden.npz` and `verify.py`."""
 
 from __future__ import annotations
 

@@ -14,14 +14,14 @@ from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
 from elmexport.mil.program import Program, TensorType, load_program
 from targets.coreml.program_view import FunctionView, OperationView
-from targets.coreml.rules import RULES, Rule, Severity
+from targets.coreml.rules import RULES, LintRule, Severity
 
 
 @dataclass(frozen=True)
-class Finding:
+class LintFinding:
     """A breach of a rule. `operation` is an operation's type, or "input", "state", "output", "const", "weight file"."""
 
-    rule: Rule
+    rule: LintRule
     package: str
     function: str  # empty for a weight file
     operation: str
@@ -32,11 +32,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class LintResult:
-    """`findings` break a rule. `edges` would in the middle of a function, but lie before or behind all heavy work, where the CPU may do them."""
+    """Result of the linter: `findings` break a rule.
+
+    `edges` would in the middle of a function, but lie before or behind all heavy work, where the CPU may do them.
+    """
 
     packages: tuple[Path, ...]
-    findings: tuple[Finding, ...]
-    edges: tuple[Finding, ...]
+    findings: tuple[LintFinding, ...]
+    edges: tuple[LintFinding, ...]
 
     @property
     def failed(self) -> bool:
@@ -51,8 +54,8 @@ def lint(path: Path) -> LintResult:
         ElmExportError: no Core ML package there, or one that cannot be read.
     """
     packages = _packages(path)
-    findings: list[Finding] = []
-    edges: list[Finding] = []
+    findings: list[LintFinding] = []
+    edges: list[LintFinding] = []
     for package in packages:
         for finding, edge in _check(load_program(package), package.name):
             (edges if edge else findings).append(finding)
@@ -74,17 +77,17 @@ def _packages(path: Path) -> tuple[Path, ...]:
     return packages
 
 
-def _check(program: Program, package: str) -> Iterator[tuple[Finding, bool]]:
+def _check(program: Program, package: str) -> Iterator[tuple[LintFinding, bool]]:
     """Each finding, and whether it lies at the edge of its function and is excused by that."""
     for file in program.files:
         for rule in RULES:
             for detail in () if rule.file is None else rule.file(file):
-                yield Finding(rule, package, "", "weight file", file.name, (), detail), False
+                yield LintFinding(rule, package, "", "weight file", file.name, (), detail), False
     seen: set[tuple[str, str, str]] = set()
     for function in (FunctionView(program, function) for function in program.functions.values()):
         for rule in RULES:
             for name, kind, detail in () if rule.function is None else rule.function(function):
-                yield Finding(rule, package, function.name, _place(function, name), name, kind.shape, detail), False
+                yield LintFinding(rule, package, function.name, _place(function, name), name, kind.shape, detail), False
         for view in (*function.constants, *function.operations):
             for finding in _constant_findings(view, function.name, package):
                 # Functions share constants: each is named once.
@@ -97,15 +100,15 @@ def _check(program: Program, package: str) -> Iterator[tuple[Finding, bool]]:
                     yield _finding(rule, view, function.name, package, detail), view.edge and not rule.edges
 
 
-def _constant_findings(view: OperationView, function: str, package: str) -> Iterator[Finding]:
+def _constant_findings(view: OperationView, function: str, package: str) -> Iterator[LintFinding]:
     for rule in RULES:
         for detail in () if rule.constant is None else rule.constant(view):
             yield _finding(rule, view, function, package, detail)
 
 
-def _finding(rule: Rule, view: OperationView, function: str, package: str, detail: str) -> Finding:
+def _finding(rule: LintRule, view: OperationView, function: str, package: str, detail: str) -> LintFinding:
     kind: TensorType | None = view.outputs[0][1] if view.outputs else None
-    return Finding(rule, package, function, view.type, view.name, () if kind is None else kind.shape, detail)
+    return LintFinding(rule, package, function, view.type, view.name, () if kind is None else kind.shape, detail)
 
 
 def _place(function: FunctionView, name: str) -> str:

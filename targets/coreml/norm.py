@@ -1,4 +1,4 @@
-"""RMSNorm that fp16 cannot break, whatever the size of its input."""
+"""RMSNorm in fp16 without overflow, whatever the size of its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights into `weight.bin` and into the graph: one tensor is read, quantized, written and forgotten before the next.
+"""Packing of weights into `weight.bin` and into the graph: one tensor is read, quantized, written and forgotten before the next.
 
 coremltools keeps every constant of a program as an array until it saves the package. Here a tensor goes to the file at once, and the graph
 gets a stand-in: an array of the same shape and dtype without memory, and a `weight_id` by which the file offset is found again. Functions
@@ -52,9 +52,11 @@ class Blob:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of a weight matrix `[rows, in, 1, 1]`: fp16 values, codes with `scales` `[rows, groups, 1, 1]`, or indices into `tables`
-    `[groups, 1, 1, 1, entries, 1]`."""
+class MatrixRows:
+    """Rows of a weight matrix `[rows, in, 1, 1]` in the file.
+
+    They are fp16 values, codes with `scales` `[rows, groups, 1, 1]`, or indices into `tables` `[groups, 1, 1, 1, entries, 1]`.
+    """
 
     name: str
     values: Blob
@@ -66,12 +68,12 @@ class Part:
 class Matrix:
     """A weight matrix in the file, cut along its rows. Its values times `factor` are the weight that was asked for."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MatrixRows, ...]
     factor: float
 
 
 class WeightFile:
-    """Writes `weight.bin`; gives constants of the program under construction that refer to it.
+    """Writer of `weight.bin`; gives constants of the program under construction that refer to it.
 
     Matrices are `[rows, in]` and ones up to `rank` axes, 4 for convolutions. One with more than `max_rows` rows is cut.
     """
@@ -113,8 +115,8 @@ class WeightFile:
             self._write(name, make())
         return self._constant(self.blobs[name])
 
-    def rows(self, part: Part) -> Var:
-        """`part` as a table `[rows, in]`: the same bytes of the file in constants of fewer axes."""
+    def rows(self, part: MatrixRows) -> Var:
+        """Give `part` as a table `[rows, in]`: the same bytes of the file in constants of fewer axes."""
 
         def view(blob: Blob | None) -> Blob | None:
             if blob is None:
@@ -125,9 +127,9 @@ class WeightFile:
 
         values = view(part.values)
         assert values is not None
-        return self.part(Part(f"{part.name}_rows", values, view(part.scales), view(part.tables)))
+        return self.part(MatrixRows(f"{part.name}_rows", values, view(part.scales), view(part.tables)))
 
-    def part(self, part: Part) -> Var:
+    def part(self, part: MatrixRows) -> Var:
         """The rows of `part` `[rows, in, 1, 1]` as fp16, decompressed by Core ML where they are quantized."""
         values = self._constant(part.values)
         if part.scales is not None:
@@ -152,18 +154,18 @@ class WeightFile:
         self._advance(spec.size)
         return Matrix(tuple(parts), scaled.rest)
 
-    def _write_part(self, label: str, weight: Weight, rows: slice) -> Part:
+    def _write_part(self, label: str, weight: Weight, rows: slice) -> MatrixRows:
         if isinstance(weight, IntegerTensor):
             scales = self._write(f"{label}_scales", self._matrix(weight.scales[rows]))
             codes = self._matrix(weight.codes[rows])
-            return Part(label, self._write(f"{label}_codes", codes, f"int{weight.scheme.width}"), scales=scales)
+            return MatrixRows(label, self._write(f"{label}_codes", codes, f"int{weight.scheme.width}"), scales=scales)
         if isinstance(weight, PalettizedTensor):
             entries = _tables(weight, rows)
             tables = self._write(f"{label}_tables", entries.reshape(len(entries), 1, *self._ones, -1, 1))
             indices = self._matrix(weight.codes[rows])
-            return Part(label, self._write(f"{label}_indices", indices, f"uint{weight.scheme.width}"), tables=tables)
+            return MatrixRows(label, self._write(f"{label}_indices", indices, f"uint{weight.scheme.width}"), tables=tables)
         assert isinstance(weight, Tensor), f"{label}: `CoreMLTarget.refuses` {weight.scheme}"
-        return Part(label, self._write(label, self._matrix(weight[rows])))
+        return MatrixRows(label, self._write(label, self._matrix(weight[rows])))
 
     def _matrix(self, values: Tensor) -> NDArray[Any]:
         return values.numpy().reshape(*values.shape, *self._ones)

@@ -100,7 +100,7 @@ class FunctionView:
 
     @property
     def boundary(self) -> tuple[Typed, ...]:
-        """What goes in and comes out: inputs, states, outputs."""
+        """Inputs, states and outputs."""
         return (*self.function.inputs.items(), *self.states, *self.function.output_types().items())
 
     @cached_property

@@ -80,14 +80,14 @@ _NO_PATH = [
 
 
 class Severity(StrEnum):
-    """How sure the sources are."""
+    """Severity of a breach."""
 
     ERROR = "error"  # the operation, or the whole package, does not run on the Neural Engine
     WARNING = "warning"  # it runs, but pays for it; or only some devices refuse it
 
 
 @dataclass(frozen=True)
-class Rule:
+class LintRule:
     """A rule of the Neural Engine. A check yields, for each breach, what is wrong in words that follow the operation's name.
 
     Exactly one of the four checks is set. An operation at the edge of its function (see `OperationView.edge`) may be left to the
@@ -243,23 +243,23 @@ def _has_infinity(array: NDArray[Any]) -> bool:
 
 
 E, W = Severity.ERROR, Severity.WARNING
-RULES: tuple[Rule, ...] = (
-    Rule("NE001", f"no dimension above {MAX_DIM}", E, (ANE_GUIDE_RULES,), operation=_dimension),
-    Rule("NE002", f"at most {MAX_RANK} axes", E, (APPLE_RULES, ANE_GUIDE_RULES), operation=_rank),
-    Rule("NE003", "inputs, states and outputs of fixed shape", E, (APPLE_RULES, APPLE_FORUM_SHAPES), function=_dynamic),
-    Rule("NE004", "values of fixed shape", E, (APPLE_RULES,), operation=_dynamic_value),
-    Rule("NE005", "float16 throughout", E, (APPLE_RULES, ANE_GUIDE_RULES), operation=_type),
-    Rule("NE006", "no infinite constants: mask with -4e4", E, (APPLE_RULES,), constant=_infinite, edges=True),
-    Rule("NE007", "operations that the Neural Engine has", E, (HOLLANCE, ANE_GUIDE_OPS), operation=_no_path),
-    Rule("NE008", f"arg-max over at most {MAX_ARG_AXIS} entries", E, (ANE_GUIDE_RULES,), operation=_arg_axis),
-    Rule("NE009", f"convolution kernels at most {MAX_KERNEL_WIDTH} wide", E, (ANE_GUIDE_RULES,), operation=_kernel, edges=True),
-    Rule("NE010", f"states whose last axis is a multiple of {CONTEXT_MULTIPLE}", E, (COREMLTOOLS_2631,), function=_state_size),
-    Rule("NE011", "weight files of at most 2 GiB", E, (ANEMLL,), file=_mac),
-    Rule("NE101", "weight files of at most 1 GiB, for iPhones", W, (ANEMLL,), file=_phone),
-    Rule("NE102", "projections as 1x1 convolutions", W, (APPLE_ARTICLE, APPLE_RULES), operation=_projection, edges=True),
-    Rule("NE103", "activations as (batch, channels, 1, tokens)", W, (APPLE_ARTICLE, APPLE_RULES), operation=_layout, edges=True),
-    Rule("NE104", "attention one head at a time", W, (APPLE_ARTICLE, APPLE_RULES), operation=_heads, edges=True),
-    Rule(
+RULES: tuple[LintRule, ...] = (
+    LintRule("NE001", f"no dimension above {MAX_DIM}", E, (ANE_GUIDE_RULES,), operation=_dimension),
+    LintRule("NE002", f"at most {MAX_RANK} axes", E, (APPLE_RULES, ANE_GUIDE_RULES), operation=_rank),
+    LintRule("NE003", "inputs, states and outputs of fixed shape", E, (APPLE_RULES, APPLE_FORUM_SHAPES), function=_dynamic),
+    LintRule("NE004", "values of fixed shape", E, (APPLE_RULES,), operation=_dynamic_value),
+    LintRule("NE005", "float16 throughout", E, (APPLE_RULES, ANE_GUIDE_RULES), operation=_type),
+    LintRule("NE006", "no infinite constants: mask with -4e4", E, (APPLE_RULES,), constant=_infinite, edges=True),
+    LintRule("NE007", "operations that the Neural Engine has", E, (HOLLANCE, ANE_GUIDE_OPS), operation=_no_path),
+    LintRule("NE008", f"arg-max over at most {MAX_ARG_AXIS} entries", E, (ANE_GUIDE_RULES,), operation=_arg_axis),
+    LintRule("NE009", f"convolution kernels at most {MAX_KERNEL_WIDTH} wide", E, (ANE_GUIDE_RULES,), operation=_kernel, edges=True),
+    LintRule("NE010", f"states whose last axis is a multiple of {CONTEXT_MULTIPLE}", E, (COREMLTOOLS_2631,), function=_state_size),
+    LintRule("NE011", "weight files of at most 2 GiB", E, (ANEMLL,), file=_mac),
+    LintRule("NE101", "weight files of at most 1 GiB, for iPhones", W, (ANEMLL,), file=_phone),
+    LintRule("NE102", "projections as 1x1 convolutions", W, (APPLE_ARTICLE, APPLE_RULES), operation=_projection, edges=True),
+    LintRule("NE103", "activations as (batch, channels, 1, tokens)", W, (APPLE_ARTICLE, APPLE_RULES), operation=_layout, edges=True),
+    LintRule("NE104", "attention one head at a time", W, (APPLE_ARTICLE, APPLE_RULES), operation=_heads, edges=True),
+    LintRule(
         "NE105",
         f"no large buffer whose last axis is mostly padding (to {LINE} bytes)",
         W,
@@ -267,6 +267,6 @@ RULES: tuple[Rule, ...] = (
         operation=_padding,
         edges=True,
     ),
-    Rule("NE106", f"inputs and outputs with rows of a multiple of {LINE} bytes", W, (APPLE_RULES, APPLE_ARTICLE), function=_alignment),
-    Rule("NE107", "states of one function of one shape, for M1 and A14", W, (ANEMLL_README,), function=_state_shapes),
+    LintRule("NE106", f"inputs and outputs with rows of a multiple of {LINE} bytes", W, (APPLE_RULES, APPLE_ARTICLE), function=_alignment),
+    LintRule("NE107", "states of one function of one shape, for M1 and A14", W, (ANEMLL_README,), function=_state_shapes),
 )

@@ -1,4 +1,4 @@
-"""Runs this Core ML artifact on a Mac, compares it with what its model says, and measures it. Not run on Apple hardware when it was written.
+"""Check of this Core ML artifact on a Mac: comparison with its model, and speed. Not run on Apple hardware when it was written.
 
     pip install coremltools numpy
     python verify.py [FOLDER] [--compute-units all|cpu_and_ne|cpu_and_gpu|cpu_only] [--repeat 10]
@@ -109,6 +109,7 @@ class Model:
 
 
 def log_softmax(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Compute log-probabilities `[vocab]`."""
     shifted = scores.astype(np.float64) - scores.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()), np.float64)
 
@@ -184,6 +185,7 @@ def measure(model: Model, repeat: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run the check; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).resolve().parent)
     parser.add_argument("--compute-units", choices=list(UNITS), default="all")

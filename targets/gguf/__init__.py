@@ -38,7 +38,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}  # as llama.cpp's tools rea
 
 @dataclass(frozen=True)
 class GgufTarget(Target):
-    """`<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama."""
+    """GGUF target: `<model>-<TYPE>.gguf`, which carries configuration and tokenizer, and a `Modelfile` for Ollama."""
 
     imatrix: Path | None = field(
         default=None,

@@ -1,4 +1,4 @@
-"""llama.cpp's architectures, by model family: their names, what their loaders take for granted, and the tensors that each role becomes."""
+"""llama.cpp's architectures by model family: names, what their loaders take for granted, and the tensors that each role becomes."""
 
 from __future__ import annotations
 

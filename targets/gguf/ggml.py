@@ -91,7 +91,7 @@ def _library() -> ctypes.CDLL:
 
 
 def require() -> None:
-    """Before any work is done.
+    """Refuse, before any work, an environment without ggml.
 
     Raises:
         MissingDependencyError: no package that brings ggml is installed.

@@ -1,4 +1,8 @@
-"""llama.cpp's importance matrix: for each matrix, the mean square of each of its inputs, by which quantization errors are weighed."""
+"""llama.cpp's importance matrix: for each matrix, the mean square of each of its inputs, by which quantization errors are weighed.
+
+The file is what `llama-imatrix` writes. Ours has one entry more, `token_embd.weight`, which serves as the head where it is tied: llama.cpp's
+own tool leaves it out, but `llama-quantize` looks it up under this name and uses it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
+from elmexport.files import complete_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
@@ -78,6 +83,41 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         int(facts.get("imatrix.chunk_count") or 0),
         int(facts.get("imatrix.chunk_size") or 0),
     )
+
+
+def write_imatrix(imatrix: ImportanceMatrix, *, tokens: int) -> None:
+    """Write `imatrix`, whose means are over `tokens` tokens, to its path in llama.cpp's GGUF form.
+
+    Raises:
+        ElmExportError: the path cannot be written.
+    """
+    from gguf import GGUFWriter
+
+    class Writer(GGUFWriter):  # type: ignore[misc]
+        def add_architecture(self) -> None:
+            """An importance matrix has none."""
+
+    def write(partial: Path) -> None:
+        writer = Writer(partial, "imatrix")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", list(imatrix.datasets))
+        writer.add_uint32("imatrix.chunk_count", imatrix.chunks)
+        writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
+        for name, mean in sorted(imatrix.entries.items()):
+            writer.add_tensor(name + _SUMS, (mean.astype(np.float64) * tokens).astype(np.float32))
+            writer.add_tensor(name + _COUNTS, np.full(1, tokens, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    path = imatrix.path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(path) as partial:
+            write(partial)
+    except OSError as error:
+        raise ElmExportError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
 
 
 def _mean(path: Path, name: str, sums: NDArray[np.float32], counts: NDArray[np.float32] | None) -> NDArray[np.float32]:

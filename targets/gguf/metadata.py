@@ -21,7 +21,7 @@ _FILE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "in
 
 
 def file_type(recipe: Recipe) -> str:
-    """What a file of `recipe` is called: "Q4_K_M". A recipe that llama.cpp has no name for goes by the type of its last rule."""
+    """File type of `recipe` in llama.cpp's words: "Q4_K_M". A recipe that llama.cpp has no name for goes by the type of its last rule."""
     from gguf import LlamaFileType
 
     name = _FILE_TYPES.get(recipe.name, recipe.name.upper())
@@ -29,7 +29,7 @@ def file_type(recipe: Recipe) -> str:
 
 
 def describe(name: str, parameters: int) -> Metadata:
-    """`general.*` as llama.cpp's converter reads them out of a model folder's name."""
+    """Describe the model in `general.*`, as llama.cpp's converter reads them out of a model folder's name."""
     import gguf
 
     facts = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), model_path=Path(name), total_params=parameters)
@@ -47,7 +47,7 @@ def file_name(facts: Metadata, recipe: Recipe) -> str:
 def write_metadata(
     writer: GGUFWriter, facts: Metadata, job: ExportJob, imatrix: ImportanceMatrix | None, chat_template: str | None
 ) -> None:
-    """All keys, in the order in which they end up in llama.cpp's files: its quantizer moves two of the converter's to the end."""
+    """Write all keys, in the order in which they end up in llama.cpp's files: its quantizer moves two of the converter's to the end."""
     import gguf
 
     kind = file_type(job.recipe)

@@ -1,4 +1,4 @@
-"""Weights to GGUF's bytes: floats as they are, codes and scales as ggml's blocks. No arithmetic but exact widening."""
+"""Packing of weights to GGUF's bytes: floats as they are, codes and scales as ggml's blocks. No arithmetic but exact widening."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GGUF file, or files: metadata first, then the tensors, each read, quantized, packed and written before the next one is read."""
+"""Writer of GGUF files: metadata first, then the tensors, each read, quantized, packed and written before the next one is read."""
 
 from __future__ import annotations
 

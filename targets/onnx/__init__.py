@@ -1,4 +1,4 @@
-"""ONNX: one folder, laid out as onnxruntime's ecosystem expects it (`config.json`, tokenizer, `onnx/model*.onnx` with external data)."""
+"""ONNX target: a folder as onnxruntime's ecosystem expects it (`config.json`, tokenizer, `onnx/model*.onnx` with external data)."""
 
 from __future__ import annotations
 

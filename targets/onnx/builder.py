@@ -1,4 +1,4 @@
-"""A thin layer over onnx-ir: named nodes, and initializers whose bytes go straight into one external data file.
+"""Builder of ONNX graphs over onnx-ir: named nodes, and initializers whose bytes go straight into one external data file.
 
 Nothing here knows of models. Small constants stay inside the `.onnx` file, as readers' shape inference needs them.
 """
@@ -23,7 +23,7 @@ _LARGE = 16 * _PAGE
 
 
 class ExternalData:
-    """Writes tensors one after the other into `path`; `ExternalTensor`s that refer to it name the file only."""
+    """Writer of external data, one tensor after the other into `path`; `ExternalTensor`s that refer to it name the file only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class ExternalData:
 
 
 class GraphBuilder:
-    """Collects nodes, inputs, outputs and initializers in order; `model` puts them together."""
+    """Builder of an ONNX graph: collects nodes, inputs, outputs and initializers in order; `model` puts them together."""
 
     def __init__(self, data: ExternalData) -> None:
         self._data = data

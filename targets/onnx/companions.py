@@ -1,4 +1,4 @@
-"""The small files beside the model by which other runtimes open the folder: transformers.js, onnxruntime-genai, optimum."""
+"""Companion files of the model, by which other runtimes open the folder: transformers.js, onnxruntime-genai, optimum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the op vocabulary to ONNX: the fast form, with onnxruntime's `com.microsoft` operators.
+"""Lowering of the op vocabulary to ONNX: the fast form, with onnxruntime's `com.microsoft` operators.
 
 Inputs `input_ids` and `attention_mask` (int64) and `past_key_values.N.key|value`, outputs `logits` (float32) and
 `present.N.key|value`. `attention_mask` is `[batch_size, total_sequence_length]`, ones over the tokens in the cache and those now fed.
@@ -39,9 +39,12 @@ _DTYPES = {"fp32": (ir.DataType.FLOAT, np.float32), "fp16": (ir.DataType.FLOAT16
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """A quantized matrix in the file: codes uint8 `[out, blocks, bytes of a block]`, scales `[out, blocks]`, and where the codes are
-    asymmetric zero points uint8 `[out, bytes of a row]`."""
+class PackedMatrix:
+    """Quantized matrix in the file.
+
+    Codes uint8 `[out, blocks, bytes of a block]`, scales `[out, blocks]`, and where the codes are asymmetric zero points uint8
+    `[out, bytes of a row]`.
+    """
 
     codes: ir.Value
     scales: ir.Value
@@ -64,7 +67,7 @@ class Lowering:
         self.job, self.graph, self.dims, self.builder = job, job.graph, job.graph.dims, builder
         self.dtype, self.numpy_dtype = _DTYPES[job.recipe.activations.dtype]
         self.values: dict[str, ir.Value] = {}
-        self.matrices: dict[str, ir.Value | Blocks] = {}  # as written, for the tied head to share
+        self.matrices: dict[str, ir.Value | PackedMatrix] = {}  # as written, for the tied head to share
         self.uses = Counter(name for node in self.graph.nodes for name in node.inputs.values())
         self.norm_of = {node.inputs["x"]: node for node in self.graph.nodes if node.op == "rms_norm"}
 
@@ -107,7 +110,7 @@ class Lowering:
 
     # Weights
 
-    def _matrix(self, spec: WeightSpec, scale: float = 1.0, *, transpose: bool = False) -> ir.Value | Blocks:
+    def _matrix(self, spec: WeightSpec, scale: float = 1.0, *, transpose: bool = False) -> ir.Value | PackedMatrix:
         """A matrix, written at its first use; floats as `[in, out]` with `transpose`, the layout of MatMul."""
         if spec.name not in self.matrices:
             scaled = self.job.weights.scaled(spec, scale)
@@ -122,11 +125,11 @@ class Lowering:
             self.job.advance(spec.size)
         return self.matrices[spec.name]
 
-    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> Blocks:
+    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> PackedMatrix:
         codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
         scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
         zeros = None if weight.zeros is None else self.builder.weight(f"{spec.name}.zeros", pack_zeros(weight.zeros))
-        return Blocks(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1], zeros)
+        return PackedMatrix(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1], zeros)
 
     def _vector(self, spec: WeightSpec) -> ir.Value:
         weight = self.job.weights.get(spec)
@@ -143,7 +146,9 @@ class Lowering:
     def embed(self, node: Node) -> None:
         build, ids = self.builder, self.values[node.inputs["ids"]]
         table = self._matrix(node.weights["table"])
-        out = self._gather_blocks(node, ids, table) if isinstance(table, Blocks) else build.op("Gather", node.name, table, ids, axis=0)
+        out = (
+            self._gather_blocks(node, ids, table) if isinstance(table, PackedMatrix) else build.op("Gather", node.name, table, ids, axis=0)
+        )
         # Not in the table: the tied head wants it as it is.
         self.values[node.outputs[0]] = self._times(f"{node.name}.scaled", out, node.weight_scale)
 
@@ -153,7 +158,7 @@ class Lowering:
             return x
         return self.builder.op("Mul", name, x, self.builder.constant("residual_scale", np.array(factor, self.numpy_dtype)))
 
-    def _gather_blocks(self, node: Node, ids: ir.Value, table: Blocks) -> ir.Value:
+    def _gather_blocks(self, node: Node, ids: ir.Value, table: PackedMatrix) -> ir.Value:
         """Rows of a matrix in MatMulNBits' layout: the op takes the three-dimensional codes as they lie, the scales lack an axis."""
         build, (vocabulary, dim) = self.builder, node.weights["table"].shape
         axis = build.constant("scales_shape", np.array([vocabulary, dim // table.size, 1], np.int64))
@@ -169,9 +174,9 @@ class Lowering:
         build, spec, x = self.builder, node.weights["weight"], self.values[node.inputs["x"]]
         if node.role is Role.LM_HEAD:
             x = self.rows.kept(x)
-        tied = spec.name in self.matrices
+        tied = node.role is Role.LM_HEAD and self.dims.tied  # the table has been written, for the embedding
         matrix = self._matrix(spec, node.weight_scale, transpose=True)
-        if isinstance(matrix, Blocks):
+        if isinstance(matrix, PackedMatrix):
             # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
             out = self._multiply(node, spec, self._times(f"{node.name}.scaled_input", x, matrix.factor), matrix, tied=tied)
         else:
@@ -180,7 +185,7 @@ class Lowering:
             out = build.op("MatMul", node.name, x, matrix)
         self.values[node.outputs[0]] = out
 
-    def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: Blocks, *, tied: bool) -> ir.Value:
+    def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: PackedMatrix, *, tied: bool) -> ir.Value:
         attributes = {"N": spec.shape[0], "K": spec.shape[1], "accuracy_level": _ACCURACY_LEVEL, **matrix.attributes}
         inputs = (x, matrix.codes, matrix.scales, *(() if matrix.zeros is None else (matrix.zeros,)))
         return self.builder.op("MatMulNBits", node.name, *inputs, domain=MICROSOFT, **attributes)

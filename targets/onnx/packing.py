@@ -14,8 +14,9 @@ from elmexport.quantization.schemes import PerBlock
 
 
 def pack_codes(quantized: IntegerTensor) -> NDArray[np.uint8]:
-    """Unsigned codes `[out, blocks, bytes of a block]`; symmetric ones have zero point 8 (4 bits) or 128 (8 bits), which both ops assume.
+    """Pack codes, unsigned, as uint8 `[out, blocks, bytes of a block]`.
 
+    Symmetric ones have zero point 8 (4 bits) or 128 (8 bits), which both ops assume.
     Of two 4-bit codes in a byte, the earlier one takes the low half.
     """
     assert isinstance(quantized.scheme.granularity, PerBlock), f"MatMulNBits takes blocks, not codes {quantized.scheme.granularity}"
@@ -31,15 +32,17 @@ def pack_codes(quantized: IntegerTensor) -> NDArray[np.uint8]:
 
 
 def pack_zeros(zeros: Tensor) -> NDArray[np.uint8]:
-    """4-bit zero points int8 `[out, blocks]` as MatMulNBits reads them: `[out, bytes of a row]`, the earlier one in the low half."""
+    """Pack 4-bit zero points int8 `[out, blocks]` as MatMulNBits reads them: `[out, bytes of a row]`, the earlier one in the low half."""
     even = torch.nn.functional.pad(zeros, (0, zeros.shape[1] % 2)).view(torch.uint8)
     result: NDArray[np.uint8] = (even[:, 0::2] | (even[:, 1::2] << 4)).numpy()
     return result
 
 
 def pack_flat(values: Tensor, width: int) -> NDArray[Any]:
-    """Codes or zero points as ONNX's INT4, UINT4 and INT8 tensors hold them: in row order, of two 4-bit ones in a byte the earlier one in
-    the low half."""
+    """Pack codes or zero points as ONNX's INT4, UINT4 and INT8 tensors hold them.
+
+    They are in row order, of two 4-bit ones in a byte the earlier one in the low half.
+    """
     flat = values.contiguous().view(-1)
     if width == 8:
         return flat.numpy()

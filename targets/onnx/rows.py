@@ -1,4 +1,4 @@
-"""The rows of a batch: where their tokens stand among padding, and for which of them the head is computed."""
+"""Rows of a batch among padding: positions of their tokens, and those for which the head is computed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Rows:
         return self._build.op("Add", "positions", first, self._columns)
 
     def kept(self, hidden: ir.Value) -> ir.Value:
-        """`hidden` `[batch, tokens, dim]` of the tokens that the head is to read, in the order of the caller's columns."""
+        """Select from `hidden` `[batch, tokens, dim]` the tokens that the head is to read, in the order of the caller's columns."""
         build = self._build
         wanted = build.optional_input(LOGITS_TO_KEEP, np.array(1, np.int64))
         everything = build.op("Equal", "kept.everything", wanted, self._zero)

@@ -1,4 +1,4 @@
-"""From the op vocabulary to ONNX: the portable form, operators of opset 24 alone.
+"""Lowering of the op vocabulary to ONNX: the portable form, operators of opset 24 alone.
 
 The interface is that of the fast form, with caches of fixed length: `past_key_values.N.*` and `present.N.*` are
 `[batch_size, kv_heads_N, context, head_dim]`, and TensorScatter writes the new tokens in their place. Weights of 4 or 8 bits are
@@ -14,7 +14,7 @@ import torch
 from elmexport.graph.ir import Node
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.weights import WeightSpec
-from targets.onnx.lowering import Blocks, Lowering
+from targets.onnx.lowering import Lowering, PackedMatrix
 from targets.onnx.packing import pack_flat
 from targets.onnx.rows import BATCH
 
@@ -33,7 +33,7 @@ class StandardLowering(Lowering):
 
     # Weights
 
-    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> Blocks:
+    def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> PackedMatrix:
         bits, zeros = weight.scheme.width, weight.zeros
         dtype = _DTYPES[bits] if zeros is None else ir.DataType.UINT4
 
@@ -46,11 +46,11 @@ class StandardLowering(Lowering):
         codes = packed("codes", turned(weight.codes))
         scales = self.builder.weight(f"{spec.name}.scales", self._floats(turned(weight.scales)))
         size = spec.shape[1] // weight.scales.shape[1]
-        return Blocks(codes, scales, bits, size, None if zeros is None else packed("zeros", turned(zeros)))
+        return PackedMatrix(codes, scales, bits, size, None if zeros is None else packed("zeros", turned(zeros)))
 
     # Ops
 
-    def _gather_blocks(self, node: Node, ids: ir.Value, table: Blocks) -> ir.Value:
+    def _gather_blocks(self, node: Node, ids: ir.Value, table: PackedMatrix) -> ir.Value:
         build = self.builder
         if table.bits == 4:  # Gather takes no 4-bit codes; a tied head needs the whole table anyway
             return build.op("Gather", node.name, self._table(table), ids, axis=0)
@@ -58,7 +58,7 @@ class StandardLowering(Lowering):
         scales = build.op("Gather", f"{node.name}.scales", table.scales, ids, axis=0)
         return build.op("DequantizeLinear", node.name, codes, scales, axis=2, block_size=table.size)
 
-    def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: Blocks, *, tied: bool) -> ir.Value:
+    def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: PackedMatrix, *, tied: bool) -> ir.Value:
         build = self.builder
         if tied:
             weight = build.op("Transpose", f"{node.name}.transposed", self._table(matrix), perm=[1, 0])
@@ -67,7 +67,7 @@ class StandardLowering(Lowering):
             weight = build.op("DequantizeLinear", f"{node.name}.dequantized", *inputs, axis=0, block_size=matrix.size)
         return build.op("MatMul", node.name, x, weight)
 
-    def _table(self, table: Blocks) -> ir.Value:
+    def _table(self, table: PackedMatrix) -> ir.Value:
         """The embedding `[vocabulary, dim]`, dequantized once for all that read it."""
         if self._dequantized is None:
             build = self.builder

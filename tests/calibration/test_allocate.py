@@ -9,7 +9,8 @@ import pytest
 from scipy.optimize import linprog
 
 from calibration.allocate import allocate, candidates, choose_bits
-from calibration.sensitivity import Probe, Sensitivity
+from calibration.method import Gain
+from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import Sample
 from elmexport.errors import ElmExportError
 from elmexport.progress import SilentProgress
@@ -77,7 +78,7 @@ def test_the_recipe_can_be_written_and_read(small_checkpoint: MemoryCheckpoint, 
 
 def test_too_small_a_size_is_refused_before_any_work(small_checkpoint: MemoryCheckpoint) -> None:
     with pytest.raises(ElmExportError, match=r"--bits-per-weight 2 is less than the narrowest .* ask for 5\.\d\d or more"):
-        choose_bits(small_checkpoint, find_target("gguf"), BASE, 2.0, gptq=False, progress=SilentProgress())
+        choose_bits(small_checkpoint, find_target("gguf"), BASE, 2.0, gain=Gain(), progress=SilentProgress())
 
 
 def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpoint) -> None:
@@ -94,10 +95,10 @@ def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpo
     assert not any(scheme.recipe_name.startswith(("int3", "int5", "int6")) for scheme in names["coreml"])
 
 
-def test_the_probe_measures_the_divergence(small_checkpoint: MemoryCheckpoint) -> None:
+def test_the_evaluator_measures_the_divergence(small_checkpoint: MemoryCheckpoint) -> None:
     """Against the float64 forward pass, the changed tensor in the last layer: the layers before are not run again."""
     ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (2, 16))
-    probe = Probe(small_checkpoint, Sample(ids, "random ids"))
+    evaluator = KLEvaluator(small_checkpoint, Sample(ids, "random ids"))
     name = "transformer.layers.4.ffn.proj_2.weight"
     changed = quantize(small_checkpoint.tensor(name), find_scheme("int4-block32")).dequantize()  # type: ignore[call-overload]
     arrays = small_checkpoint.arrays | {name: changed.numpy()}
@@ -105,5 +106,5 @@ def test_the_probe_measures_the_divergence(small_checkpoint: MemoryCheckpoint) -
         kl(reference_logits(small_checkpoint.config, small_checkpoint.arrays, row), reference_logits(small_checkpoint.config, arrays, row))
         for row in ids
     ]
-    assert probe.divergence({name: changed}) == pytest.approx(float(np.mean(expected)), rel=1e-3)
-    assert probe.divergence({}) < 1e-9
+    assert evaluator.divergence({name: changed}) == pytest.approx(float(np.mean(expected)), rel=1e-3)
+    assert evaluator.divergence({}) < 1e-9

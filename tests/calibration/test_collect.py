@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import collect as module
 from calibration import second_moments
 from calibration.collect import collect
 from calibration.residual import ResidualPeak
@@ -18,7 +17,8 @@ from calibration.statistics import Statistics
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph import forward as forward_module
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.models import trace
 from elmexport.models.openelm.config import OpenELMConfig
 from tests.calibration.moments_reference import watch
@@ -40,7 +40,7 @@ def sample_of(config: OpenELMConfig, windows: int = 5, window: int = 24) -> Samp
 def small_batches() -> Iterator[None]:
     """Several batches, the last one smaller, and Hessians of several blocks, the last one smaller."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BATCH_TOKENS", 48)
+        patch.setattr(forward_module, "BATCH_TOKENS", 48)
         patch.setattr(second_moments, "BLOCK", 80)
         yield
 
@@ -113,8 +113,8 @@ def test_layer_by_layer_equals_the_whole_model(tiny: Checkpoint) -> None:
         if node.outputs[0] in read:
             seen[node.outputs[0]] = out.double().flatten(0, 1)
 
-    caches = Caches(graph, batch=3, context=32)
-    interpret(graph, lambda spec: tiny.tensor(spec.name).float(), torch.from_numpy(sample.ids), 0, caches, observe=observe)
+    caches = KVCaches(graph, batch=3, context=32)
+    forward(graph, lambda spec: tiny.tensor(spec.name).float(), torch.from_numpy(sample.ids), 0, caches, observe=observe)
     found = collect(tiny, sample)
     assert len(seen) == 4 * tiny.config.num_transformer_layers + 1
     for name, x in seen.items():

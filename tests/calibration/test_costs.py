@@ -9,7 +9,7 @@ import pytest
 
 from calibration import costs
 from calibration.costs import known_sensitivities
-from calibration.sensitivity import Probe, Sensitivity
+from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import Sample
 from elmexport.errors import ElmExportError
 from elmexport.progress import SilentProgress
@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measure(checkpoint: MemoryCheckpoint, schemes: tuple[str, ...] = ("int4-block32", "int8-block32"), seed: int = 0) -> list[Sensitivity]:
     sample = Sample(np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, (2, 32)), "random")
     kinds = tuple(scheme for name in schemes if isinstance(scheme := find_scheme(name), Integer))
-    return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), sample, Probe(checkpoint, sample), SilentProgress())
+    return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), sample, KLEvaluator(checkpoint, sample), SilentProgress())
 
 
 def test_measured_once(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from calibration.gptq import gptq, output_error
 from calibration.text import calibration_text
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
-from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Node
 from elmexport.models import trace
 from elmexport.quantization.codec import Quantized
@@ -68,8 +68,8 @@ class Trained:
 
     @torch.inference_mode()
     def _forward(self, ids: Tensor, weights: dict[str, Tensor], observe: Callable[[Node, Tensor], None] | None = None) -> np.ndarray:
-        caches = Caches(self.graph, batch=len(ids))
-        logits = interpret(self.graph, lambda spec: weights[spec.name], ids, 0, caches, observe=observe)
+        caches = KVCaches(self.graph, batch=len(ids))
+        logits = forward(self.graph, lambda spec: weights[spec.name], ids, 0, caches, observe=observe)
         return logits.reshape(-1, logits.shape[-1]).numpy()
 
 

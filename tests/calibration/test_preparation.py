@@ -11,11 +11,14 @@ import torch
 from calibration import calibrated
 from calibration.calibrate import make_sample
 from calibration.collect import collect
-from calibration.preparation import Prepared, WeightOptions, prepare
+from calibration.method import Prepared
+from calibration.options import WeightOptions
+from calibration.preparation import prepare
 from calibration.statistics import Statistics
 from calibration.text import Sample
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.self_check import reference_pass
+from elmexport.importance import read_importance, write_importance
 from elmexport.models import trace
 from elmexport.progress import SilentProgress
 from elmexport.quantization.integer_codec import IntegerTensor
@@ -24,7 +27,6 @@ from elmexport.quantization.recipes import Recipe, Rule
 from elmexport.quantization.schemes import Float, find_scheme
 from elmexport.target import find_target
 from elmexport.weights import Role
-from targets.gguf.statistics import write_imatrix
 from tests.memory_checkpoint import MemoryCheckpoint
 
 RECIPE = Recipe("int4", "", Float("fp32"), Float("fp32"), Float("fp16"), Float("fp32"), 1.0, (Rule(find_scheme("int4-block32")),))
@@ -45,7 +47,9 @@ def statistics(small_checkpoint: MemoryCheckpoint) -> Statistics:
 
 
 def prepared(checkpoint: MemoryCheckpoint, **options: Any) -> Prepared:
-    return prepare(checkpoint, find_target("onnx"), RECIPE, WeightOptions(**options), SilentProgress())
+    chosen = WeightOptions(**options)
+    importance = None if chosen.importance_matrix is None else read_importance(chosen.importance_matrix, checkpoint)
+    return prepare(checkpoint, find_target("onnx"), RECIPE, chosen, SilentProgress(), importance=importance)
 
 
 def codes(found: Prepared, name: str = DOWN) -> torch.Tensor:
@@ -71,7 +75,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_options_that_do_not_fit_are_refused(case: str) -> None:
     options, message = BAD[case]
     with pytest.raises(ElmExportError, match=message.replace("(", r"\(")):
-        WeightOptions(**options).check()
+        WeightOptions(**options)
 
 
 def test_mse_and_rtn_read_nothing(small_checkpoint: MemoryCheckpoint) -> None:
@@ -104,13 +108,20 @@ def test_the_pass_of_every_export_weights_the_squares(small_checkpoint: MemoryCh
     reference = reference_pass(small_checkpoint, trace(small_checkpoint.config), None, SilentProgress())
     measured = collect(small_checkpoint, Sample(reference.ids[None], "the same"))
     spec = small_checkpoint.specs[DOWN]
-    own, expected = reference.moments(spec), measured.moments(spec)
+    own, expected = reference.statistics.moments(spec), measured.moments(spec)
     assert own is not None and expected is not None
     torch.testing.assert_close(own.mean_square, expected.mean_square, rtol=1e-4, atol=1e-6)
-    assert reference.moments(small_checkpoint.specs[NORM]) is None
+    assert reference.statistics.moments(small_checkpoint.specs[NORM]) is None
 
     def weighted(recipe: Recipe = RECIPE, **options: Any) -> Prepared:
-        return prepare(small_checkpoint, find_target("onnx"), recipe, WeightOptions(**options), SilentProgress(), lambda: reference)
+        return prepare(
+            small_checkpoint,
+            find_target("onnx"),
+            recipe,
+            WeightOptions(**options),
+            SilentProgress(),
+            short_pass=lambda: reference.statistics,
+        )
 
     q = quantize(small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", own.mean_square)
     assert torch.equal(codes(weighted()), q.codes)
@@ -123,7 +134,7 @@ def test_the_pass_of_every_export_weights_the_squares(small_checkpoint: MemoryCh
 
 def test_an_importance_matrix_weights_the_squares(small_checkpoint: MemoryCheckpoint, statistics: Statistics, tmp_path: Path) -> None:
     path = tmp_path / "i.gguf"
-    write_imatrix(statistics, small_checkpoint.config, path)
+    write_importance(statistics, small_checkpoint.config, path)
     found = prepared(small_checkpoint, calibrate=path)
     expected = quantize(
         small_checkpoint.tensor(DOWN), find_scheme("int4-block32"), "mse", statistics.moments(small_checkpoint.specs[DOWN]).mean_square

@@ -130,7 +130,7 @@ def test_a_killed_process(tiny: Checkpoint, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "elmexport", "calibrate", "--tokens", "16384", "--hessian", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-    while process.poll() is None and not list(tmp_path.glob("*/stream-3.partial")):
+    while process.poll() is None and not list(tmp_path.glob("*/.stream-3.partial-*")):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     _, err = process.communicate()

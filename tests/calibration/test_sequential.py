@@ -10,7 +10,7 @@ import torch
 
 from calibration import sequential
 from calibration.calibrate import make_sample
-from calibration.sensitivity import Probe
+from calibration.sensitivity import KLEvaluator
 from calibration.sequential import RIDGE, quantize_in_order
 from calibration.text import Sample, bundled_text, sample_windows
 from elmexport.checkpoint.base import Checkpoint
@@ -57,9 +57,9 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
     found = {spec.name: q for spec, q in quantize_in_order(checkpoint, plan, Sample(ids, "random"), SilentProgress())}
     assert list(found) == [name for name, scheme in plan.schemes.items() if isinstance(scheme, CodedScheme)]
     assert all(quantized.scheme == plan.schemes[name] for name, quantized in found.items())
-    probe = Probe(checkpoint, Sample(ids, "random"))
+    evaluator = KLEvaluator(checkpoint, Sample(ids, "random"))
     alone = {name: quantize(checkpoint.tensor(name), plan.schemes[name]).dequantize() for name in found}  # type: ignore[call-overload]
-    assert probe.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.3 * probe.divergence(alone)
+    assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.3 * evaluator.divergence(alone)
 
 
 def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:
@@ -80,16 +80,16 @@ def test_gptq_below_mse_below_rtn_on_text_that_was_not_used(tiny: Checkpoint) ->
     """In divergence on the bundled prose, which neither `tiny` nor the calibration has read; the margins catch a method that degrades."""
     assert tiny.tokenizer_path is not None
     prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=1280, window=256)
-    probe = Probe(tiny, prose)
+    evaluator = KLEvaluator(tiny, prose)
     plan = resolve(find_target("gguf").recipe("int4"), tiny.config)
     schemes = {name: scheme for name, scheme in plan.schemes.items() if isinstance(scheme, CodedScheme)}
 
     def cost(method: str) -> float:
-        return probe.divergence({n: quantize(tiny.tensor(n), s, method).dequantize() for n, s in schemes.items()})  # type: ignore[call-overload]
+        return evaluator.divergence({n: quantize(tiny.tensor(n), s, method).dequantize() for n, s in schemes.items()})  # type: ignore[call-overload]
 
     sample = make_sample(tiny, tokens=4096)
     in_order = {spec.name: q.dequantize() for spec, q in quantize_in_order(tiny, plan, sample, SilentProgress())}
     assert not set(map(tuple, prose.ids[:, 1:].tolist())) & set(map(tuple, sample.ids[:, 1:].tolist()))
-    gptq, mse, rtn = probe.divergence(in_order), cost("mse"), cost("rtn")
+    gptq, mse, rtn = evaluator.divergence(in_order), cost("mse"), cost("rtn")
     assert gptq < 0.5 * min(mse, rtn)
     assert mse < 1.1 * rtn

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.artifact import Artifact, write_manifest
 from elmexport.errors import ElmExportError
 from elmexport.export import ExportResult
@@ -60,7 +60,7 @@ def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
 def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
     line = (
         "gguf --model 3B-Instruct --quant int8 --out here --context 512 --method gptq --calibrate text.txt --tokens 99 --bits-per-weight 4.5 "
-        "--weights-from a.safetensors --save-weights b.safetensors --random-weights 7 "
+        "--save-weights b.safetensors --random-weights 7 "
         "--tokenizer meta/llama --revision v1 --force --no-verify"
     )
     assert run(*line.split()).code == 0
@@ -72,7 +72,7 @@ def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
             "quant": "int8",
             "out": Path("here"),
             "context": 512,
-            "weights": WeightOptions("gptq", Path("text.txt"), 99, Path("a.safetensors"), Path("b.safetensors"), 4.5),
+            "weights": WeightOptions("gptq", Path("text.txt"), 99, None, Path("b.safetensors"), 4.5),
             "verify": False,
             "force": True,
             "random_weights": 7,
@@ -80,6 +80,13 @@ def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
             "revision": "v1",
         }
     ]
+
+
+def test_options_that_exclude_those(run: Run, calls: list[dict[str, Any]]) -> None:
+    assert run("onnx", "--weights-from", "a.safetensors").code == run("onnx", "--max-drop", "2").code == 0
+    assert [call["weights"] for call in calls] == [WeightOptions(weights_from=Path("a.safetensors")), WeightOptions(max_drop=2)]
+    outcome = run("onnx", "--weights-from", "a.safetensors", "--method", "gptq")
+    assert outcome.code == 2 and "--weights-from brings the codes" in outcome.err and len(calls) == 2
 
 
 @pytest.mark.usefixtures("calls")

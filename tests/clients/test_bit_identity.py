@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from calibration.preparation import Method, WeightOptions
+from calibration.options import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
@@ -113,7 +113,7 @@ def test_mlx_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrat
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_calibrated_weights_are_the_same_in_every_format(checkpoint: Checkpoint, read: Callable[..., Any], method: Method) -> None:
+def test_calibrated_weights_are_the_same_in_every_format(checkpoint: Checkpoint, read: Callable[..., Any], method: str) -> None:
     """Computed once, by the first export; with AWQ, the norms that its scales are folded into are the same too."""
     options = WeightOptions(method=method, tokens=2048)
     expected, manifest = read("onnx", "int4", weights=options)
@@ -130,7 +130,7 @@ def test_calibrated_weights_are_the_same_in_every_format(checkpoint: Checkpoint,
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
-def test_formats_compute_the_same_function(checkpoint: Checkpoint, export_to: ExportTo, method: Method) -> None:
+def test_formats_compute_the_same_function(checkpoint: Checkpoint, export_to: ExportTo, method: str) -> None:
     """Norms included, which are stored in float in every format."""
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 64)
     options = WeightOptions(method=method, tokens=2048)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from elmexport.cache import cache_folder
 from elmexport.evaluation.store import AnswerStore
 from tests.conftest import ExportTo
 
@@ -39,13 +38,6 @@ def test_half_a_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> Non
         store.add_partial("loglikelihood", ("a", "d"), (-3.0, False))
     with AnswerStore(path) as store:
         assert store.get("loglikelihood", ("a", "d")) == [-3.0, False]
-
-
-def test_the_cache_folder_can_be_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("ELMEXPORT_CACHE")
-    assert cache_folder().name == "elmexport"
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.divergence import log_softmax
 from elmexport.evaluation.distributions import ReferencePass, window_logits
-from elmexport.evaluation.metrics import log_softmax
 from elmexport.evaluation.text import text_pass
 from elmexport.evaluation.windows import Windows, text_windows
 from elmexport.progress import SilentProgress

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from elmexport.graph.interpret import Caches, interpret
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.models import trace
 from elmexport.models.openelm.config import OpenELMConfig
@@ -47,11 +47,11 @@ class Forward:
     def __init__(self, checkpoint: MemoryCheckpoint, graph: Graph | None = None) -> None:
         self.graph = graph or trace(checkpoint.config)
         self.weights = {name: torch.from_numpy(array).double() for name, array in checkpoint.arrays.items()}
-        self.caches = Caches(self.graph, dtype=torch.float64)
+        self.caches = KVCaches(self.graph, dtype=torch.float64)
 
     def __call__(self, ids: Sequence[int] | NDArray[np.int64], position: int, **options: Any) -> NDArray[np.float64]:
         tokens = torch.tensor(np.asarray(ids))[None]
-        return interpret(self.graph, lambda spec: self.weights[spec.name], tokens, position, self.caches, **options)[0].numpy()
+        return forward(self.graph, lambda spec: self.weights[spec.name], tokens, position, self.caches, **options)[0].numpy()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -61,15 +61,15 @@ def test_model_and_trace_equal_numpy(small_config: OpenELMConfig, options: dict[
     ids = token_ids(24, small_config)
     expected = reference_logits(checkpoint.config, checkpoint.arrays, ids)
 
-    forward = Forward(checkpoint)
-    assert np.abs(forward(ids, 0) - expected).max() < TOLERANCE
+    passes = Forward(checkpoint)
+    assert np.abs(passes(ids, 0) - expected).max() < TOLERANCE
 
     model = OpenELM(checkpoint.config).double()
-    model.load_state_dict(forward.weights)
-    caches = Caches(forward.graph, dtype=torch.float64)
+    model.load_state_dict(passes.weights)
+    caches = KVCaches(passes.graph, dtype=torch.float64)
     logits, keys, values = model(torch.from_numpy(ids)[None], torch.tensor(0), caches.keys, caches.values)
     assert np.abs(logits[0].numpy() - expected).max() < TOLERANCE
-    for returned, interpreted in zip(keys + values, forward.caches.keys + forward.caches.values, strict=True):
+    for returned, interpreted in zip(keys + values, passes.caches.keys + passes.caches.values, strict=True):
         torch.testing.assert_close(returned, interpreted, atol=1e-12, rtol=0)
 
 
@@ -90,35 +90,35 @@ def test_any_split_of_the_sequence_gives_the_full_forward(
     small_checkpoint: MemoryCheckpoint, graph: Graph, expected: NDArray[np.float64], splits: list[int]
 ) -> None:
     ids = token_ids(128, small_checkpoint.config)
-    forward = Forward(small_checkpoint, graph)
+    passes = Forward(small_checkpoint, graph)
     edges = [0, *splits, 128]
-    parts = [forward(ids[start:end], start) for start, end in itertools.pairwise(edges)]
+    parts = [passes(ids[start:end], start) for start, end in itertools.pairwise(edges)]
     assert np.abs(np.concatenate(parts) - expected).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("prefill", [1, 64, 120])
 def test_prefill_then_token_by_token(small_checkpoint: MemoryCheckpoint, graph: Graph, expected: NDArray[np.float64], prefill: int) -> None:
     ids = token_ids(128, small_checkpoint.config)
-    forward = Forward(small_checkpoint, graph)
-    parts = [forward(ids[:prefill], 0), *(forward(ids[i : i + 1], i) for i in range(prefill, min(128, prefill + 10)))]
+    passes = Forward(small_checkpoint, graph)
+    parts = [passes(ids[:prefill], 0), *(passes(ids[i : i + 1], i) for i in range(prefill, min(128, prefill + 10)))]
     found = np.concatenate(parts)
     assert np.abs(found - expected[: len(found)]).max() < TOLERANCE
 
 
 def test_going_back_overwrites_the_cache(small_checkpoint: MemoryCheckpoint, graph: Graph, expected: NDArray[np.float64]) -> None:
     ids = token_ids(128, small_checkpoint.config)
-    forward = Forward(small_checkpoint, graph)
-    forward(ids[:40], 0)
-    forward(ids[::-1][:60].copy(), 40)  # another continuation, to be forgotten
-    assert np.abs(forward(ids[40:80], 40) - expected[40:80]).max() < TOLERANCE
+    passes = Forward(small_checkpoint, graph)
+    passes(ids[:40], 0)
+    passes(ids[::-1][:60].copy(), 40)  # another continuation, to be forgotten
+    assert np.abs(passes(ids[40:80], 40) - expected[40:80]).max() < TOLERANCE
 
 
 def test_sequences_of_a_batch_do_not_mix(small_checkpoint: MemoryCheckpoint, graph: Graph) -> None:
     config = small_checkpoint.config
     ids = np.stack([token_ids(12, config, seed) for seed in range(3)])
-    forward = Forward(small_checkpoint, graph)
-    caches = Caches(graph, batch=3, dtype=torch.float64)
-    found = interpret(graph, lambda spec: forward.weights[spec.name], torch.from_numpy(ids), 0, caches).numpy()
+    passes = Forward(small_checkpoint, graph)
+    caches = KVCaches(graph, batch=3, dtype=torch.float64)
+    found = forward(graph, lambda spec: passes.weights[spec.name], torch.from_numpy(ids), 0, caches).numpy()
     for sequence, logits in zip(ids, found, strict=True):
         assert np.abs(logits - reference_logits(config, small_checkpoint.arrays, sequence)).max() < TOLERANCE
 
@@ -132,19 +132,19 @@ def test_head_of_the_last_tokens_only(small_checkpoint: MemoryCheckpoint, graph:
 
 
 def test_observer_sees_every_node_and_weights_are_asked_for_in_order(small_checkpoint: MemoryCheckpoint, graph: Graph) -> None:
-    forward = Forward(small_checkpoint, graph)
+    passes = Forward(small_checkpoint, graph)
     seen: list[Node] = []
     asked: list[str] = []
 
     def weight(spec: Any) -> torch.Tensor:
         asked.append(spec.name)
-        return forward.weights[spec.name]
+        return passes.weights[spec.name]
 
     def observe(node: Node, out: torch.Tensor) -> None:
         seen.append(node)
         assert out.shape[:2] == (1, 3)
 
-    interpret(graph, weight, torch.tensor([[5, 6, 7]]), 0, forward.caches, observe=observe)
+    forward(graph, weight, torch.tensor([[5, 6, 7]]), 0, passes.caches, observe=observe)
     assert seen == list(graph.nodes)
     names = [spec.name for spec in small_checkpoint.config.weights()]
     assert asked == [*names, names[0]]  # the tied table comes again as the head

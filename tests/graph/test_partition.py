@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from elmexport.graph.interpret import Caches, run_nodes
+from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import IDS, Graph
 from elmexport.graph.partition import partition
 from elmexport.graph.rescale import rescale
@@ -35,14 +35,11 @@ def test_parts_in_a_row_are_the_model(small_config: OpenELMConfig, options: dict
     ids = token_ids(12, checkpoint.config)
     whole = Forward(checkpoint, graph)
     for starts in ((0, 1), (0, 2, 3), (0, 1, 2, 3, 4)):
-        caches = Caches(graph, dtype=torch.float64)
+        caches = KVCaches(graph, dtype=torch.float64)
         for first, last in ((0, 9), (9, 12)):
             x = torch.from_numpy(ids[None, first:last])
             for part in partition(graph, starts):
-                stores = {layer: (caches.keys[layer], caches.values[layer]) for layer in part.kv_heads}
-                x = run_nodes(
-                    part.nodes, {part.source: x}, lambda spec: whole.weights[spec.name], stores.__getitem__, first, result=part.result
-                )
+                x = forward(part, lambda spec: whole.weights[spec.name], x, first, caches)
             assert np.array_equal(x[0].numpy(), whole(ids[first:last], first)), starts
 
 

@@ -29,7 +29,7 @@ from elmexport.evaluation.results import Report
 
 @dataclass(frozen=True)
 class Contents:
-    """What one report says, or a comparison of several. Tables are None, and texts empty, where nothing was measured.
+    """Contents of one report, or of a comparison of several. Tables are None, and texts empty, where nothing was measured.
 
     Args:
         verdict: the gates in one sentence; None where none was set.
@@ -166,7 +166,7 @@ def _gate_table(reports: Sequence[Report]) -> Table | None:
 
 
 def _text_table(report: Report) -> Table | None:
-    """What the pass over a text found; None where there was none."""
+    """Findings of the text pass; None where there was none."""
     found = [] if report.kl is None else kl_figures(report.kl)
     found += [] if report.perplexity is None else [("perplexity", perplexity_words(report.perplexity))]
     rows = tuple((Cell(name), Cell(value)) for name, value in found)

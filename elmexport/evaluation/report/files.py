@@ -9,7 +9,8 @@ from pathlib import Path
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.report.html import html
 from elmexport.evaluation.report.markdown import markdown
-from elmexport.evaluation.results import SCHEMA, Report, read_report, write_whole
+from elmexport.evaluation.results import SCHEMA, Report, read_report
+from elmexport.files import write_text
 
 
 def to_json(reports: Sequence[Report]) -> str:
@@ -63,4 +64,4 @@ def write_reports(reports: Sequence[Report], path: Path) -> None:
         ElmExportError: see `check_output`; or the place cannot be written.
     """
     check_output(path)
-    write_whole(_FORMS[path.suffix.lower()](reports), path)
+    write_text(path, _FORMS[path.suffix.lower()](reports))

@@ -92,7 +92,7 @@ class _Placed:
 
     @property
     def value(self) -> str:
-        """What the page's script sorts by; empty where that is the text."""
+        """Sort key for the page's script; empty where that is the text."""
         return "" if self.cell.value is None else f"{self.cell.value:.10g}"
 
 

@@ -1,4 +1,4 @@
-"""How a report's figures were measured, in sentences."""
+"""Method section of a report: sentences on how its figures were measured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elmexport.evaluation.results import Report
 
 
 def how_measured(reports: Sequence[Report]) -> tuple[str, ...]:
-    """What a reader must know to read the figures, sentences: metrics, pairing, intervals, reference, how many items."""
+    """Sentences on the method: metrics, pairing, intervals, reference, how many items."""
     compared = [task.comparison for report in reports for task in report.tasks.values() if task.comparison]
     intervals = [comparison for comparison in compared if comparison.drop_ci is not None]
     sentences = []
@@ -43,7 +43,7 @@ def how_measured(reports: Sequence[Report]) -> tuple[str, ...]:
 
 
 def notes(reports: Sequence[Report]) -> tuple[str, ...]:
-    """What was unusual about the evaluation, each note once, without full stops."""
+    """Remarkable facts about the evaluation, each note once, without full stops."""
     return tuple(dict.fromkeys(note for report in reports for note in report.settings.get("notes", ())))
 
 

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 
 class Kind(Enum):
-    """What a column holds, from which each form decides how to set it."""
+    """Kind of a column's content, from which each form decides how to set it."""
 
     LABEL = auto()  # a few words, aligned to the left
     NUMBER = auto()  # a number, aligned to the right

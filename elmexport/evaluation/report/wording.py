@@ -100,7 +100,7 @@ def metric_words(task: TaskResult) -> str:
 
 
 def reading(task: TaskResult) -> Reading:
-    """Interpret a task's comparison: whether its items tell the artifact from the reference, and how large a drop they could not have seen."""
+    """Interpret a task's comparison: whether its items tell artifact from reference, and how large a drop they could not have seen."""
     compared = task.comparison
     if compared is None:
         return Reading(Finding.UNKNOWN, "no reference")

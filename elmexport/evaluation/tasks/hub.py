@@ -20,7 +20,7 @@ _LOCAL = "or give local rows with --data FOLDER; the task cloze needs no downloa
 
 @contextlib.contextmanager
 def hub(dataset: str) -> Iterator[None]:
-    """Around a call of `datasets.load_dataset(dataset)`: what goes wrong in it becomes an error that says what to do.
+    """Turn failures of a call of `datasets.load_dataset(dataset)` into errors that say what to do.
 
     The libraries try six times, for half a minute, to reach a hub that is not there; so one request is made first, and where it is not
     answered they are told to use their cache alone.
@@ -54,7 +54,7 @@ def hub(dataset: str) -> Iterator[None]:
 
 @cache
 def _unreachable(dataset: str) -> str | None:
-    """Why the hub does not answer, None where it does, whatever it says."""
+    """Reason why the hub does not answer, None where it does, whatever it says."""
     try:
         HfApi().dataset_info(dataset, timeout=ANSWER_SECONDS, expand=["sha"])
     except errors.HfHubHTTPError as error:

@@ -14,7 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.data import EVALUATION_FALLBACK, FEWSHOT_FALLBACK, UNNAMED, LocalData, read_lines
-from elmexport.evaluation.layouts import LAYOUTS, Layout, Line
+from elmexport.evaluation.layouts import LAYOUTS, DataRow, Layout
 from elmexport.evaluation.tasks.hub import hub
 
 BUNDLED = "elmexport/"  # dataset_path of tasks whose rows lie beside their definition
@@ -23,7 +23,7 @@ BUNDLED = "elmexport/"  # dataset_path of tasks whose rows lie beside their defi
 class RowTask(ConfigurableTask):  # type: ignore[misc]
     """lm-eval's task with the rows in `splits` in place of a download; `places` says where each evaluated row stands, where known."""
 
-    def __init__(self, config: dict[str, Any], splits: Mapping[str, Sequence[Line]] | None) -> None:
+    def __init__(self, config: dict[str, Any], splits: Mapping[str, Sequence[DataRow]] | None) -> None:
         self._splits = splits
         super().__init__(config=config)
 
@@ -35,7 +35,7 @@ class RowTask(ConfigurableTask):  # type: ignore[misc]
             self.dataset = datasets.DatasetDict({name: _dataset(lines) for name, lines in self._splits.items()})
 
     def place(self, doc_id: int) -> str:
-        """Where the row of a document stands, for errors."""
+        """Place of a document's row in its file, for errors."""
         lines = (self._splits or {}).get(self.config.test_split or self.config.validation_split, ())
         if len(lines) == len(self.task_docs):  # else the task itself left some out
             return lines[doc_id].place
@@ -53,7 +53,7 @@ def build_task(
     """
     notes: list[str] = []
     if config["dataset_path"].startswith(BUNDLED):
-        splits: dict[str, Sequence[Line]] | None = {"test": _bundled(config["dataset_path"])}
+        splits: dict[str, Sequence[DataRow]] | None = {"test": _bundled(config["dataset_path"])}
     elif data is None:
         splits = None
     else:
@@ -73,7 +73,7 @@ def build_task(
             ) from error
 
 
-def _choose_splits(config: dict[str, Any], name: str, data: LocalData, fewshot: int, notes: list[str]) -> dict[str, Sequence[Line]]:
+def _choose_splits(config: dict[str, Any], name: str, data: LocalData, fewshot: int, notes: list[str]) -> dict[str, Sequence[DataRow]]:
     """Pick files for the evaluated rows and the few-shot examples, and set the definition's splits where lm-eval's own are not there."""
     layout = LAYOUTS.get(name) or Layout((config["task"],), {})
     found = data.splits(layout)
@@ -84,7 +84,7 @@ def _choose_splits(config: dict[str, Any], name: str, data: LocalData, fewshot: 
     own = next(split for split in (wanted, UNNAMED, *EVALUATION_FALLBACK) if split in found)
     if own not in (wanted, UNNAMED):
         notes.append(f"evaluated on {found[own].name}: lm-eval's own split, {wanted}, is not in {data.folder}")
-    splits: dict[str, Sequence[Line]] = {wanted: _rows(config, name, data, found[own], layout)}
+    splits: dict[str, Sequence[DataRow]] = {wanted: _rows(config, name, data, found[own], layout)}
     shots = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split") or wanted
     if fewshot and shots != wanted:
         source = next(split for split in (shots, *FEWSHOT_FALLBACK, own) if split in found)
@@ -107,18 +107,18 @@ def evaluated_split(config: Mapping[str, Any]) -> str:
     return str(config.get("test_split") or config.get("validation_split") or "test")
 
 
-def _rows(config: Mapping[str, Any], name: str, data: LocalData, path: Path, layout: Layout) -> list[Line]:
+def _rows(config: Mapping[str, Any], name: str, data: LocalData, path: Path, layout: Layout) -> list[DataRow]:
     lines = data.lines(path, layout)
     if name != config["task"] and "subject" in layout.columns:  # one file for all of a group's data sets
         return [line for line in lines if line.row["subject"] == config["dataset_name"]]
     return lines
 
 
-def _bundled(dataset_path: str) -> list[Line]:
+def _bundled(dataset_path: str) -> list[DataRow]:
     return read_lines(Path(str(files(__package__) / f"{dataset_path.removeprefix(BUNDLED)}.jsonl")))
 
 
-def _dataset(lines: Sequence[Line]) -> datasets.Dataset:
+def _dataset(lines: Sequence[DataRow]) -> datasets.Dataset:
     """
     Raises:
         ElmExportError: a column whose values differ in kind from row to row.
@@ -139,7 +139,7 @@ def _dataset(lines: Sequence[Line]) -> datasets.Dataset:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """lm-eval and datasets speak about every step, on the root of their loggers and with progress bars."""
+    """Silence lm-eval and datasets, which speak about every step, on the root of their loggers and with progress bars."""
     logger = logging.getLogger("lm_eval")
     level, shown = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

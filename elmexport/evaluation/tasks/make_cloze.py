@@ -1,4 +1,4 @@
-"""Makes `cloze.jsonl`, the bundled task, from public-domain prose: `python -m elmexport.evaluation.tasks.make_cloze TEXT cloze.jsonl`.
+"""Maker of the bundled task `cloze.jsonl` from a text: `python -m elmexport.evaluation.tasks.make_cloze TEXT cloze.jsonl`.
 
 TEXT is plain prose whose paragraphs are divided by blank lines. An item is the first half of a paragraph and four ways to go on: the
 paragraph's own words, and words at the same place of three other paragraphs of about the same length. The seed is fixed: same text, same items.
@@ -24,7 +24,7 @@ def paragraphs(text: str) -> list[list[str]]:
 
 
 def make_items(text: str) -> list[dict[str, object]]:
-    """`ITEMS` items, spread evenly over the text."""
+    """Make `ITEMS` items, spread evenly over the text."""
     blocks = paragraphs(text)
     rng = random.Random(SEED)
     step = len(blocks) / ITEMS

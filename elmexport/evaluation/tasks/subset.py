@@ -1,4 +1,4 @@
-"""`--limit N`: which documents of a task, the same for every artifact."""
+"""Subset of a task's documents for `--limit N`, the same for every artifact."""
 
 from __future__ import annotations
 

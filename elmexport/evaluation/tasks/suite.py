@@ -1,4 +1,4 @@
-"""From names to lm-eval tasks: where each is defined, and which rows it gets.
+"""lm-eval tasks by name: their definitions, and the rows that they get.
 
 lm-eval's definitions (prompts, choices, metrics, aggregation) are used as they are. Only the source of the rows may differ: a local folder, or
 for `cloze` the file beside its definition.
@@ -52,7 +52,7 @@ METRICS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Suite:
-    """What one name stands for: one lm-eval task, or a group of several whose items are pooled."""
+    """lm-eval task of one name, or a group of several whose items are pooled."""
 
     name: str
     tasks: Sequence[Any]  # lm_eval.api.task.ConfigurableTask

@@ -23,6 +23,8 @@ class Weight(nn.Module):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary embedding: `x` `[batch, tokens, model_dim]`, caches of keys and values."""
+
     def __init__(self, config: OpenELMConfig, layer: LayerDims) -> None:
         super().__init__()
         self.layer, self.rope_theta = layer, float(config.rope_freq_constant)
@@ -48,6 +50,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Feed-forward network, gated (SwiGLU) or not (SiLU): `x` `[batch, tokens, model_dim]`."""
+
     def __init__(self, config: OpenELMConfig, layer: LayerDims) -> None:
         super().__init__()
         self.gated = config.ffn_with_glu
@@ -60,6 +64,8 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Decoder layer: attention and feed-forward network, each behind its norm, added to the residual stream."""
+
     def __init__(self, config: OpenELMConfig, layer: LayerDims) -> None:
         super().__init__()
         self.attn = Attention(config, layer)

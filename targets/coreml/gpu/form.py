@@ -22,7 +22,7 @@ from targets.coreml.interface import PREFILL_TOKENS
 
 @dataclass(frozen=True)
 class GpuForm(Form):
-    """One function for any number of tokens, in one package, as swift-transformers runs it."""
+    """Form for GPUs: one function for any number of tokens, in one package, as swift-transformers runs it."""
 
     default_max_package_mb: ClassVar[float] = 2000.0  # what Macs load
 

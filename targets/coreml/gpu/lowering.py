@@ -1,4 +1,7 @@
-"""Lowering of the op vocabulary to MIL in the form for GPUs: one function, activations `[1, tokens, channels]` fp16, any number of tokens."""
+"""Lowering of the op vocabulary to MIL in the form for GPUs: one function for any number of tokens.
+
+Activations are fp16 `[1, tokens, channels]`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from targets.coreml.gpu.attention import FusedAttention
 from targets.coreml.gpu.interface import input_ranges
 from targets.coreml.interface import cache_shape
 from targets.coreml.norm import rms_norm
-from targets.coreml.packing import Part, Var, WeightFile, identifier
+from targets.coreml.packing import MatrixRows, Var, WeightFile, identifier
 
 
 def lower(graph: Graph, file: WeightFile) -> Function:
@@ -51,7 +54,7 @@ class GpuLowering:
     def input(self, node: Node, argument: str = "x") -> Var:
         return self.values[node.inputs[argument]]
 
-    def constant(self, part: Part) -> Var:
+    def constant(self, part: MatrixRows) -> Var:
         """The weight `part` as a constant, the same one when asked again: a tied head and the embedding share it."""
         if part.name not in self._constants:
             self._constants[part.name] = self.file.part(part)

@@ -22,7 +22,7 @@ from targets.coreml.interface import MAX_DIM, PREFILL_MULTIPLE, PREFILL_TOKENS
 
 @dataclass(frozen=True)
 class NeuralEngineForm(Form):
-    """Two functions of fixed shape, prefill and decode, with no dimension above the Neural Engine's largest."""
+    """Form for the Neural Engine: two functions of fixed shape, prefill and decode, with no dimension above the Neural Engine's largest."""
 
     default_max_package_mb: ClassVar[float] = 1000.0  # what iPhones load
 

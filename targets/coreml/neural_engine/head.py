@@ -21,7 +21,10 @@ def logits(parts: Sequence[Var]) -> tuple[Var, ...]:
 
 
 def most_likely(parts: Sequence[Var]) -> tuple[Var, Var]:
-    """Most likely token: `token` int32 and `value` fp16, both `[1, tokens]`: the largest of the head's outputs, and the first of those where several are."""
+    """Most likely token: `token` int32 and `value` fp16, both `[1, tokens]`.
+
+    The value is the largest of the head's outputs, the token the first of those where several are.
+    """
     first = _rows(parts[0])
     only = len(parts) == 1
     token = mb.reduce_argmax(x=first, axis=2, keep_dims=False, **_named(TOKEN, only))

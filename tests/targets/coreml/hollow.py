@@ -85,5 +85,5 @@ def hollow_package(folder: Path, config: OpenELMConfig, quant: str, monkeypatch:
     graph = trace(config, config.max_context_length)
     weights = HollowWeights(resolve(target.recipe(quant), config))
     folder.mkdir()
-    target.write(ExportJob("model", graph, weights, None, lambda _: None), folder)
+    target.write(ExportJob("model", config, graph, weights, None, lambda _: None), folder)
     return folder

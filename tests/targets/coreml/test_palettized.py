@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calibration.calibrate import make_sample
 from calibration.collect import collect
-from calibration.preparation import Calibrate, WeightOptions
+from calibration.options import Calibrate, WeightOptions
 from calibration.statistics import mean_square_of
 from calibration.weight_set import WeightSet
 from elmexport.checkpoint.base import Checkpoint
@@ -66,7 +66,7 @@ def dequantized(checkpoint: MemoryCheckpoint, schemes: Mapping[str, str], *, cal
     mean_square: Callable[[WeightSpec], torch.Tensor | None] | None = None
     if calibrate == "auto":
         graph, tokenizer = trace(checkpoint.config, checkpoint.config.max_context_length), load_tokenizer(checkpoint.tokenizer_path)
-        mean_square = mean_square_of(reference_pass(checkpoint, graph, tokenizer, SilentProgress()).moments)
+        mean_square = mean_square_of(reference_pass(checkpoint, graph, tokenizer, SilentProgress()).statistics.moments)
     weights: Weights = {}
     for spec in checkpoint.config.weights():
         if not spec.role.is_norm:

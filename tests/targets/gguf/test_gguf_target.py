@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
 from numpy.typing import NDArray
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from calibration.weight_set import WeightSet
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig

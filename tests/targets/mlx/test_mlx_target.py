@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.artifact import Artifact
 from elmexport.errors import ElmExportError
 from elmexport.export import export_checkpoint

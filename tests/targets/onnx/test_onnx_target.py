@@ -19,7 +19,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.runtimes import open_artifact
 from targets.onnx import OnnxTarget

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig

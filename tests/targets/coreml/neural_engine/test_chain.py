@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from calibration.preparation import WeightOptions
+from calibration.options import WeightOptions
 from elmexport.artifact import Artifact, file_sha256
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.cli.main import app

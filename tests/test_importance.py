@@ -17,8 +17,8 @@ from calibration.text import Sample, calibration_text
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.importance import read_importance, write_importance
 from targets.gguf.imatrix import read_imatrix
-from targets.gguf.statistics import statistics_from_imatrix, write_imatrix
 from tests.calibration.test_collect import sample_of
 from tests.clients.llama_cpp_tools import LlamaCppTools
 from tests.conftest import ExportTo
@@ -34,7 +34,7 @@ def small_statistics(small_checkpoint: MemoryCheckpoint) -> Statistics:
 
 def test_the_file(small_checkpoint: MemoryCheckpoint, small_statistics: Statistics, tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
-    write_imatrix(small_statistics, small_checkpoint.config, path)
+    write_importance(small_statistics, small_checkpoint.config, path)
     reader = GGUFReader(path)
     facts = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert facts == {
@@ -60,8 +60,8 @@ def test_the_file(small_checkpoint: MemoryCheckpoint, small_statistics: Statisti
 
 
 def test_round_trip(small_checkpoint: MemoryCheckpoint, small_statistics: Statistics, tmp_path: Path) -> None:
-    write_imatrix(small_statistics, small_checkpoint.config, tmp_path / "a.gguf", datasets=["one.txt", "two.txt"])
-    found = statistics_from_imatrix(tmp_path / "a.gguf", small_checkpoint)
+    write_importance(small_statistics, small_checkpoint.config, tmp_path / "a.gguf", datasets=["one.txt", "two.txt"])
+    found = read_importance(tmp_path / "a.gguf", small_checkpoint)
     assert (found.facts.text, found.facts.tokens, found.facts.window, found.facts.hessian) == ("one.txt, two.txt", 120, 24, False)
     assert found.residual_peak is None and found.token_counts is None
     assert found.facts.inputs == small_statistics.facts.inputs
@@ -74,22 +74,22 @@ def test_round_trip(small_checkpoint: MemoryCheckpoint, small_statistics: Statis
 
 
 def test_another_models_matrix(small_checkpoint: MemoryCheckpoint, small_statistics: Statistics, tiny: Checkpoint, tmp_path: Path) -> None:
-    write_imatrix(small_statistics, small_checkpoint.config, tmp_path / "a.gguf")
+    write_importance(small_statistics, small_checkpoint.config, tmp_path / "a.gguf")
     with pytest.raises(ElmExportError, match="use one that was made for this model"):
-        statistics_from_imatrix(tmp_path / "a.gguf", tiny)
+        read_importance(tmp_path / "a.gguf", tiny)
 
 
 def test_what_llama_cpp_cannot_hold(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
     untied = random_checkpoint(replace(small_checkpoint.config, share_input_output_layers=False))
     statistics = collect(untied, sample_of(untied.config, windows=1))
     with pytest.raises(ElmExportError, match=r"llama\.cpp's openelm architecture cannot express this model"):
-        write_imatrix(statistics, untied.config, tmp_path / "a.gguf")
+        write_importance(statistics, untied.config, tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written(small_checkpoint: MemoryCheckpoint, small_statistics: Statistics, tmp_path: Path) -> None:
     with pytest.raises(ElmExportError, match=f"cannot write {tmp_path}: Is a directory"):
-        write_imatrix(small_statistics, small_checkpoint.config, tmp_path)
+        write_importance(small_statistics, small_checkpoint.config, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def same_chunks(tiny: Checkpoint) -> Sample:
 
 @pytest.mark.slow
 def test_close_to_llama_imatrix(tiny: Checkpoint, llama_imatrix: Path, same_chunks: Sample, tmp_path: Path) -> None:
-    write_imatrix(collect(tiny, same_chunks), tiny.config, tmp_path / "ours.gguf")
+    write_importance(collect(tiny, same_chunks), tiny.config, tmp_path / "ours.gguf")
     theirs, ours = read_imatrix(llama_imatrix), read_imatrix(tmp_path / "ours.gguf")
     assert set(ours.entries) - set(theirs.entries) == {"token_embd.weight"}
     assert (ours.chunks, ours.chunk_size) == (theirs.chunks, theirs.chunk_size) == (16, CHUNK)
@@ -130,7 +130,7 @@ def test_close_to_llama_imatrix(tiny: Checkpoint, llama_imatrix: Path, same_chun
 
 @pytest.mark.slow
 def test_reads_what_llama_imatrix_wrote(tiny: Checkpoint, llama_imatrix: Path, same_chunks: Sample) -> None:
-    found, expected = statistics_from_imatrix(llama_imatrix, tiny), collect(tiny, same_chunks)
+    found, expected = read_importance(llama_imatrix, tiny), collect(tiny, same_chunks)
     assert found.facts.tokens == expected.facts.tokens == 16 * CHUNK
     assert found.facts.text.endswith("calibration.txt")
     assert found.moments(tiny.specs["transformer.token_embeddings.weight"]) is None  # which it leaves out
@@ -145,7 +145,7 @@ def test_llama_quantize_takes_it(
     tiny: Checkpoint, float_model: Path, same_chunks: Sample, llama_cpp_tools: LlamaCppTools, tmp_path: Path
 ) -> None:
     """Every matrix finds its entry, the embedding too, and is quantized otherwise than without."""
-    write_imatrix(collect(tiny, same_chunks), tiny.config, tmp_path / "ours.gguf")
+    write_importance(collect(tiny, same_chunks), tiny.config, tmp_path / "ours.gguf")
     tools = llama_cpp_tools
     tools.run("llama-quantize", "--pure", float_model, tmp_path / "without.gguf", "Q4_0")
     said = tools.run("llama-quantize", "--pure", "--imatrix", tmp_path / "ours.gguf", float_model, tmp_path / "with.gguf", "Q4_0")

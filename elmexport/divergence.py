@@ -1,8 +1,7 @@
-"""How far next-token distributions are apart and how well they predict, per token, in float64."""
+"""KL divergence and negative log-likelihood of next-token logits, per token, in float64."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,19 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.cores import available_cores
+
 Logits = NDArray[np.floating]
 
 ROWS = 8  # tokens worked on at once: 8 × 32,000 float64 values stay in the cache, which makes it several times faster
 
 
 def log_softmax(logits: Logits) -> NDArray[np.float64]:
-    """Log-probabilities `[tokens, vocab]` of `logits`, float64."""
+    """Compute log-probabilities `[tokens, vocab]` of `logits`, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def token_nll(logits: Logits, targets: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Negative log-likelihood in nats of `targets` `[tokens]` under `logits` `[tokens, vocab]`."""
+    """Compute the negative log-likelihood in nats of `targets` `[tokens]` under `logits` `[tokens, vocab]`."""
 
     def some(rows: slice) -> NDArray[np.float64]:
         return -np.take_along_axis(log_softmax(logits[rows]), targets[rows, None], axis=-1)[:, 0]
@@ -31,7 +32,10 @@ def token_nll(logits: Logits, targets: NDArray[np.integer]) -> NDArray[np.float6
 
 
 def token_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64]:
-    """KL(reference || candidate) in nats, per token, of logits (or log-probabilities) `[tokens, vocab]`; infinite where `candidate` is not finite."""
+    """Compute KL(reference || candidate) in nats, per token, of logits or log-probabilities `[tokens, vocab]`.
+
+    Infinite where `candidate` is not finite.
+    """
 
     def some(rows: slice) -> NDArray[np.float64]:
         finite = np.asarray(np.isfinite(candidate[rows]).all(axis=-1, keepdims=True))
@@ -44,7 +48,7 @@ def token_divergence(reference: Logits, candidate: Logits) -> NDArray[np.float64
 
 def _by_rows(function: Callable[[slice], NDArray[np.float64]], count: int) -> NDArray[np.float64]:
     parts = [slice(start, start + ROWS) for start in range(0, count, ROWS)]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets go of the interpreter lock
+    with ThreadPoolExecutor(available_cores()) as threads:  # numpy lets go of the interpreter lock
         return np.concatenate(list(threads.map(function, parts)))
 
 

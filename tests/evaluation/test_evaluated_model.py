@@ -18,7 +18,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.entrant import artifact_entrant, find_reference
+from elmexport.evaluation.evaluated_model import evaluated_artifact, find_reference
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes.torch import TorchRuntime
 from tests.conftest import ExportTo, SmallArtifact
@@ -43,14 +43,14 @@ def saved(checkpoint: Checkpoint, folder: Path) -> None:
 @pytest.mark.parametrize(("target", "quant"), [("onnx", "int8"), ("coreml", "int8"), ("gguf", "q8_0")])
 def test_an_artifact_is_described_by_its_manifest_and_files(target: str, quant: str, small_artifact: SmallArtifact) -> None:
     path = small_artifact(target, quant)
-    entrant = artifact_entrant(path)
+    evaluated = evaluated_artifact(path)
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    subject = entrant.subject
+    subject = evaluated.subject
     assert (subject.label, subject.target, subject.quant) == (path.name, target, manifest["quant"]["name"])
     assert subject.bits_per_weight == manifest["bits_per_weight"] and subject.words == manifest["quant"]["words"]
     assert subject.bytes == sum(facts["bytes"] for facts in manifest["files"].values())
     assert subject.model.identity == manifest["model"]["identity"]
-    runtime = entrant.open_runtime()
+    runtime = evaluated.open_runtime()
     assert runtime.name == subject.engine
     runtime.close()
 
@@ -59,17 +59,17 @@ def test_identity_follows_the_files_not_the_place(small_artifact: SmallArtifact,
     path = small_artifact("onnx", "int8")
     moved = tmp_path / "elsewhere"
     shutil.copytree(path, moved)
-    assert artifact_entrant(moved).subject.identity == artifact_entrant(path).subject.identity
+    assert evaluated_artifact(moved).subject.identity == evaluated_artifact(path).subject.identity
     data = next(moved.glob("onnx/*data*"))
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    assert artifact_entrant(moved).subject.identity != artifact_entrant(path).subject.identity
+    assert evaluated_artifact(moved).subject.identity != evaluated_artifact(path).subject.identity
 
 
 def test_a_bare_file_is_described_with_its_data(small_artifact: SmallArtifact) -> None:
     (model,) = small_artifact("onnx", "int8").glob("onnx/*.onnx")
-    subject = artifact_entrant(model).subject
+    subject = evaluated_artifact(model).subject
     assert subject.label == model.name and subject.model.identity is None and subject.bits_per_weight is None
     assert subject.bytes == sum(file.stat().st_size for file in model.parent.iterdir())
 
@@ -131,7 +131,7 @@ def test_a_manifest_of_another_model_is_noticed(tiny: Checkpoint, export_to: Exp
     with pytest.raises(ElmExportError, match=r"manifest\.json: model lacks source; export it again"):
         find_reference(edited(path, tmp_path / "b", lambda manifest: manifest["model"].pop("source")))
     with pytest.raises(ElmExportError, match="lacks bits_per_weight"):
-        artifact_entrant(edited(path, tmp_path / "c", lambda manifest: manifest.pop("bits_per_weight")))
+        evaluated_artifact(edited(path, tmp_path / "c", lambda manifest: manifest.pop("bits_per_weight")))
 
 
 def test_weights_beyond_fp16_are_named(small_checkpoint: MemoryCheckpoint) -> None:

@@ -1,6 +1,6 @@
-"""How many threads engines use: as many as they think best, or as the environment variable `ELMEXPORT_THREADS` says.
+"""Cores that this process may use, and threads that were asked for by the environment variable `ELMEXPORT_THREADS`.
 
-It holds for onnxruntime and llama.cpp; torch, which runs checkpoints and Core ML packages, has `OMP_NUM_THREADS`.
+The variable holds for onnxruntime and llama.cpp; torch, which runs checkpoints and Core ML packages, has `OMP_NUM_THREADS`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from elmexport.errors import ElmExportError
 VARIABLE = "ELMEXPORT_THREADS"
 
 
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def asked_threads() -> int | None:
-    """The number that was asked for, None if none was.
+    """Read the number of threads that was asked for; None if none was.
 
     Raises:
         ElmExportError: not a number of threads.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from elmexport.evaluation.metrics import Divergence, divergence, log_softmax
+from elmexport.divergence import Divergence, divergence, log_softmax
 from tests import reference
 
 LOGITS = arrays(np.float32, (6, 9), elements=st.floats(-60, 60, width=32))

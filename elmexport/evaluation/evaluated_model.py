@@ -1,4 +1,4 @@
-"""What is evaluated: an artifact, or the model it came from as fp16 reference. Each is described first and opened when its turn comes."""
+"""Evaluated models: an artifact, or the model it came from as fp16 reference. Each is described first and opened when its turn comes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ FP16 = "fp16"  # --against fp16: the model itself
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """`open_runtime` may take long and much memory; the caller closes what it returns."""
+class EvaluatedModel:
+    """Model to evaluate. `open_runtime` may take long and much memory; the caller closes what it returns."""
 
     subject: Subject
     open_runtime: Callable[[], Runtime]
 
 
-def artifact_entrant(path: Path) -> Entrant:
+def evaluated_artifact(path: Path) -> EvaluatedModel:
     """The artifact (or bare model file, or checkpoint) `path`; reads every byte of it once, for its identity.
 
     Raises:
@@ -39,7 +39,7 @@ def artifact_entrant(path: Path) -> Entrant:
     """
     kind = artifact_kind(path)
     if kind == CHECKPOINT:
-        return _checkpoint_entrant(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
+        return _evaluated_checkpoint(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
     files = _files(path)
     identity = hashlib.sha256("".join(f"{name} {file_sha256(file)}\n" for name, file in files).encode()).hexdigest()
     quant, words, bits, model = "unknown", "not recorded", None, ModelFacts("unknown", None)
@@ -59,11 +59,11 @@ def artifact_entrant(path: Path) -> Entrant:
         identity=identity,
         model=model,
     )
-    return Entrant(subject, lambda: open_as(kind, path))
+    return EvaluatedModel(subject, lambda: open_as(kind, path))
 
 
-def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | None = None) -> Entrant:
-    """What the artifact is compared with: "fp16", the model that its manifest names, or else the path of a checkpoint or another artifact.
+def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | None = None) -> EvaluatedModel:
+    """Find the reference to compare with: "fp16", the model that the manifest names, or the path of a checkpoint or artifact.
 
     The fp16 reference is the model's weights rounded to fp16, computed in float32, with the artifact's own context so that both shorten a
     long prompt alike.
@@ -79,22 +79,22 @@ def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | 
         against = str(artifact)
     if against != FP16:
         if artifact_kind(Path(against)) != CHECKPOINT:
-            entrant = artifact_entrant(Path(against))
+            evaluated = evaluated_artifact(Path(against))
         else:
-            entrant = _checkpoint_entrant(open_checkpoint(against, tokenizer=NO_TOKENIZER), against, context, rounded=True)
+            evaluated = _evaluated_checkpoint(open_checkpoint(against, tokenizer=NO_TOKENIZER), against, context, rounded=True)
     elif manifest is None:
         raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
     else:
-        entrant = _checkpoint_entrant(_named_checkpoint(artifact, manifest.model, progress), "", context, rounded=True)
+        evaluated = _evaluated_checkpoint(_named_checkpoint(artifact, manifest.model, progress), "", context, rounded=True)
     if kind == CHECKPOINT:
         own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
-    other = entrant.subject.model
+    other = evaluated.subject.model
     if own is not None and other.identity is not None and own != other.identity:
         raise ElmExportError(
             f"{artifact} is of the model {own[:12]}…, {against} of {other.name}, {other.identity[:12]}…: "
             "not the same weights. Compare artifacts of one model, or pass the model it came from with --against PATH"
         )
-    return entrant
+    return evaluated
 
 
 def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -> Checkpoint:
@@ -112,7 +112,7 @@ def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -
     )
 
 
-def _checkpoint_entrant(checkpoint: Checkpoint, path: str, context: int | None, *, rounded: bool = False) -> Entrant:
+def _evaluated_checkpoint(checkpoint: Checkpoint, path: str, context: int | None, *, rounded: bool = False) -> EvaluatedModel:
     """`rounded`: weights to fp16 first, which makes it the fp16 reference."""
     identity = checkpoint.identity()
     context = checkpoint.config.dims.context if context is None else context
@@ -137,7 +137,7 @@ def _checkpoint_entrant(checkpoint: Checkpoint, path: str, context: int | None, 
 
         return TorchRuntime(checkpoint, context=context, rounded_to=torch.float16 if rounded else None)
 
-    return Entrant(subject, open_runtime)
+    return EvaluatedModel(subject, open_runtime)
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:

@@ -1,13 +1,26 @@
-"""How many threads were asked for."""
+"""Cores that may be used, and threads that were asked for."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from elmexport.cores import VARIABLE, asked_threads, available_cores
 from elmexport.errors import ElmExportError
 from elmexport.runtimes import open_artifact
-from elmexport.runtimes.threads import VARIABLE, asked_threads
 from tests.conftest import SmallArtifact
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_only_cores_that_may_be_used_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert available_cores() == len(allowed)
 
 
 def test_asked_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+"""Inputs of a method: the calibration text, statistics of activations, or neither, as the options ask for."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+from calibration.calibrate import DEFAULT_TOKENS, make_sample
+from calibration.collect import collect
+from calibration.options import WeightOptions
+from calibration.statistics import Statistics, load_statistics
+from calibration.text import Sample, read_text
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.progress import Progress
+
+
+class Inputs:
+    """Calibration inputs of one model, read or measured when they are asked for, once."""
+
+    def __init__(self, checkpoint: Checkpoint, options: WeightOptions, progress: Progress, importance: Statistics | None = None) -> None:
+        """`importance`: the statistics that the options' importance matrix holds."""
+        self._checkpoint, self._options, self._progress, self._importance = checkpoint, options, progress, importance
+
+    @cached_property
+    def sample(self) -> Sample | None:
+        """The calibration text in windows; None where the options name statistics, or nothing.
+
+        Raises:
+            ElmExportError: see `read_text` and `make_sample`.
+        """
+        if not self._options.reads_text:
+            return None
+        paths = [self._options.calibrate] if isinstance(self._options.calibrate, Path) else []
+        tokens = DEFAULT_TOKENS if self._options.tokens is None else self._options.tokens
+        return make_sample(self._checkpoint, [read_text(path, "--calibrate") for path in paths], text=paths, tokens=tokens)
+
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """Statistics of the model's activations: those of a file, or measured on the text; None where there is neither.
+
+        Raises:
+            ElmExportError: see `sample`, `load_statistics` and `collect`.
+        """
+        if self.sample is not None:
+            return collect(self._checkpoint, self.sample, progress=self._progress)
+        if self._options.importance_matrix is not None:
+            assert self._importance is not None, "whoever knows the format reads it"
+            return self._importance
+        return load_statistics(self._options.calibrate, self._checkpoint) if isinstance(self._options.calibrate, Path) else None
