@@ -19,10 +19,10 @@ from targets.gguf.vocabulary import Vocabulary, refused, steps
 
 
 def bpe_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
-    """Vocabulary of kind `llama` from a SentencePiece BPE model.
+    """Describe a SentencePiece BPE model for llama.cpp.
 
     Raises:
-        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+        ElmExportError: llama.cpp would give other ids.
     """
     reason = obstacle(tokenizer)
     if reason is not None:
@@ -34,10 +34,10 @@ def bpe_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def bpe_of_json(tokenizer: JsonTokenizer) -> Vocabulary:
-    """Vocabulary of kind `llama` from a `tokenizer.json` of SentencePiece's BPE kind.
+    """Describe a tokenizer.json of SentencePiece's kind of BPE for llama.cpp.
 
     Raises:
-        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+        ElmExportError: llama.cpp would give other ids.
     """
     model, notes = tokenizer.model, []
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
@@ -114,10 +114,10 @@ def _check_merges(tokenizer: JsonTokenizer, splits: bool) -> None:
 
 
 def unigram_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
-    """Vocabulary of kind `t5` from a SentencePiece unigram model.
+    """Describe a SentencePiece unigram model for llama.cpp.
 
     Raises:
-        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+        ElmExportError: llama.cpp would give other ids.
     """
     trainer, normalizer = tokenizer.model.trainer_spec, tokenizer.model.normalizer_spec
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
@@ -127,10 +127,10 @@ def unigram_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def unigram_of_json(tokenizer: JsonTokenizer) -> Vocabulary:
-    """Vocabulary of kind `t5` from a `tokenizer.json` of SentencePiece's unigram kind.
+    """Describe a tokenizer.json with a unigram vocabulary for llama.cpp.
 
     Raises:
-        ElmExportError: something about it that llama.cpp's tokenizer has no place for.
+        ElmExportError: llama.cpp would give other ids.
     """
     for prefix in (True, False):
         for extra in (True, False):

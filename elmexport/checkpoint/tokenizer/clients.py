@@ -1,4 +1,7 @@
-"""`tokenizer.json` and `tokenizer_config.json` for other programs: onnxruntime-genai, transformers.js, swift-transformers."""
+"""`tokenizer.json` and `tokenizer_config.json` for other programs.
+
+onnxruntime-genai, transformers.js, swift-transformers and transformers read them.
+"""
 
 from __future__ import annotations
 
