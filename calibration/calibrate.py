@@ -53,12 +53,13 @@ def calibrate(
     random_weights: int | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
     **text: Unpack[TextOptions],
 ) -> CalibrationResult:
     """Measure `model` (an alias, hub id, or path; see `open_checkpoint`) and write its statistics to `out`.
 
-    `out` is `./<model>-calibration.safetensors` where None.
+    `out` is `./<model>-calibration.safetensors` where None. `adapter` is merged into the model, see `open_checkpoint`.
 
     Raises:
         ElmExportError: see `open_checkpoint`, `make_sample` and `calibrate_checkpoint`.
@@ -67,13 +68,15 @@ def calibrate(
     if out is not None:
         check_output(out, force=force)
     texts = [read_text(path) for path in text.get("text", ())]  # a misspelt name must not cost a download
-    checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
+    checkpoint = open_checkpoint(
+        model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, adapter=adapter, progress=progress
+    )
     if random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
     out = out or Path(f"{checkpoint.source.name}-calibration.safetensors")
     sample = make_sample(checkpoint, texts, **text)
     wanted = text.get("tokens", DEFAULT_TOKENS)
-    notes = []
+    notes = list(checkpoint.notes)
     if sample.tokens < wanted:
         notes.append(f"the text holds {sample.tokens:,} tokens, fewer than the {wanted:,} asked for; all of it was read")
     statistics = calibrate_checkpoint(checkpoint, sample, out, hessian=hessian, force=force, progress=progress)

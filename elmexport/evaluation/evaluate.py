@@ -49,12 +49,14 @@ def evaluate(
     settings: Settings | None = None,
     *,
     against: str | None = FP16,
+    adapter: Path | None = None,
     tokenizer: Path | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Evaluate `artifact`, and compare it with `against`: "fp16", the model it was made from, another artifact's path, or None.
 
+    `adapter` is merged into the model: the one that the artifact was exported with.
     `settings`: by default the bundled cloze task and text, which need no download. Answers are kept in `elmexport.cache.cache_folder()` as they
     come: an interrupted evaluation goes on where it ended. `note` receives, in words, what is not as one might expect.
 
@@ -67,7 +69,7 @@ def evaluate(
     progress = progress or SilentProgress()
     started = time.monotonic()
     evaluated = evaluated_artifact(artifact)
-    reference = None if against is None else find_reference(artifact, against, progress=progress)
+    reference = None if against is None else find_reference(artifact, against, adapter=adapter, progress=progress)
     chosen = artifact_tokenizer(artifact_kind(artifact), artifact, tokenizer)
     tasks, notes = _prepare(settings, progress)
     for line in notes:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 RMS_NORM_EPS = 1e-6  # a constant of Apple's OpenELMRMSNorm, not a field of the file
 ACTIVATIONS = ("swish", "silu")
 
+# A file without one of the first three is no OpenELM configuration, whatever defaults Apple's class has: those would be another model's.
+NEEDED = ("num_transformer_layers", "model_dim", "head_dim")
+SIZES = (*NEEDED, "num_gqa_groups", "qkv_multipliers", "ffn_multipliers", "vocab_size")
+
 Multipliers = float | tuple[float, ...]
 
 
@@ -75,10 +79,17 @@ class OpenELMConfig(ModelConfig):
         """Read the known keys of `data`, check them, and check the per-layer lists it may carry.
 
         Raises:
-            ElmExportError: an unusable value, or per-layer lists that contradict the multipliers.
+            ElmExportError: sizes that are missing, an unusable value, or per-layer lists that contradict the multipliers.
         """
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in data.items() if key in known and value is not None}
+        if any(key not in values for key in NEEDED):
+            missing = [key for key in SIZES if key not in values]
+            named = data.get("model_name")  # what CoreNet's conversion to MLX writes instead
+            model = f", that of {named[:80]}" if isinstance(named, str) else ""
+            raise ElmExportError(
+                f"{where}: lacks {', '.join(missing)}; use the config.json of the published model{model}, or that of the training code"
+            )
         if "bos_token_id" in data:
             values["bos_token_id"] = data["bos_token_id"]
         eos = data.get("eos_token_id")
@@ -231,6 +242,6 @@ class OpenELMConfig(ModelConfig):
             for i, (found, want) in enumerate(zip(stated, expected, strict=True)):
                 if found != want:
                     raise ElmExportError(
-                        f"{where}: {key}[{i}] is {found!r}, but layer {i} has {want} by qkv_multipliers={self.qkv_multipliers}, "
+                        f"{where}: {key}[{i}] is {found!r}, but layer {i} has {want} by qkv_multipliers={str(self.qkv_multipliers)[:120]}, "
                         f"model_dim={self.model_dim}, head_dim={self.head_dim}, num_gqa_groups={self.num_gqa_groups}; correct the list or the multipliers"
                     )

@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.checkpoint.safetensors import SafetensorsCheckpoint
+from elmexport.checkpoint.local import open_folder
 from elmexport.checkpoint.tokenizer import ModelIds, PieceKind, Tokenizer, load_tokenizer
 from elmexport.checkpoint.tokenizer.sentencepiece import SentencePieceTokenizer
 from elmexport.errors import ElmExportError
@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, tiny: Checkpoint, export_to: ExportTo
     path = MODEL
     if request.param == "tokenizer.json":
         path = write_json(MODEL, tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
-    return export_to(SafetensorsCheckpoint(TINY_FOLDER, tiny.config, Source("tiny", "embedded"), path), "gguf", "int8")
+    return export_to(open_folder(TINY_FOLDER, tiny.config, Source("tiny", "embedded"), path), "gguf", "int8")
 
 
 @pytest.fixture(scope="module")
