@@ -136,10 +136,10 @@ def test_answers_are_kept_for_what_gave_them(monkeypatch: pytest.MonkeyPatch, tm
     from sentencepiece import sentencepiece_model_pb2
 
     from elmexport.checkpoint.tokenizer import ModelIds, load_tokenizer
-    from elmexport.evaluation.entrant import artifact_entrant
+    from elmexport.evaluation.evaluated_model import evaluated_artifact
     from elmexport.evaluation.evaluate import _store_name
 
-    subject = artifact_entrant(TINY_FOLDER).subject
+    subject = evaluated_artifact(TINY_FOLDER).subject
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString((TINY_FOLDER / "tokenizer.model").read_bytes())
     model.normalizer_spec.add_dummy_prefix = False
