@@ -17,8 +17,8 @@ from calibration.costs import known_sensitivities
 from calibration.method import Gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import bundled_text, random_windows, sample_windows
+from elmexport.checkpoint import open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.progress import Progress
@@ -86,10 +86,11 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gain:
     Costs are measured with scales of least weighted error; `gain` is that of the method which will find the codes.
     """
     window = min(WINDOW, checkpoint.config.dims.context)
-    if checkpoint.tokenizer_path is None:
+    tokenizer = open_tokenizer(checkpoint)
+    if tokenizer is None:
         sample = random_windows(checkpoint.config.dims.vocab_size, checkpoint.config.bos_token_id, tokens=TOKENS, window=window)
     else:
-        sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
+        sample = sample_windows(tokenizer, [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
     evaluator = KLEvaluator(checkpoint, sample)
     measured = known_sensitivities(checkpoint, candidates(target, specs), sample, evaluator, progress)

@@ -16,9 +16,8 @@ from calibration.statistics import FORMAT, Statistics
 from calibration.text import Sample, calibration_text, random_windows, read_text, sample_windows
 from calibration.work import FolderWork
 from elmexport import __version__
-from elmexport.checkpoint import open_checkpoint, require_tokenizer
+from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.files import complete_file
 from elmexport.progress import Progress, SilentProgress
@@ -54,12 +53,13 @@ def calibrate(
     random_weights: int | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
     **text: Unpack[TextOptions],
 ) -> CalibrationResult:
     """Measure `model` (an alias, hub id, or path; see `open_checkpoint`) and write its statistics to `out`.
 
-    `out` is `./<model>-calibration.safetensors` where None.
+    `out` is `./<model>-calibration.safetensors` where None. `adapter` is merged into the model, see `open_checkpoint`.
 
     Raises:
         ElmExportError: see `open_checkpoint`, `make_sample` and `calibrate_checkpoint`.
@@ -68,13 +68,15 @@ def calibrate(
     if out is not None:
         check_output(out, force=force)
     texts = [read_text(path) for path in text.get("text", ())]  # a misspelt name must not cost a download
-    checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
+    checkpoint = open_checkpoint(
+        model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, adapter=adapter, progress=progress
+    )
     if random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
     out = out or Path(f"{checkpoint.source.name}-calibration.safetensors")
     sample = make_sample(checkpoint, texts, **text)
     wanted = text.get("tokens", DEFAULT_TOKENS)
-    notes = []
+    notes = list(checkpoint.notes)
     if sample.tokens < wanted:
         notes.append(f"the text holds {sample.tokens:,} tokens, fewer than the {wanted:,} asked for; all of it was read")
     statistics = calibrate_checkpoint(checkpoint, sample, out, hessian=hessian, force=force, progress=progress)
@@ -97,12 +99,11 @@ def make_sample(
         raise ElmExportError(f"--window is {window}; {checkpoint.source.name} takes 2 to {config.dims.context} tokens at once")
     if tokens < 1:
         raise ElmExportError(f"--tokens is {tokens}; calibration reads at least 1 token ({DEFAULT_TOKENS:,} is the default)")
-    if checkpoint.tokenizer_path is None:
+    tokenizer = open_tokenizer(checkpoint)
+    if tokenizer is None:
         if texts:
             raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read the text with; pass one with --tokenizer PATH")
         return random_windows(config.dims.vocab_size, config.bos_token_id, tokens=tokens, window=window)
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path)
-    check_vocabulary(tokenizer, config)
     words = ", ".join(path.name for path in text) if texts else "bundled calibration text"
     return sample_windows(tokenizer, texts or [calibration_text()], words, tokens=tokens, window=window)
 

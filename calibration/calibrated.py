@@ -150,5 +150,5 @@ def _from_statistics(
             else:
                 yield spec, gptq(weight, scheme, hessian, damped=partial(damped, spec))
         except ElmExportError as error:
-            raise ElmExportError(f"{spec.name}: {error}") from None
+            raise error.of(spec.name) from None
         progress.advance(spec.size)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from calibration.method import Method
 from calibration.methods import DEFAULT, find_method
+from elmexport.contracts.gguf import is_legacy_imatrix
 from elmexport.errors import ElmExportError
 
 Calibrate = Literal["auto", "none"] | Path
@@ -63,11 +64,12 @@ class WeightOptions:
     @property
     def importance_matrix(self) -> Path | None:
         """The importance matrix that `calibrate` names."""
-        return self.calibrate if isinstance(self.calibrate, Path) and self.calibrate.suffix == ".gguf" else None
+        given = self.calibrate
+        return given if isinstance(given, Path) and (given.suffix == ".gguf" or is_legacy_imatrix(given)) else None
 
     @property
     def reads_text(self) -> bool:
         """Whether a text is read, rather than statistics or nothing."""
         if isinstance(self.calibrate, Path):
-            return self.calibrate.suffix not in (".safetensors", ".gguf")
+            return self.calibrate.suffix != ".safetensors" and self.importance_matrix is None
         return self.find_method().needs_text

@@ -81,7 +81,7 @@ def quantize_in_order(
                 else:
                     quantized = quantize(weights[spec.name], scheme)
             except ElmExportError as error:
-                raise ElmExportError(f"{spec.name}: {error}") from None
+                raise error.of(spec.name) from None
             changed[spec.name] = quantized.dequantize()
             yield spec, quantized
         later = {name for rest in stages[number + 1 :] for name in rest.inputs}

@@ -70,7 +70,7 @@ def read_text(path: Path, option: str = "--text") -> str:
 
 
 def sample_windows(tokenizer: Tokenizer, texts: Sequence[str], words: str, *, tokens: int, window: int, seed: int = 0) -> Sample:
-    """Sample about `tokens` tokens in windows of `window`: BOS, then text.
+    """Sample about `tokens` tokens in windows of `window`: BOS, where the model has one, then text.
 
     The texts' tokens, one text after the other, are cut into pieces that do not overlap. If there are more than enough, as many as fill
     `tokens` (rounded up to whole windows) are chosen by `seed`, spread evenly: one from each equal part of the whole. If there are fewer,
@@ -80,7 +80,8 @@ def sample_windows(tokenizer: Tokenizer, texts: Sequence[str], words: str, *, to
         ElmExportError: texts that give no token.
     """
     ids = np.concatenate([np.array(tokenizer.encode(text, bos=False), dtype=np.int64) for text in texts])
-    length = min(window - 1, len(ids))
+    prefix = np.array([tokenizer.special.prefix], dtype=np.int64)
+    length = min(window - prefix.size, len(ids))
     if length < 1:
         raise ElmExportError(
             f"the calibration text holds {len(ids)} tokens, for windows of {window}, BOS included; give more text with --text"
@@ -90,14 +91,15 @@ def sample_windows(tokenizer: Tokenizer, texts: Sequence[str], words: str, *, to
     edges = np.arange(count + 1) * pieces // count
     chosen = np.random.Generator(np.random.PCG64(seed)).integers(edges[:-1], edges[1:])
     rows = ids[: pieces * length].reshape(pieces, length)[chosen]
-    return Sample(np.concatenate((np.full((count, 1), tokenizer.bos_id), rows), axis=1), words)
+    return Sample(np.concatenate((np.repeat(prefix, count, axis=0), rows), axis=1), words)
 
 
-def random_windows(vocab_size: int, bos_id: int, *, tokens: int, window: int, seed: int = 0) -> Sample:
+def random_windows(vocab_size: int, bos_id: int | None, *, tokens: int, window: int, seed: int = 0) -> Sample:
     """Draw a sample of ids uniformly, for random weights without a tokenizer."""
     count = -(-tokens // window)
     ids = np.random.Generator(np.random.PCG64(seed)).integers(0, vocab_size, (count, window))
-    ids[:, 0] = bos_id
+    if bos_id is not None:
+        ids[:, 0] = bos_id
     return Sample(ids, "pseudo-random ids")
 
 

@@ -6,11 +6,17 @@ A message says what was found, what is allowed, and the fix. The command line pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ElmExportError(Exception):
     """Bad use or bad input. Base of every error raised on purpose."""
 
     exit_code = 2
+
+    def of(self, name: str) -> ElmExportError:
+        """The same of the tensor `name`, which the message begins with."""
+        return ElmExportError(f"{name}: {self}")
 
 
 class VerificationError(ElmExportError):
@@ -19,7 +25,24 @@ class VerificationError(ElmExportError):
     exit_code = 1
 
 
+class Fp16RangeError(ElmExportError):
+    """A weight that fp16 numbers or scales cannot hold. What to do depends on the format: whoever knows it replaces `advice`."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(f"{found}; {advice}")
+        self.found, self.advice = found, advice
+
+    def of(self, name: str) -> Fp16RangeError:
+        return Fp16RangeError(f"{name}: {self.found}", self.advice)
+
+
 class MissingDependencyError(ElmExportError):
     """A package, tool or permission that the environment lacks; the message names it and how to get it."""
 
     exit_code = 3
+
+
+def listed(names: Sequence[str], count: int = 3, longest: int = 80) -> str:
+    """List the first `count` of `names` and say how many more there are: what is found may be long, a message may not."""
+    shown = ", ".join(name if len(name) <= longest else f"{name[: longest - 1]}…" for name in names[:count])
+    return shown + (f" and {len(names) - count} more" if len(names) > count else "")

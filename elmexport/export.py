@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -21,11 +22,10 @@ from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
-from elmexport.checkpoint import open_checkpoint, require_tokenizer
+from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import check_vocabulary, load_tokenizer
-from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.evaluation.self_check import ReferenceRun, reference_pass, self_check
+from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyError
+from elmexport.evaluation.self_check import ReferenceRun, check_texts, reference_pass, self_check
 from elmexport.evaluation.task_drop import TaskDrop
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
@@ -35,7 +35,8 @@ from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
 from elmexport.quantization.recipes import Recipe, load_recipe, resolve
-from elmexport.target import Checked, ExportJob, Target, Written, find_target
+from elmexport.target import Checked, ExportJob, Target, Written, find_target, wider_formats
+from elmexport.weights import Role
 
 RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
 
@@ -69,12 +70,13 @@ def export(
     random_weights: int | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
     **options: Unpack[ExportOptions],
 ) -> ExportResult:
     """Export `model` (an alias, hub id, or path) to `target`; see `open_checkpoint` and `export_checkpoint`.
 
-    A model with weights of its own is not exported without a tokenizer, unless `tokenizer` is "none".
+    `adapter` is merged into the model. A model with weights of its own is not exported without a tokenizer, unless `tokenizer` is "none".
 
     Raises:
         ElmExportError: see `open_checkpoint` and `export_checkpoint`.
@@ -86,7 +88,9 @@ def export(
     out = options.get("out")
     if out is not None:
         check_free(out, force=options.get("force", False))
-    checkpoint = open_checkpoint(model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, progress=progress)
+    checkpoint = open_checkpoint(
+        model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, adapter=adapter, progress=progress
+    )
     if tokenizer is None and random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
     result = export_checkpoint(checkpoint, target, quant, progress=progress, **options)
@@ -135,9 +139,8 @@ def export_checkpoint(
     check_free(out, force=force)
     chosen.check(config, context)
     graph = trace(config, context)
-    tokenizer = None if checkpoint.tokenizer_path is None else load_tokenizer(checkpoint.tokenizer_path)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config)
+    tokenizer = open_tokenizer(checkpoint)
+    spoken = () if tokenizer is None else chosen.check_tokenizer(tokenizer)
 
     @cache
     def reference() -> ReferenceRun:
@@ -145,16 +148,17 @@ def export_checkpoint(
 
     if not options.mixes:  # what a search for bits will choose is not known before it
         chosen.check_plan(graph, resolve(recipe, config))
-    prepared = prepare(
-        checkpoint,
-        chosen,
-        recipe,
-        options,
-        progress,
-        short_pass=lambda: reference().statistics,
-        importance=None if options.importance_matrix is None else read_importance(options.importance_matrix, checkpoint),
-        measure_drop=None if options.max_drop is None else TaskDrop(checkpoint, progress).measure,
-    )
+    with _advice_of(chosen):
+        prepared = prepare(
+            checkpoint,
+            chosen,
+            recipe,
+            options,
+            progress,
+            short_pass=lambda: reference().statistics,
+            importance=None if options.importance_matrix is None else read_importance(options.importance_matrix, checkpoint),
+            measure_drop=None if options.max_drop is None else TaskDrop(checkpoint, progress).measure,
+        )
     plan, recipe = prepared.plan, prepared.plan.recipe
     if verify:
         reference()  # before anything is written
@@ -163,12 +167,12 @@ def export_checkpoint(
         statistics = prepared.statistics
         if options.calibrate != "none" and (statistics is None or statistics.residual_peak is None):
             statistics = reference().statistics
-        alpha, calibration = _alpha(statistics)
-    notes = [*prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
+        alpha, calibration = _alpha(statistics, checkpoint)
+    notes = [*checkpoint.notes, *spoken, *prepared.notes, *(f"{name}: {reason}" for name, reason in plan.fallbacks)]
     if context > config.dims.context:
         notes.append(f"the model was trained on {config.dims.context} tokens; what it says beyond them may be poor (context {context})")
 
-    with artifact_folder(out, force=force) as folder:
+    with _advice_of(chosen), artifact_folder(out, force=force) as folder:
         progress.stage(f"writing {target}", config.parameter_count)
         job = ExportJob(checkpoint.source.name, config, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
         written = chosen.write(job, folder) or Written()
@@ -179,6 +183,8 @@ def export_checkpoint(
         if verify:
             checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
+            if checked.done and tokenizer is not None:
+                check_texts(chosen.name, folder, tokenizer, plain=bool(spoken))
         manifest = Manifest(
             format=FORMAT,
             model=_model(checkpoint),
@@ -220,11 +226,23 @@ def read_recipe(target: Target, quant: str | None) -> Recipe:
     return target.adapt(recipe)
 
 
-def _alpha(statistics: Statistics | None) -> tuple[float, Calibration]:
+@contextmanager
+def _advice_of(target: Target) -> Iterator[None]:
+    """Give errors about fp16's range an advice that the format of `target` has a use for."""
+    try:
+        yield
+    except Fp16RangeError as error:
+        raise ElmExportError(f"{error.found}; {wider_formats(target)}") from None
+
+
+def _alpha(statistics: Statistics | None, checkpoint: Checkpoint) -> tuple[float, Calibration]:
     """The factor on the residual stream, and how it was found."""
     if statistics is None or statistics.residual_peak is None:
         return DEFAULT_ALPHA, Calibration("default", None, 0)
-    peak, facts = rounded(statistics.residual_peak), statistics.facts
+    # The stream of a token that the text does not have starts at its row of the embedding, however large that is.
+    table = next(spec.name for spec in checkpoint.specs.values() if spec.role is Role.EMBEDDING)
+    largest = max(abs(float(end)) for end in checkpoint.tensor(table).aminmax())
+    peak, facts = rounded(max(statistics.residual_peak, largest)), statistics.facts
     return choose_alpha(peak), Calibration("measured", facts.text, facts.tokens, peak)
 
 
@@ -232,7 +250,7 @@ def _self_check(
     target: Target, folder: Path, reference: ReferenceRun, recipe: Recipe, context: int, progress: Progress
 ) -> tuple[SelfCheck, list[str]]:
     try:
-        result, logits = self_check(target.name, folder, reference, recipe.max_self_check_kl, progress)
+        result, logits = self_check(target, folder, reference, recipe.max_self_check_kl, progress)
     except MissingDependencyError as error:
         return SelfCheck(done=False, reason=str(error)), [f"self-check not done: {error}"]
     target.finish(folder, Checked(reference.ids, reference.logits, logits, context))

@@ -6,9 +6,8 @@ A target is one package with a lowering from the traced graph, packing of weight
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.artifact import file_sha256
 from elmexport.errors import ElmExportError
-from elmexport.formats import find_format, load
+from elmexport.formats import FORMATS, find_format, load
 from elmexport.manifest import Chain, FileSetting, Setting
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
-from elmexport.quantization.schemes import Scheme
+from elmexport.quantization.schemes import Float, Scheme
 from elmexport.weights import Role
 
 if TYPE_CHECKING:  # a target's class is imported for its --help, which nothing heavy may delay
@@ -53,11 +52,22 @@ class ExportJob:
     def recipe(self) -> Recipe:
         return self.weights.plan.recipe
 
+    @property
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """Ids of the tokens that begin, end and pad texts, under the names of generation_config.json."""
+        special = None if self.tokenizer is None else self.tokenizer.special
+        bos, eos = (self.config.bos_token_id, self.config.eos_token_ids) if special is None else (special.bos, special.eos)
+        pad = None if special is None else special.pad
+        ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": bos}
+        return {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": eos[0] if pad is None else pad}
+
     def write_description(self, folder: Path) -> None:
-        """Write `config.json` and the tokenizer's file into `folder`, for formats that do not carry them inside."""
+        """Write `config.json` and the tokenizer's files into `folder`, for formats that do not carry them inside."""
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
         if self.tokenizer is not None:
-            shutil.copyfile(self.tokenizer.path, folder / self.tokenizer.file_name)
+            from elmexport.checkpoint.tokenizer.clients import write_tokenizer_files
+
+            write_tokenizer_files(self.tokenizer, self.graph.context, folder)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,19 @@ class Target(ABC):
             ElmExportError: what the format cannot hold, and what to do instead.
         """
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> Sequence[str]:
+        """Refuse, before any work, a tokenizer that the artifact cannot carry with the same ids; return what is worth a note.
+
+        Here: of a format with `tokenizer.json` beside the model.
+
+        Raises:
+            ElmExportError: what the format has no form for, and what to do instead.
+        """
+        from elmexport.checkpoint.tokenizer.clients import client_json
+
+        client_json(tokenizer)
+        return ()
+
     def check_plan(self, graph: Graph, plan: Plan) -> None:  # noqa: B027  (optional: most formats hold any sizes)
         """Refuse, before any work, tensors whose stored sizes the target's files cannot hold.
 
@@ -191,3 +214,23 @@ def find_target(name: str, settings: Mapping[str, Any] | None = None) -> Target:
         if setting in given and described.choices is not None and given[setting] not in described.choices:
             raise ElmExportError(f"--{setting.replace('_', '-')} is {given[setting]!r}; choose {' or '.join(described.choices)}")
     return kind(**given)
+
+
+def wider_formats(target: Target) -> str:
+    """Advice for numbers that fp16 cannot hold: quantizations of `target`'s format that can, or else those of other formats."""
+    own = _wide(target)
+    if own:
+        return f"choose --quant {' or '.join(own)}"
+    others = [f"`elmexport {row.name} --quant {wide[-1]}`" for row in FORMATS.values() if (wide := _wide(load(row.target)()))]
+    return f"{target.name} files hold and compute fp16 whatever the --quant: correct the row in the checkpoint, or export with {' or '.join(others)}"
+
+
+def _wide(target: Target) -> list[str]:
+    """The quantizations of a format that keep and compute everything in bf16 or fp32."""
+    found = []
+    for quant in target.quants:
+        recipe = target.stored_recipe(quant)
+        dtypes = {recipe.activations.dtype, *(rule.scheme.dtype if isinstance(rule.scheme, Float) else "fp16" for rule in recipe.rules)}
+        if "fp16" not in dtypes:
+            found.append(quant)
+    return found

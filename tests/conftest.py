@@ -62,6 +62,8 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=512,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         num_threads=1,
         minloglevel=2,
     )

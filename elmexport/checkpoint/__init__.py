@@ -6,11 +6,16 @@ import re
 from difflib import get_close_matches
 from pathlib import Path
 
+from elmexport.checkpoint import pickled
+from elmexport.checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
+from elmexport.checkpoint.adapter_config import adapter_base
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.checkpoint.corenet import CoreNetCheckpoint
+from elmexport.checkpoint.local import holds_checkpoint, open_adapter, open_folder, open_path
+from elmexport.checkpoint.names import display_name
 from elmexport.checkpoint.random import RandomCheckpoint
-from elmexport.checkpoint.safetensors import SafetensorsCheckpoint, has_weights
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.checkpoint.safetensors import has_weights
+from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, Tokenizer, load_tokenizer
+from elmexport.checkpoint.tokenizer.beside import read_template_beside
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import find_family, find_model, known_models, read_config
 from elmexport.models.base import KnownModel, ModelConfig
@@ -26,13 +31,15 @@ def open_checkpoint(
     revision: str | None = None,
     tokenizer: str | None = None,
     random_weights: int | None = None,
+    adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Open a model: an alias (`tiny`, `270M`, `1.1B-Instruct`), a local folder, a CoreNet `.pt` file or the folder it lies in, or a hub id.
+    """Open a model: a local folder, a CoreNet `.pt` file or the folder it lies in, an alias (`tiny`, `270M`), or a hub id.
 
     `revision` pins a hub model to a branch, tag or commit. `tokenizer` is a file, a folder, a hub id, or "none"; where it is None, the
     model's own is used, then the one that models of its family were trained with: from the cache for local files, else from its hub
-    repository. `random_weights` is a seed: the model's shapes with random values, nothing downloaded.
+    repository. `random_weights` is a seed: the model's shapes with random values, nothing downloaded. `adapter` is the folder or file of a LoRA or
+    DoRA adapter of the model, which is merged into the weights as they are read.
 
     Only headers are read; `tokenizer_path` of the result is None where no tokenizer was found (see `require_tokenizer`).
 
@@ -41,7 +48,13 @@ def open_checkpoint(
             hub model, no access to its tokenizer either, before any weights are downloaded.
     """
     progress = progress or SilentProgress()
+    if adapter is not None and not adapter.exists():
+        raise ElmExportError(f"--adapter {adapter}: no such file or folder; give the folder of an adapter, as PEFT or CoreNet writes it")
     known = find_model(model)
+    folder = Path(model).expanduser()
+    shadowed = known if known is not None and holds_checkpoint(folder) else None
+    if shadowed is not None:
+        known = None
     path = None if known else _local_path(model)
     if revision is not None and (path is not None or random_weights is not None or (known and known.folder is not None)):
         raise ElmExportError(f"--revision {revision} applies to models from the hub; {model!r} is not downloaded: leave --revision out")
@@ -49,13 +62,25 @@ def open_checkpoint(
     if random_weights is not None:
         checkpoint = _open_random(model, known, path, tokenizer, random_weights)
     elif known and known.folder is not None:
-        checkpoint = SafetensorsCheckpoint(known.folder, known.config, Source(known.name, "embedded"), _chosen(tokenizer, known.folder))
+        checkpoint = open_embedded(known, tokenizer)
     elif path is not None:
         checkpoint = _open_local(path, tokenizer)
     else:
         checkpoint = _open_hub(model, known, revision, tokenizer, progress)
     checkpoint.check()
+    if adapter is not None:
+        checkpoint = open_adapter(adapter, checkpoint)
+    if shadowed is not None:
+        checkpoint.notes.append(
+            f"--model {model} is the local folder {folder.absolute()}; the model that `elmexport models` calls {shadowed.alias} was not used"
+        )
     return checkpoint
+
+
+def open_embedded(known: KnownModel, tokenizer: str | None = None) -> Checkpoint:
+    """Open a model that comes with elmexport, whatever folders of its name there are."""
+    assert known.folder is not None
+    return open_folder(known.folder, known.config, Source(known.name, "embedded"), _chosen(tokenizer, known.folder))
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> Path:
@@ -69,6 +94,21 @@ def require_tokenizer(checkpoint: Checkpoint) -> Path:
     return _download_tokenizer(checkpoint.source.name, checkpoint.config)
 
 
+def open_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer of `checkpoint` with the model's own ids and chat template; None where it has none.
+
+    A template counts only if it lies in the model's own folder: beside a tokenizer that was taken from elsewhere lies another model's.
+
+    Raises:
+        ElmExportError: a damaged file, or a tokenizer of another model.
+    """
+    if checkpoint.tokenizer_path is None:
+        return None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, ModelIds.of(checkpoint.config))
+    tokenizer.chat_template = None if checkpoint.folder is None else read_template_beside(checkpoint.folder)
+    return tokenizer
+
+
 def _open_random(model: str, known: KnownModel | None, path: Path | None, tokenizer: str | None, seed: int) -> RandomCheckpoint:
     if known is not None:
         return RandomCheckpoint(known.config, known.name, seed, _chosen(tokenizer, known.folder))
@@ -77,15 +117,13 @@ def _open_random(model: str, known: KnownModel | None, path: Path | None, tokeni
             f"--random-weights needs shapes: {model!r} is neither a known model ({_aliases()}) nor a folder with a config.json"
         )
     folder = path if path.is_dir() else path.parent
-    return RandomCheckpoint(read_config(folder / "config.json"), folder.resolve().name, seed, _chosen(tokenizer, folder))
+    return RandomCheckpoint(read_config(folder / "config.json"), display_name(folder), seed, _chosen(tokenizer, folder))
 
 
 def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
-    if path.is_file() and path.suffix != ".pt":
-        raise ElmExportError(f"{path} is a file of another kind; give --model the folder that holds it, or a CoreNet .pt file")
     folder = path if path.is_dir() else path.parent
     tokenizer_path = _chosen(tokenizer, folder)
-    checkpoint = _open_files(path, tokenizer_path)
+    checkpoint = open_path(path, tokenizer_path)
     repo = find_family(checkpoint.config.model_type).tokenizer_repo
     if tokenizer_path is None and tokenizer is None and repo is not None:
         from elmexport.checkpoint.hub import cached_tokenizer
@@ -94,28 +132,28 @@ def _open_local(path: Path, tokenizer: str | None) -> Checkpoint:
     return checkpoint
 
 
-def _open_files(path: Path, tokenizer_path: Path | None) -> Checkpoint:
-    if path.is_file():
-        return CoreNetCheckpoint(path, tokenizer_path)
-    if not has_weights(path):
-        corenet = sorted(path.glob("*.pt"))
-        if len(corenet) == 1:
-            return CoreNetCheckpoint(corenet[0], tokenizer_path)
-        if corenet:
-            raise ElmExportError(
-                f"{path} holds {len(corenet)} .pt files ({', '.join(file.name for file in corenet)}); give --model one of them"
-            )
-    config = read_config(path / "config.json")
-    return SafetensorsCheckpoint(path, config, Source(path.resolve().name, "local folder"), tokenizer_path)
-
-
 def _open_hub(model: str, known: KnownModel | None, revision: str | None, tokenizer: str | None, progress: Progress) -> Checkpoint:
+    repo = known.hub_id if known and known.hub_id else model
+    return open_repository(repo, revision, tokenizer, progress)
+
+
+def open_repository(repo: str, revision: str | None, tokenizer: str | None, progress: Progress) -> Checkpoint:
+    """Open the hub repository `repo`, whatever folders of its name there are; downloads what the cache lacks.
+
+    Raises:
+        ElmExportError: see `open_checkpoint`.
+    """
     from elmexport.checkpoint import hub
 
-    repo = known.hub_id if known and known.hub_id else model
     snapshot = hub.download_description(repo, revision)
     name = repo.rpartition("/")[2]
     if not (snapshot / "config.json").is_file():
+        if (snapshot / ADAPTER_CONFIG).is_file():
+            base = adapter_base(snapshot)
+            raise ElmExportError(
+                f"hub repository {repo} holds an adapter, not a model: give its base with --model{f' {base}' if base else ''}, download the adapter "
+                f"(hf download {repo} --local-dir DIR), and pass --adapter DIR"
+            )
         raise ElmExportError(f"hub repository {repo} holds no config.json, so it is no model; give --model a repository that does")
     # Everything that can fail cheaply comes before the gigabytes.
     config = read_config(snapshot / "config.json")
@@ -123,9 +161,9 @@ def _open_hub(model: str, known: KnownModel | None, revision: str | None, tokeni
     if tokenizer_path is None and tokenizer is None:
         tokenizer_path = _download_tokenizer(name, config)
     hub.download_weights(repo, snapshot, progress)
-    if not has_weights(snapshot):
-        raise ElmExportError(f"hub repository {repo} holds no safetensors weights; give --model one that does")
-    return SafetensorsCheckpoint(snapshot, config, Source(name, f"hub:{repo}", snapshot.name), tokenizer_path)
+    if not has_weights(snapshot) and not pickled.has_bin(snapshot):
+        raise ElmExportError(f"hub repository {repo} holds neither safetensors weights nor pytorch_model.bin; give --model one that does")
+    return open_folder(snapshot, config, Source(name, f"hub:{repo}", snapshot.name), tokenizer_path)
 
 
 def _chosen(tokenizer: str | None, folder: Path | None) -> Path | None:
@@ -206,4 +244,4 @@ def _aliases() -> str:
     return ", ".join(known.alias for known in known_models())
 
 
-__all__ = ["Checkpoint", "is_local", "open_checkpoint", "require_tokenizer"]
+__all__ = ["Checkpoint", "is_local", "open_checkpoint", "open_embedded", "open_repository", "open_tokenizer", "require_tokenizer"]

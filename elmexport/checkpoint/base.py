@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elmexport.checkpoint.mismatch import Mismatch
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.weights import WeightSpec
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 
+WITH_ADAPTER = " with adapter "  # between a base's origin and an adapter's name
+
+
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint came from, for the manifest: never a path of this machine."""
+    """Origin of a checkpoint, for the manifest: never a path of this machine."""
 
     name: str  # display name, used in file names
     origin: str  # "embedded", "local folder", "hub:owner/name", "random weights, seed 0"
@@ -37,7 +41,9 @@ class Checkpoint(ABC):
     def __init__(self, config: ModelConfig, source: Source, tokenizer_path: Path | None = None) -> None:
         self.config = config
         self.source = source
-        self.tokenizer_path = tokenizer_path  # tokenizer.model or tokenizer.json, None where there is none
+        self.tokenizer_path = tokenizer_path  # tokenizer.json or tokenizer.model, None where there is none
+        self.folder: Path | None = None  # of the model's files, None where it has none
+        self.notes: list[str] = []  # what the user should know of how the files were read
 
     @cached_property
     def specs(self) -> dict[str, WeightSpec]:
@@ -56,31 +62,24 @@ class Checkpoint(ABC):
     def identity(self) -> str:
         """SHA-256 (hex) that two checkpoints share only if their configuration and weights are the same bytes."""
 
+    def stored_name(self, name: str) -> str:
+        """Name of the tensor `name` in the checkpoint's own files, for messages."""
+        return name
+
     def check(self) -> None:
         """Compare names and shapes with what the configuration calls for.
 
         Raises:
-            ElmExportError: missing or extra tensors, or a shape that contradicts the configuration; every offender is named.
+            ElmExportError: missing or extra tensors, or a shape that contradicts the configuration; the first few are named, with the likely cause.
         """
-        stored = self.stored_shapes()
-        missing = [name for name in self.specs if name not in stored]
-        extra = [name for name in stored if name not in self.specs]
-        wrong = [
-            f"{name} is {list(stored[name])}, config.json calls for {list(spec.shape)}"
-            for name, spec in self.specs.items()
-            if name in stored and stored[name] != spec.shape
-        ]
-        problems = [
-            f"{label}: {', '.join(names)}"
-            for label, names in (("missing tensors", missing), ("extra tensors", extra), ("wrong shapes", wrong))
-            if names
-        ]
-        if problems:
-            raise ElmExportError(
-                f"the weights of {self.source.name} do not fit its config.json; "
-                + "; ".join(problems)
-                + ". Use the config.json that belongs to these weights"
-            )
+        problems = self.mismatch().sentence()
+        if problems is not None:
+            raise ElmExportError(f"the weights of {self.source.name} do not fit its config.json; {problems}")
+
+    def mismatch(self) -> Mismatch:
+        """Compare the tensors that are there with those of the configuration, for `check`."""
+        shapes = self.stored_shapes()
+        return Mismatch(self.config, self.specs, shapes, [name for name in shapes if name not in self.specs], {})
 
     def tensor(self, name: str) -> torch.Tensor:
         """`read`, refusing values that no export can hold.
@@ -96,6 +95,6 @@ class Checkpoint(ABC):
         if not (torch.isfinite(low) and torch.isfinite(high)):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ElmExportError(
-                f"{name} holds {bad} values that are NaN or infinite, of {tensor.numel()}; the checkpoint is damaged, download or save it again"
+                f"{self.stored_name(name)} holds {bad} values that are NaN or infinite, of {tensor.numel()}; the checkpoint is damaged, download or save it again"
             )
         return tensor

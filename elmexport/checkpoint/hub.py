@@ -14,16 +14,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elmexport.checkpoint import pickled
+from elmexport.checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
 from elmexport.checkpoint.safetensors import INDEX, SINGLE
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES
+from elmexport.checkpoint.tokenizer import BESIDE, TOKENIZER_FILES
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import known_models
 from elmexport.progress import Progress
 
 T = TypeVar("T")
 
-SMALL_FILES = ("config.json", INDEX, *TOKENIZER_FILES)
+SMALL_FILES = ("config.json", "generation_config.json", INDEX, pickled.INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES, *BESIDE)
 WEIGHT_FILES = (SINGLE, "model-*-of-*.safetensors")
+BIN_FILES = (pickled.SINGLE, "pytorch_model-*-of-*.bin")  # of repositories that have no safetensors
 
 
 def download_description(repo: str, revision: str | None) -> Path:
@@ -39,7 +42,7 @@ def download_description(repo: str, revision: str | None) -> Path:
 
 
 def download_weights(repo: str, snapshot: Path, progress: Progress) -> None:
-    """Complete `snapshot` (see `download_description`) with the model's safetensors.
+    """Complete `snapshot` (see `download_description`) with the model's safetensors, or with `pytorch_model.bin` where it has none.
 
     Raises:
         ElmExportError: as `download_description`.
@@ -49,10 +52,12 @@ def download_weights(repo: str, snapshot: Path, progress: Progress) -> None:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.hf_api import RepoFile
 
-    commit, patterns = snapshot.name, list(WEIGHT_FILES)
+    commit = snapshot.name
 
     def download() -> None:
         files = [(entry.path, entry.size) for entry in HfApi().list_repo_tree(repo, revision=commit) if isinstance(entry, RepoFile)]
+        safe = any(fnmatch(path, pattern) for path, _ in files for pattern in WEIGHT_FILES)
+        patterns = list(WEIGHT_FILES if safe else BIN_FILES)
         missing = [size for path, size in files if any(fnmatch(path, p) for p in patterns) and not (snapshot / path).exists()]
         progress.stage(f"downloading {repo}", sum(missing))
         snapshot_download(repo, revision=commit, allow_patterns=patterns, tqdm_class=_bar_class(progress))
@@ -82,7 +87,7 @@ def download_tokenizer(repo: str) -> Path:
         return cached
     from huggingface_hub import snapshot_download
 
-    snapshot = Path(_explained(repo, None, lambda: snapshot_download(repo, allow_patterns=list(TOKENIZER_FILES))))
+    snapshot = Path(_explained(repo, None, lambda: snapshot_download(repo, allow_patterns=[*TOKENIZER_FILES, *BESIDE])))
     for name in TOKENIZER_FILES:
         if (snapshot / name).is_file():
             return snapshot / name
@@ -100,10 +105,14 @@ def _cached(repo: str, name: str) -> Path | None:
 
 def _complete(snapshot: Path) -> bool:
     """Whether the folder holds all the weights it should. A damaged index is left to be complained of when it is opened."""
-    if (snapshot / SINGLE).exists():
+    return any(_all_there(snapshot, *names) for names in ((SINGLE, INDEX), (pickled.SINGLE, pickled.INDEX)))
+
+
+def _all_there(snapshot: Path, single: str, index: str) -> bool:
+    if (snapshot / single).exists():
         return True
     try:
-        files = set(json.loads((snapshot / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(json.loads((snapshot / index).read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return all((snapshot / str(file)).exists() for file in files)

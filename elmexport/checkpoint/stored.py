@@ -1,64 +1,85 @@
-"""Stored checkpoints, whatever the file format: dtype checks, tied heads stored twice, identity.
-
-The formats are `safetensors.py` and `corenet.py`.
-"""
+"""Stored checkpoints, whatever the file format: names, padding rows, buffers, tied heads stored twice, dtype checks, identity."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.errors import ElmExportError
+from elmexport.checkpoint.mismatch import Mismatch
+from elmexport.checkpoint.names import find_names
+from elmexport.checkpoint.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFiles
+from elmexport.errors import ElmExportError, listed
+from elmexport.models import find_family
 from elmexport.models.base import ModelConfig
 from elmexport.weights import Role
 
-DTYPES = ("BF16", "F16", "F32")  # safetensors' names
+if TYPE_CHECKING:
+    import torch
+
+# Training code pads the vocabulary to whole tiles of a matrix unit; CoreNet's has 32,128 rows for 32,000 tokens.
+PAD_MULTIPLE, MOST_PADDING = 64, 128
+# Tables that a model computes from its configuration and some versions of its code store all the same.
+_BUFFERS = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|cached_cos|cached_sin|causal_mask|masked_bias)$")
 
 
 class StoredCheckpoint(Checkpoint):
-    """Tensors in files. A subclass lists them in `__init__` and reads one in `read`."""
+    """Tensors in files, under the names of the family's published checkpoints."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        source: Source,
-        tokenizer_path: Path | None,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtypes: Mapping[str, str],
-    ) -> None:
-        """`shapes` and `dtypes` (safetensors' names) of every stored tensor, under the names of `config.weights()`.
+    def __init__(self, files: TensorFiles, config: ModelConfig, source: Source, tokenizer_path: Path | None = None) -> None:
+        """Match the tensors of `files` with those that `config` calls for; whether all are there, `check` says.
 
         Raises:
-            ElmExportError: a dtype that is not a float of 16 or 32 bits.
+            ElmExportError: a weight that is stored twice, or in a dtype that is not a float of 16 or 32 bits.
         """
         super().__init__(config, source, tokenizer_path)
-        self._shapes = dict(shapes)
-        odd = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in DTYPES]
-        if odd:
+        self._files = files
+        found = find_names(files.facts, {*self.specs, config.head_name}, find_family(config.model_type).trained_name)
+        if found.doubled:
+            pairs = [f"{first} and {second}" for first, second in found.doubled]
             raise ElmExportError(
-                f"the weights of {source.name} are stored as something else than {', '.join(DTYPES)}: {_some(odd)}. "
-                "Save the checkpoint in one of these types (quantized checkpoints cannot be exported; use the original)"
+                f"{files.path} holds tensors twice: {listed(pairs, longest=160)}; save the model's own state dictionary by itself"
             )
+        self._stored = found.stored
+        self._shapes = {name: files.facts[stored].shape for name, stored in found.stored.items()}
+        self._unknown = self._without_buffers(found.unknown)
+        self._check_dtypes()
+        if found.prefixes:
+            self.notes.append(f"tensor names begin with {' or '.join(map(repr, found.prefixes))} ({files.path.name}), which was left out")
+        self._crop()
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
+    def stored_name(self, name: str) -> str:
+        return self._stored.get(name, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._files.read(self._stored[name])
+        return tensor if tuple(tensor.shape) == self._shapes[name] else tensor[: self._shapes[name][0]]
+
     def check(self) -> None:
-        """As `Checkpoint.check`; a tied model that stores its head all the same passes if the head equals the embedding."""
+        """As `Checkpoint.check`; a tied model that stores its head all the same passes if the head is the embedding up to rounding."""
         head = self.config.head_name
-        if self.config.dims.tied and head in self._shapes and self._shapes[head] == self._shapes.get(self._embedding):
-            self._drop_equal_head(head)
+        if self.config.dims.tied and head in self._shapes:
+            if self._shapes[head] == self._shapes.get(self._embedding):
+                self._drop_equal_head(head)
+            else:
+                self._unknown = (*self._unknown, self._stored[head])
         super().check()
+
+    def mismatch(self) -> Mismatch:
+        return Mismatch(self.config, self.specs, self._shapes, self._unknown, self._stored)
 
     def identity(self) -> str:
         """SHA-256 over the configuration and every tensor's name, dtype, shape and bytes, in the model's order.
 
-        So it does not depend on the file format, on how tensors are spread over files, or on their order there. Computed once: it reads
-        everything.
+        So it does not depend on the file format, on how tensors are called or spread over files, or on their order there. Computed once: it
+        reads everything.
         """
         return self._identity
 
@@ -77,19 +98,74 @@ class StoredCheckpoint(Checkpoint):
     def _embedding(self) -> str:
         return next(name for name, spec in self.specs.items() if spec.role is Role.EMBEDDING)
 
+    def _without_buffers(self, unknown: tuple[str, ...]) -> tuple[str, ...]:
+        """`unknown` without tables and counters that are no weights, of which a note tells."""
+        facts = self._files.facts
+        rest = [name for name in unknown if facts[name].dtype not in WHOLE_NUMBERS and not _BUFFERS.search(name)]
+        buffers = [f"{name} ({facts[name].dtype})" for name in unknown if name not in rest]
+        if buffers and not Mismatch(self.config, self.specs, self._shapes, unknown, {}).quantized:
+            self.notes.append(f"{len(buffers)} stored buffers are no weights and were left out: {listed(buffers)}")
+            return tuple(rest)
+        return unknown
+
+    def _check_dtypes(self) -> None:
+        facts = self._files.facts
+        odd = [f"{stored} is {facts[stored].dtype}" for stored in self._stored.values() if facts[stored].dtype not in FLOATS]
+        if odd:
+            raise ElmExportError(
+                f"the weights of {self.source.name} are stored as something else than {', '.join(FLOATS)}: {listed(odd)}. "
+                "Save the checkpoint in one of these types (quantized checkpoints cannot be exported; use the original)"
+            )
+
+    def _crop(self) -> None:
+        """Leave out the rows by which training code padded the vocabulary."""
+        cropped = []
+        for name in (self._embedding, self.config.head_name):
+            rows, wanted = (self._shapes.get(name) or (0,))[0], self.config.dims.vocab_size
+            if is_padded(rows, wanted):
+                self._shapes[name] = (wanted, *self._shapes[name][1:])
+                cropped.append((self._stored[name], rows, rows - wanted))
+        if cropped:
+            name, rows, padding = cropped[0]
+            self.notes.append(
+                f"{name} has {rows:,} rows for {self.config.dims.vocab_size:,} tokens: the last {padding} were taken for padding and left out "
+                f"(if they are tokens, set vocab_size to {rows} in config.json)"
+            )
+
     def _drop_equal_head(self, head: str) -> None:
         # Some tools write a tied head out as a tensor of its own. Equal, it says nothing new; different, the file and its config.json
         # describe two models, and guessing which one was meant would be wrong half of the time.
         import torch
 
-        if not torch.equal(self.read(head), self.read(self._embedding)):
-            raise ElmExportError(
-                f"{self.source.name}: config.json says that the output layer shares the embedding ({self.config.tied_key} is true), but the weights "
-                f"hold an {head} that differs from {self._embedding}; set {self.config.tied_key} to false if the stored head is the right one, "
-                "else remove it from the weights"
+        stored, embedding = self.read(head), self.read(self._embedding)
+        if not (stored.dtype == embedding.dtype and torch.equal(stored, embedding)):
+            if not equal_but_for_rounding(stored, embedding):
+                raise ElmExportError(
+                    f"{self.source.name}: config.json says that the output layer shares the embedding ({self.config.tied_key} is true), but the "
+                    f"weights hold a {self._stored[head]} that differs from {self._stored[self._embedding]}; set {self.config.tied_key} to false "
+                    "if the stored head is the right one, else remove it from the weights"
+                )
+            self.notes.append(
+                f"{self._stored[head]} ({_dtype(stored)}) is {self._stored[self._embedding]} ({_dtype(embedding)}) but for rounding; "
+                "the model shares the two, and the embedding was taken"
             )
         del self._shapes[head]
 
 
-def _some(problems: list[str], count: int = 5) -> str:
-    return ", ".join(problems[:count]) + (f" and {len(problems) - count} more" if len(problems) > count else "")
+def is_padded(rows: int, vocab_size: int) -> bool:
+    """Whether a matrix of `rows` rows is one of `vocab_size` tokens and padding."""
+    return 0 < rows - vocab_size <= MOST_PADDING and rows % PAD_MULTIPLE == 0
+
+
+def equal_but_for_rounding(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether each of the two is the other after at most one rounding (or truncation) to bfloat16 or fp16."""
+    import torch
+
+    first, second = one.to(torch.float32), other.to(torch.float32)
+    # bfloat16 has 8 significant bits; fp16's smallest step is 2^-24.
+    allowed = torch.maximum(first.abs(), second.abs()).mul_(2.0**-8).add_(2.0**-24)
+    return bool(((first - second).abs_() <= allowed).all())
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

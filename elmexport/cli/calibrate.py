@@ -59,6 +59,10 @@ def calibrate(
     revision: Annotated[
         str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter (LoRA or DoRA, as PEFT or CoreNet writes it) to merge into the model's weights."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.")] = False,
 ) -> None:
@@ -88,6 +92,7 @@ def calibrate(
             random_weights=random_weights,
             tokenizer=tokenizer,
             revision=revision,
+            adapter=adapter,
             progress=progress,
             text=text or (),
             tokens=tokens,

@@ -31,6 +31,10 @@ def evaluate(
     limit: Limit = None,
     seed: Seed = 0,
     against: Against = "fp16",
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter that the artifact was exported with, to merge into the model it is compared with."),
+    ] = None,
     data: Data = None,
     text: TextFile = None,
     text_tokens: TextTokens = 8192,
@@ -84,6 +88,7 @@ def evaluate(
             artifact,
             chosen,
             against=None if against == "none" else against,
+            adapter=adapter,
             tokenizer=tokenizer,
             progress=progress,
             note=lambda line: typer.echo(f"note: {line}", err=True),

@@ -100,6 +100,10 @@ def command(target: type[Target]) -> Callable[..., None]:
         revision: Annotated[
             str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]")
         ] = None,
+        adapter: Annotated[
+            Path | None,
+            typer.Option(metavar="DIR", help="Adapter (LoRA or DoRA, as PEFT or CoreNet writes it) to merge into the model's weights."),
+        ] = None,
         force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
         no_verify: Annotated[
             bool,
@@ -129,6 +133,7 @@ def command(target: type[Target]) -> Callable[..., None]:
                 random_weights=random_weights,
                 tokenizer=tokenizer,
                 revision=revision,
+                adapter=adapter,
                 progress=progress,
             )
         for note in result.notes:

@@ -26,10 +26,14 @@ def generate(
     tokenizer: Annotated[
         Path | None, typer.Option(metavar="PATH", help="tokenizer.model or tokenizer.json. [default: the artifact's own]")
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Put the prompt into the model's chat template, as what a user says. [default: continue it as a text]"),
+    ] = False,
 ) -> None:
     """Continue a prompt; text streams to stdout.
 
-    Ends at the model's end-of-text token, at --max-tokens, or, with a note, when the artifact's context is full.
+    Ends at a token that ends texts, at --max-tokens, or, with a note, when the artifact's context is full.
 
     \b
     Example:
@@ -42,7 +46,7 @@ def generate(
         typer.echo(text, nl=False)  # flushes
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    stop = generate_text(artifact, prompt, max_tokens=max_tokens, sampling=sampling, write=write, tokenizer=tokenizer)
+    stop = generate_text(artifact, prompt, max_tokens=max_tokens, sampling=sampling, write=write, tokenizer=tokenizer, chat=chat)
     typer.echo()
     if stop == "context full":
         typer.echo("note: stopped because the context is full; export with a larger --context for longer texts", err=True)

@@ -63,7 +63,7 @@ class LocalData:
         if key not in self._lines:
             lines = read_lines(path)
             for line in lines:
-                _check(line, layout.columns)
+                _check(line, layout)
             self._lines[key] = layout.convert(lines)
         return self._lines[key]
 
@@ -97,7 +97,8 @@ def _parse(path: Path, number: int, text: bytes) -> dict[str, Any]:
     return row
 
 
-def _check(line: DataRow, columns: Mapping[str, Kind]) -> None:
+def _check(line: DataRow, layout: Layout) -> None:
+    columns: Mapping[str, Kind] = layout.columns
     for column, kind in columns.items():
         value: Any = line.row
         for key in column.split("."):
@@ -110,6 +111,19 @@ def _check(line: DataRow, columns: Mapping[str, Kind]) -> None:
             raise ElmExportError(
                 f"{line.place}: column {column} is {_describe(value)}, where {' or '.join(_KINDS[k] for k in kinds)} belongs; mend or remove the line"
             )
+        if column not in layout.optional and _holds_nothing(value):
+            raise ElmExportError(
+                f"{line.place}: column {column} is empty, or holds an empty text: {_describe(value)}; mend or remove the line"
+            )
+
+
+def _holds_nothing(value: Any) -> bool:
+    """Whether `value` is empty, or one of the texts in it is."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, dict):  # texts may be keys
+        return not value or any(_holds_nothing(part) for item in value.items() for part in item)
+    return isinstance(value, list) and (not value or any(map(_holds_nothing, value)))
 
 
 def _describe(value: Any) -> str:

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmexport.cache import cache_folder
-from elmexport.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.evaluation.comparison import compare
 from elmexport.evaluation.data import LocalData
 from elmexport.evaluation.distributions import ReferencePass
 from elmexport.evaluation.evaluated_model import FP16, EvaluatedModel, evaluated_artifact, find_reference
-from elmexport.evaluation.results import Evaluation, Report, TaskResult
+from elmexport.evaluation.results import Evaluation, Report, Subject, TaskResult
 from elmexport.evaluation.store import AnswerStore
 from elmexport.evaluation.tasks.presets import DEFAULT_TASK, published
 from elmexport.evaluation.text import text_pass
 from elmexport.evaluation.windows import DEFAULT_TOKENS, Windows, text_windows
 from elmexport.progress import Progress, SilentProgress
-from elmexport.runtimes import artifact_kind
+from elmexport.runtimes import artifact_kind, engine_version
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.text import artifact_tokenizer
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from elmexport.evaluation.tasks.documents import Document
     from elmexport.evaluation.tasks.suite import Suite
 
-STORE_FORMAT = 1  # of the kept answers; raised when the same request would be answered otherwise
+STORE_FORMAT = 2  # of the kept answers; raised when the same request would be answered otherwise
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def evaluate(
     settings: Settings | None = None,
     *,
     against: str | None = FP16,
+    adapter: Path | None = None,
     tokenizer: Path | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Evaluate `artifact`, and compare it with `against`: "fp16", the model it was made from, another artifact's path, or None.
 
+    `adapter` is merged into the model: the one that the artifact was exported with.
     `settings`: by default the bundled cloze task and text, which need no download. Answers are kept in `elmexport.cache.cache_folder()` as they
     come: an interrupted evaluation goes on where it ended. `note` receives, in words, what is not as one might expect.
 
@@ -67,8 +69,8 @@ def evaluate(
     progress = progress or SilentProgress()
     started = time.monotonic()
     evaluated = evaluated_artifact(artifact)
-    reference = None if against is None else find_reference(artifact, against, progress=progress)
-    chosen = artifact_tokenizer(artifact_kind(artifact), artifact) if tokenizer is None else load_tokenizer(tokenizer)
+    reference = None if against is None else find_reference(artifact, against, adapter=adapter, progress=progress)
+    chosen = artifact_tokenizer(artifact_kind(artifact), artifact, tokenizer)
     tasks, notes = _prepare(settings, progress)
     for line in notes:
         note(line)
@@ -157,7 +159,7 @@ def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, tasks: TaskList
     from elmexport.evaluation.tasks.local import quiet
 
     subject = opened.evaluated.subject
-    folder = cache_folder() / "answers" / _store_name(subject.identity, subject.engine, context, tokenizer)
+    folder = cache_folder() / "answers" / _store_name(subject, context, tokenizer)
     stores = [AnswerStore(folder / f"{suite.name}-{suite.fewshot}shot.jsonl", lambda: progress.advance(1)) for suite, _ in tasks]
     open_requests = [_unanswered(documents, store) for (_, documents), store in zip(tasks, stores, strict=True)]
     progress.stage(subject.label, sum(len(requests) for kinds in open_requests for requests in kinds.values()))
@@ -189,12 +191,13 @@ def _unanswered(documents: Sequence[Document], store: AnswerStore) -> dict[str, 
 def _too_long(instance: Any, tokenizer: Tokenizer, context: int) -> bool:
     if instance.request_type != "loglikelihood" or sum(map(len, instance.args)) <= context:  # a token is a character at least
         return False
-    return len(tokenizer.encode("".join(instance.args))) > context + 1
+    return len(tokenizer.encode("".join(instance.args), parse_special=True)) > context + 1
 
 
-def _store_name(identity: str, engine: str, context: int, tokenizer: Tokenizer) -> str:
-    vocabulary = "\n".join(piece.text for piece in tokenizer.pieces())
-    key = f"{STORE_FORMAT} {identity} {engine} {context} {_lm_eval_version()} {hashlib.sha256(vocabulary.encode()).hexdigest()}"
+def _store_name(subject: Subject, context: int, tokenizer: Tokenizer) -> str:
+    """The folder of answers: its name changes with everything that may change one."""
+    engine = f"{subject.engine} {engine_version(subject.target)}"
+    key = f"{STORE_FORMAT} {subject.identity} {engine} {context} {_lm_eval_version()} {tokenizer.fingerprint()}"
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

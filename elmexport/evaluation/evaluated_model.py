@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact, file_sha256
-from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint
-from elmexport.checkpoint.base import Checkpoint
+from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint, open_embedded, open_repository
+from elmexport.checkpoint.base import WITH_ADAPTER, Checkpoint
+from elmexport.checkpoint.local import open_adapter
 from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.results import ModelFacts, Subject
 from elmexport.manifest import Model
-from elmexport.models import config_from_dict
-from elmexport.progress import Progress
+from elmexport.models import config_from_dict, known_models
+from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import CHECKPOINT, artifact_kind, engine_name, open_as
 from elmexport.runtimes.base import Runtime
 
@@ -62,11 +63,11 @@ def evaluated_artifact(path: Path) -> EvaluatedModel:
     return EvaluatedModel(subject, lambda: open_as(kind, path))
 
 
-def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | None = None) -> EvaluatedModel:
+def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None = None, progress: Progress | None = None) -> EvaluatedModel:
     """Find the reference to compare with: "fp16", the model that the manifest names, or the path of a checkpoint or artifact.
 
     The fp16 reference is the model's weights rounded to fp16, computed in float32, with the artifact's own context so that both shorten a
-    long prompt alike.
+    long prompt alike. `adapter` is merged into it: the one that the artifact was exported with.
 
     Raises:
         ElmExportError: a model that the manifest does not say how to find, a download that failed, or another model than the artifact's.
@@ -81,11 +82,13 @@ def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | 
         if artifact_kind(Path(against)) != CHECKPOINT:
             evaluated = evaluated_artifact(Path(against))
         else:
-            evaluated = _evaluated_checkpoint(open_checkpoint(against, tokenizer=NO_TOKENIZER), against, context, rounded=True)
+            checkpoint = open_checkpoint(against, tokenizer=NO_TOKENIZER, adapter=adapter)
+            evaluated = _evaluated_checkpoint(checkpoint, against, context, rounded=True)
     elif manifest is None:
         raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
     else:
-        evaluated = _evaluated_checkpoint(_named_checkpoint(artifact, manifest.model, progress), "", context, rounded=True)
+        checkpoint = _named_checkpoint(artifact, manifest.model, adapter, progress)
+        evaluated = _evaluated_checkpoint(checkpoint, "", context, rounded=True)
     if kind == CHECKPOINT:
         own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
     other = evaluated.subject.model
@@ -97,18 +100,29 @@ def find_reference(artifact: Path, against: str = FP16, *, progress: Progress | 
     return evaluated
 
 
-def _named_checkpoint(artifact: Path, model: Model, progress: Progress | None) -> Checkpoint:
-    """The checkpoint that the manifest of `artifact` names."""
-    if model.source == "embedded":
-        return open_checkpoint("tiny", tokenizer=NO_TOKENIZER)
-    if model.source.startswith("hub:"):
-        return open_checkpoint(model.source.removeprefix("hub:"), revision=model.revision, tokenizer=NO_TOKENIZER, progress=progress)
-    seed = re.fullmatch(r"random weights, seed (\d+)", model.source)
+def _named_checkpoint(artifact: Path, model: Model, adapter: Path | None, progress: Progress | None) -> Checkpoint:
+    """The checkpoint that the manifest of `artifact` names, merged with `adapter` if it was exported with one."""
+    source, _, merged = model.source.partition(WITH_ADAPTER)
+    if merged and adapter is None:
+        raise ElmExportError(
+            f"{artifact} was exported with the adapter {merged}, whose place its {MANIFEST} does not record; pass --adapter PATH, or --against none"
+        )
+    base = _named_base(artifact, model, source, progress)
+    return open_adapter(adapter, base) if adapter is not None else base
+
+
+def _named_base(artifact: Path, model: Model, source: str, progress: Progress | None) -> Checkpoint:
+    if source == "embedded":
+        embedded = [known for known in known_models() if known.folder is not None]
+        return open_embedded(next((known for known in embedded if model.name.startswith(known.name)), embedded[0]), NO_TOKENIZER)
+    if source.startswith("hub:"):
+        return open_repository(source.removeprefix("hub:"), model.revision, NO_TOKENIZER, progress or SilentProgress())
+    seed = re.fullmatch(r"random weights, seed (\d+)", source)
     if seed is not None:
         config = config_from_dict(model.config, where=str(artifact / MANIFEST))
         return RandomCheckpoint(config, model.name.removesuffix(f"-random{seed[1]}"), int(seed[1]))
     raise ElmExportError(
-        f"{artifact} was exported from {model.name}, a {model.source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
+        f"{artifact} was exported from {model.name}, a {source}, whose place its {MANIFEST} does not record; pass --against PATH, the checkpoint's folder or file"
     )
 
 

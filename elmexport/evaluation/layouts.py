@@ -34,6 +34,7 @@ class Layout:
     files: tuple[str, ...]  # names before ".split.jsonl"
     columns: Mapping[str, Kind]  # "choices.text": inside the object `choices`
     convert: Callable[[list[DataRow]], list[DataRow]] = field(default=lambda lines: lines)
+    optional: frozenset[str] = frozenset()  # columns that the data set itself leaves empty in places
 
 
 def _each(change: Callable[[Row], Row]) -> Callable[[list[DataRow]], list[DataRow]]:
@@ -79,12 +80,18 @@ LAYOUTS: Mapping[str, Layout] = {
     "arc_easy": Layout(("arc_easy",), _ARC),
     "boolq": Layout(("boolq",), {"question": str, "passage": str, "answer": bool}, _each(_boolq)),
     "crows_pairs_english": Layout(("crows_pairs", "crows_pairs_english"), {"sent_more": str, "sent_less": str}),
-    "hellaswag": Layout(("hellaswag",), {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)}),
+    "hellaswag": Layout(
+        ("hellaswag",),
+        {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)},
+        optional=frozenset({"ctx_b"}),
+    ),
     "mmlu": Layout(("mmlu",), {"question": str, "subject": str, "choices": list, "answer": int}),
     "piqa": Layout(("piqa",), {"goal": str, "sol1": str, "sol2": str, "label": int}),
     "race": Layout(("race", "race_high"), {"article": str}, _race),
     "sciq": Layout(
-        ("sciq",), {"question": str, "support": str, "distractor1": str, "distractor2": str, "distractor3": str, "correct_answer": str}
+        ("sciq",),
+        {"question": str, "support": str, "distractor1": str, "distractor2": str, "distractor3": str, "correct_answer": str},
+        optional=frozenset({"support"}),
     ),
     "truthfulqa_mc2": Layout(
         ("truthfulqa_mc", "truthfulqa_mc2", "truthfulqa"), {"question": str, "mc1_targets": dict, "mc2_targets": dict}, _each(_truthfulqa)

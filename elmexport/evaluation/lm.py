@@ -1,7 +1,7 @@
 """lm-eval's model interface over a runtime, so that its tasks run on artifacts.
 
 Requests are tokenized as lm-eval's Hugging Face backend does it with `add_bos_token=True`, which the published figures were made
-with. Not covered: sampling, chat templates, images.
+with: control tokens spelled out in a task's text are control tokens. Not covered: sampling, chat templates, images.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.runtime, self.tokenizer = runtime, tokenizer
+        self._prefix_text = tokenizer.pieces()[self.prefix_token_id].text  # spelled out in a text, it is not put before it again
         self.shortened = 0
 
     @property
@@ -45,14 +46,15 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tokenizer.bos_id
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def max_length(self) -> int:
         return self.runtime.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        return self.tokenizer.encode(string, bos=add_special_tokens is not False)
+        bos = add_special_tokens is not False and not (add_special_tokens is None and string.startswith(self._prefix_text))
+        return self.tokenizer.encode(string, bos=bos, parse_special=True)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -115,7 +117,7 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
         self.shortened += len(ids) > self.max_length - room
         tokens: list[int] = []
         for token in generate(
-            self.runtime, ids[-(self.max_length - room) :], max_tokens=room, sampling=Sampling(), eos_id=self.tokenizer.eos_id
+            self.runtime, ids[-(self.max_length - room) :], max_tokens=room, sampling=Sampling(), eos_ids=self.tokenizer.special.eos
         ):
             tokens.append(token)
             if stops and any(stop in self.tokenizer.decode(tokens) for stop in stops):

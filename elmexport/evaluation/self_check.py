@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibration.residual import ResidualPeak
+from calibration.residual import FP16_MAX, ResidualPeak
 from calibration.statistics import MEAN_SQUARE, Facts, Statistics
 from calibration.text import Sample, sample_ids
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.checkpoint.tokenizer.probes import compare
 from elmexport.divergence import Divergence, divergence
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.graph.device import torch_device
@@ -21,7 +22,9 @@ from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
-from elmexport.weights import WeightSpec
+from elmexport.runtimes.text import find_tokenizer
+from elmexport.target import Target, wider_formats
+from elmexport.weights import Role, WeightSpec
 
 TOKENS = 128  # read by the reference and the artifact
 DECODED = 8  # of these, fed one at a time to cover the decode path
@@ -34,6 +37,7 @@ class ReferenceRun:
     ids: NDArray[np.int64]
     logits: NDArray[np.float32]
     statistics: Statistics
+    head: str  # the tensor of the output layer, as the checkpoint's files call it
 
     @property
     def text(self) -> str:
@@ -86,24 +90,25 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
         norm_peaks={},
     )
     tensors = {f"{activation}.{MEAN_SQUARE}": square for activation, square in observer.mean_squares.items()}
-    return ReferenceRun(ids, logits[0].numpy(), Statistics(facts, tensors))
+    head = next(node.weights["weight"].name for node in graph.nodes if node.role is Role.LM_HEAD)
+    return ReferenceRun(ids, logits[0].numpy(), Statistics(facts, tensors), checkpoint.stored_name(head))
 
 
 def self_check(
-    target: str, folder: Path, reference: ReferenceRun, limit: float, progress: Progress
+    target: Target, folder: Path, reference: ReferenceRun, limit: float, progress: Progress
 ) -> tuple[Divergence, NDArray[np.float32]]:
     """Run the artifact in the engine of its target on the reference's ids, most at once and the last few one by one, and compare.
 
     Returns the divergence, and the artifact's logits `[tokens, vocab]`.
 
     Raises:
-        VerificationError: the mean KL divergence exceeds `limit` (nats per token): the artifact is broken.
+        VerificationError: the mean KL divergence exceeds `limit` (nats per token), or logits are not finite: the artifact is broken.
         MissingDependencyError: the engine is not installed.
     """
     ids = reference.ids
     prefill = max(1, len(ids) - DECODED)
     progress.stage("self-check", len(ids))
-    runtime = open_as(target, folder, check=True)
+    runtime = open_as(target.name, folder, check=True)
     try:
         parts = [runtime.logits(ids[:prefill])]
         progress.advance(prefill)
@@ -114,9 +119,40 @@ def self_check(
         runtime.close()
     logits = np.concatenate(parts)
     result = divergence(reference.logits, logits)
-    if not result.kl_mean <= limit:
+    passed = result.kl_mean <= limit  # never where a logit is not finite
+    overflow = None if passed else _overflow(reference, logits)
+    if overflow is not None:
+        raise VerificationError(f"self-check failed: {overflow}. The artifact was discarded: {wider_formats(target)}")
+    if not passed:
         raise VerificationError(
             f"self-check failed: KL(model || artifact) is {result.kl_mean:.3g} nats per token over {result.tokens} tokens, {limit:g} is the most this "
             f"quantization may cost; top-1 agreement {result.top1_agreement:.1%}. The artifact was discarded. Choose a wider --quant; if a float format fails too, report it as a bug"
         )
     return result, logits
+
+
+def check_texts(target: str, folder: Path, tokenizer: Tokenizer, *, plain: bool) -> None:
+    """Compare the ids that the artifact's own tokenizer gives to texts with those of `tokenizer`; `plain`: see `compare`.
+
+    Raises:
+        ElmExportError: other ids.
+        MissingDependencyError: what reads the artifact's tokenizer is not installed.
+    """
+    found = find_tokenizer(target, folder)
+    if found is not None:
+        compare(tokenizer, found, f"the {target} artifact", ties=True, plain=plain)
+
+
+def _overflow(reference: ReferenceRun, logits: NDArray[np.float32]) -> str | None:
+    """What of the artifact's `logits` fp16 could not hold, as a clause; None where it could hold all."""
+    # Compared with what fp16 holds: a format that computes in float32 gives such logits as they are.
+    lost = (np.abs(reference.logits) > FP16_MAX) & ~(np.abs(logits) > FP16_MAX) | ~np.isfinite(logits)
+    tokens = np.flatnonzero(lost.any(axis=0))
+    if not len(tokens):
+        return None
+    largest = np.abs(reference.logits).max(axis=0)
+    token = int(tokens[largest[tokens].argmax()])
+    more = f" (and of {len(tokens) - 1} other tokens)" if len(tokens) > 1 else ""
+    if largest[token] > FP16_MAX:
+        return f"the logit of token {token}{more} reaches {largest[token]:.3g}, beyond fp16's 65504: row {token} of {reference.head} is too large"
+    return f"the artifact's logit of token {token}{more} is not finite, where the model's is at most {largest[token]:.3g}: its numbers overflow fp16"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from calibration.mixed import AccuracyDrop
+from elmexport.checkpoint import open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.comparison import compare_task
 from elmexport.evaluation.results import TaskResult
@@ -28,7 +28,8 @@ class TaskDrop:
         Raises:
             ElmExportError: a model without a tokenizer, or weights that fp16 cannot hold.
         """
-        if checkpoint.tokenizer_path is None:
+        tokenizer = open_tokenizer(checkpoint)
+        if tokenizer is None:
             raise ElmExportError(
                 f"--max-drop measures accuracy on a text, and {checkpoint.source.name} has no tokenizer to read it with; "
                 "pass one with --tokenizer PATH, or give a size with --bits-per-weight"
@@ -37,7 +38,7 @@ class TaskDrop:
         from elmexport.evaluation.tasks.local import quiet
         from elmexport.evaluation.tasks.suite import load_suites
 
-        self._tokenizer = load_tokenizer(checkpoint.tokenizer_path)
+        self._tokenizer = tokenizer
         with quiet():
             (self._suite,) = load_suites({DEFAULT_TASK: None}, None)
             self._documents = build_documents(self._suite, None, 0)

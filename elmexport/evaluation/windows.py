@@ -1,6 +1,6 @@
 """Windows of the text for perplexity and KL divergence, cut as llama.cpp's `llama-perplexity` does it.
 
-Consecutive windows of equal length, the first token of each replaced by BOS, what does not fill a window left out. The model reads each
+Consecutive windows of equal length, the first token of each replaced by BOS where the model has one, what does not fill a window left out. The model reads each
 window from its beginning; only predictions from the middle of the window on are counted, so that every counted one has seen some text.
 """
 
@@ -81,8 +81,8 @@ def text_windows(
         )
     count = min(limit, total) // length
     windows = ids[: count * length].reshape(count, length).copy()
-    if tokenizer is not None:
-        windows[:, 0] = tokenizer.bos_id
+    for bos in () if tokenizer is None else tokenizer.special.prefix:
+        windows[:, 0] = bos
     used = windows.size
     return Windows(windows, name if total - used < length else f"{name}, the first {used} of {total} tokens")
 

@@ -73,20 +73,40 @@ def config_from_dict(data: Mapping[str, Any], *, where: str = "config.json") -> 
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The configuration in the file `path`, a `config.json`.
+    """The configuration in the file `path`, a `config.json`; a `generation_config.json` beside it may name more tokens that end a text.
 
     Raises:
         ElmExportError: no such file, not JSON, or see `config_from_dict`.
     """
+    data = _read_object(path)
+    if data is None:
+        raise ElmExportError(f"{path}: no such file; a checkpoint folder holds config.json beside its weights")
+    generation = _read_object(path.with_name("generation_config.json")) or {}
+    ends = [*_as_list(data.get("eos_token_id")), *_as_list(generation.get("eos_token_id"))]
+    if len(set(map(repr, ends))) > 1:
+        data["eos_token_id"] = list({repr(end): end for end in ends}.values())
+    elif ends and data.get("eos_token_id") is None:
+        data["eos_token_id"] = ends[0]
+    return config_from_dict(data, where=str(path))
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in `path`; None where there is no such file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ElmExportError(f"{path}: no such file; a checkpoint folder holds config.json beside its weights") from None
+        return None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ElmExportError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(data, dict):
         raise ElmExportError(f"{path}: holds a JSON {type(data).__name__}, not an object; download the file again")
-    return config_from_dict(data, where=str(path))
+    return data
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def trace(config: ModelConfig, context: int | None = None) -> Graph:

@@ -29,8 +29,8 @@ class ModelConfig(ABC):
     name_prefix: ClassVar[str]  # what all weight names begin with, left out of node names: "transformer."
     head_name: ClassVar[str]  # of an LM head's tensor, also of one that a tied model stores all the same
     tied_key: ClassVar[str]  # key of config.json that says whether the LM head is the embedding's table
-    bos_token_id: int
-    eos_token_id: int
+    bos_token_id: int | None  # None: texts have no beginning of their own
+    eos_token_ids: tuple[int, ...]  # each of them ends a text; the usual one first
 
     @classmethod
     @abstractmethod
@@ -60,6 +60,11 @@ class ModelConfig(ABC):
 
         `module(ids, position, k_caches, v_caches)` returns logits and the updated caches; parameters go by the names of `weights`.
         """
+
+    @property
+    def eos_token_id(self) -> int:
+        """The usual one of `eos_token_ids`."""
+        return self.eos_token_ids[0]
 
     @property
     def parameter_count(self) -> int:

@@ -16,7 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, Fp16RangeError
 from elmexport.quantization.grids import Grid
 from elmexport.quantization.schemes import CodedScheme
 
@@ -105,7 +105,7 @@ class Codec(ABC):
         # Checked before a search: it would take an overflowing scale for a bad candidate, and end at zero.
         reason = self.beyond(*(float(end) for end in weight.aminmax()))
         if reason is not None:
-            raise ElmExportError(f"{reason}; export this checkpoint in a float format")
+            raise Fp16RangeError(reason, "export this checkpoint in a float format")
 
 
 def find_codec(scheme: CodedScheme) -> Codec:

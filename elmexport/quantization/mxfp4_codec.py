@@ -148,7 +148,7 @@ def elements(codes: Tensor) -> Tensor:
 
 
 def nearest(x: Tensor) -> Tensor:
-    """Find the codes uint8 of the E2M1 numbers nearest to `x` float32; ties go to even codes, what is too large to the largest, zero to 0."""
+    """Find the codes uint8 of the E2M1 numbers nearest to `x` float32; ties go to even codes, too large values to the largest code."""
     middles = torch.tensor(_MIDDLES, device=x.device)
     size = x.abs().contiguous()
     magnitude = torch.bucketize(size, middles[0::2].contiguous()) + torch.bucketize(size, middles[1::2].contiguous(), right=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, Fp16RangeError
 from elmexport.quantization.codec import Quantized, Rounding
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan
@@ -106,7 +106,7 @@ class CheckpointWeights(WeightSource):
         try:
             return quantize(weight, scheme, self._method, mean_square)
         except ElmExportError as error:
-            raise ElmExportError(f"{spec.name}: {error}") from None
+            raise error.of(spec.name) from None
 
 
 def cast(tensor: Tensor, scheme: Float, name: str) -> Tensor:
@@ -117,5 +117,9 @@ def cast(tensor: Tensor, scheme: Float, name: str) -> Tensor:
     """
     result = tensor.to(TORCH_DTYPES[scheme.dtype])
     if scheme.dtype == "fp16" and not torch.isfinite(result).all():
-        raise ElmExportError(f"{name} reaches {float(tensor.abs().max()):.4g}, beyond fp16's 65504; export with bf16 or fp32 weights")
+        rows = torch.nonzero(~torch.isfinite(result).reshape(len(result), -1).all(dim=1)).flatten()
+        where = "" if result.dim() < 2 else f" in row {int(rows[0])}" + (f" and {len(rows) - 1} more" if len(rows) > 1 else "")
+        raise Fp16RangeError(
+            f"{name} reaches {float(tensor.abs().max()):.4g}{where}, beyond fp16's 65504", "export with bf16 or fp32 weights"
+        )
     return result

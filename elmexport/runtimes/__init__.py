@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
+from elmexport import __version__
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
 from elmexport.formats import find_format, formats, load
@@ -72,6 +75,23 @@ def artifact_kind(path: Path) -> str:
 def engine_name(kind: str) -> str:
     """Tell the `Runtime.name` that an artifact of `kind` will have once it is open."""
     return "torch" if kind == CHECKPOINT else find_format(kind).engine
+
+
+def engine_version(kind: str) -> str:
+    """Tell the versions of what computes an artifact of `kind`: its engine, this package, the system."""
+    row = None if kind == CHECKPOINT else find_format(kind)
+    # An engine without a package is this one's own, over torch, or Core ML, which macOS brings.
+    package = (row.engine_package if row is not None else None) or "torch"
+    return f"{package} {_installed_version(package)}, elmexport {__version__}, {platform.mac_ver()[0] or platform.system()}"
+
+
+def _installed_version(package: str) -> str:
+    """The version of the distribution that brings a package of that name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        brought_by = packages_distributions().get(package)
+        return version(brought_by[0]) if brought_by else "not installed"
 
 
 def preload(kind: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 from elmexport.errors import ElmExportError
@@ -29,8 +29,8 @@ class Generation(Iterator[int]):
         return token
 
 
-def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, eos_id: int | None) -> Generation:
-    """Continue `ids` (BOS included by the caller) by up to `max_tokens` tokens. `eos_id` ends the text and is not given.
+def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, eos_ids: Collection[int]) -> Generation:
+    """Continue `ids` (BOS included by the caller) by up to `max_tokens` tokens. Any of `eos_ids` ends the text and is not given.
 
     Raises:
         ElmExportError: `max_tokens` below 1, a temperature where the artifact gives no logits to draw by, or see `Runtime.logits`: no ids, unknown ids, more ids than the context holds.
@@ -39,10 +39,10 @@ def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling:
         raise ElmExportError(f"max-tokens is {max_tokens}; it must be 1 or above")
     if runtime.only_greedy is not None and sampling.temperature:
         raise ElmExportError(f"temperature is {sampling.temperature:g}, but {runtime.only_greedy}, or use --temperature 0")
-    return Generation(_generate(runtime, ids, max_tokens, sampling, eos_id))
+    return Generation(_generate(runtime, ids, max_tokens, sampling, eos_ids))
 
 
-def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: Sampling, eos_id: int | None) -> Iterator[int | Stop]:
+def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: Sampling, eos_ids: Collection[int]) -> Iterator[int | Stop]:
     choose = Sampler(sampling)
 
     def next_token(ids: Sequence[int], position: int) -> int:
@@ -52,7 +52,7 @@ def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: S
 
     token = next_token(ids, 0)
     for count in range(1, max_tokens + 1):
-        if token == eos_id:
+        if token in eos_ids:
             yield "end of text"
             return
         yield token

@@ -7,7 +7,7 @@ Nothing here needs a Mac.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -105,8 +105,15 @@ class CoreMLTarget(Target):
         self.form.check_plan(graph, plan)
 
     def write(self, job: ExportJob, folder: Path) -> Written | None:
+        from targets.coreml.head_range import guard_head
+
         self.check_plan(job.graph, job.weights.plan)
-        return self.form.write(job, folder)
+        graph, overflow = guard_head(job.graph, job.weights)
+        written = self.form.write(replace(job, graph=graph), folder)
+        if overflow is None:
+            return written
+        written = written or Written()
+        return replace(written, notes=(*written.notes, overflow.note()))
 
     def finish(self, folder: Path, checked: Checked) -> None:
         write_golden(folder, checked, self.form.prompt_tokens(checked.context))

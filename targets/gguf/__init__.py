@@ -7,7 +7,7 @@ types below that, and those of mixtures of experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from elmexport.target import ExportJob, Target, option
 from elmexport.weights import Role
 
 if TYPE_CHECKING:
+    from elmexport.checkpoint.tokenizer import Tokenizer
     from targets.gguf.imatrix import ImportanceMatrix
 
 # llama.cpp's names for recipes that are the same bytes.
@@ -90,13 +91,24 @@ class GgufTarget(Target):
 
             self._importance.check((name, entry.part_shape) for entry in matrices(config) for name in entry.names)
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> Sequence[str]:
+        from targets.gguf.tokenizer import ends, find_vocabulary
+
+        notes = find_vocabulary(tokenizer).notes
+        without_place = ends(tokenizer)[1]
+        if without_place:
+            names = ", ".join(repr(tokenizer.pieces()[i].text) for i in without_place)
+            return (*notes, f"a GGUF file names three tokens that end a text; it has no place for {names}")
+        return notes
+
     def write(self, job: ExportJob, folder: Path) -> None:
         from targets.gguf.ollama import write_modelfile
         from targets.gguf.writer import write_gguf
 
-        paths = write_gguf(job, folder, self._importance, self._template, self._limit)
+        template = self._template or (None if job.tokenizer is None else job.tokenizer.chat_template)
+        paths = write_gguf(job, folder, self._importance, template, self._limit)
         if len(paths) == 1:  # Ollama takes no split files
-            write_modelfile(folder, paths[0], job.graph.context, chat=self._template is not None)
+            write_modelfile(folder, paths[0], job.graph.context, chat=template is not None)
 
     def tools(self) -> Mapping[str, str]:
         return {"gguf": version("gguf")}
@@ -109,7 +121,7 @@ class GgufTarget(Target):
 
     @cached_property
     def _template(self) -> str | None:
-        from targets.gguf.chat import read_template
+        from elmexport.checkpoint.tokenizer.chat import read_template
 
         return None if self.chat_template is None else read_template(self.chat_template)
 

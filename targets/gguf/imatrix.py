@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from elmexport.errors import ElmExportError
+from elmexport.contracts.gguf import is_legacy_imatrix
+from elmexport.errors import ElmExportError, listed
 from elmexport.files import complete_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_FIX = "use one that was made for this model: elmexport calibrate --model MODEL --imatrix FILE.gguf"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ImportanceMatrix:
     datasets: tuple[str, ...]
     chunks: int
     chunk_size: int  # tokens of a chunk
+    uncounted: tuple[str, ...] = ()  # entries that no token went into: ones
 
     def check(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
         """Compare with the matrices (name, `[out, in]`) that are to be quantized.
@@ -35,16 +38,18 @@ class ImportanceMatrix:
         The token embedding alone may be missing: llama.cpp's own tool leaves it out.
 
         Raises:
-            ElmExportError: an entry is missing or of another size: the file belongs to another model.
+            ElmExportError: entries are missing or of another size, so that the file belongs to another model; or nothing was counted for some.
         """
-        fix = "use one that was made for this model"
-        for name, (_, columns) in shapes:
-            entry = self.entries.get(name)
-            if entry is None:
-                if name != "token_embd.weight":
-                    raise ElmExportError(f"{self.path} has no entry for {name}; {fix}")
-            elif entry.size != columns:
-                raise ElmExportError(f"{self.path} has {entry.size} values for {name}, whose rows have {columns}; {fix}")
+        wanted = {name: columns for name, (_, columns) in shapes}
+        missing = [name for name in wanted if name not in self.entries and name != "token_embd.weight"]
+        if missing:
+            raise ElmExportError(f"{self.path} has no entry for {listed(missing)}; {_FIX}")
+        for name, columns in wanted.items():
+            if name in self.entries and self.entries[name].size != columns:
+                raise ElmExportError(f"{self.path} has {self.entries[name].size} values for {name}, whose rows have {columns}; {_FIX}")
+        uncounted = [name for name in self.uncounted if name in wanted]
+        if uncounted:
+            raise ElmExportError(f"{self.path} counted no token for {listed(uncounted)}; {_FIX}")
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
@@ -55,6 +60,11 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     """
     from gguf import GGUFReader
 
+    if is_legacy_imatrix(path):
+        new = path.with_name(f"{path.stem}{'-1' if path.suffix == '.gguf' else ''}.gguf").name
+        raise ElmExportError(
+            f"{path} is an importance matrix in llama.cpp's former binary form; convert it: llama-imatrix --in-file {path} -o {new}"
+        )
     try:
         reader = GGUFReader(path)
     except OSError as error:
@@ -69,11 +79,13 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     if facts.get("general.type") != "imatrix":
         raise ElmExportError(f"{path} is a GGUF file of type {facts.get('general.type')!r}, not 'imatrix'; give an importance matrix")
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    entries = {}
+    entries, uncounted = {}, []
     for name, sums in tensors.items():
         if name.endswith(_SUMS):
             matrix = name.removesuffix(_SUMS)
-            entries[matrix] = _mean(path, matrix, sums, tensors.get(matrix + _COUNTS))
+            counts = tensors.get(matrix + _COUNTS)
+            entries[matrix] = _mean(path, matrix, sums, counts)
+            uncounted += [matrix] if counts is not None and not counts.any() else []
     if not entries:
         raise ElmExportError(f"{path} holds no importance values; make it again")
     return ImportanceMatrix(
@@ -82,6 +94,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         tuple(facts.get("imatrix.datasets") or ()),
         int(facts.get("imatrix.chunk_count") or 0),
         int(facts.get("imatrix.chunk_size") or 0),
+        tuple(uncounted),
     )
 
 

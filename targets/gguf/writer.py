@@ -155,4 +155,4 @@ def _packed(job: ExportJob, entry: Entry, imatrix: ImportanceMatrix | None) -> l
             for name, part in zip(entry.names, torch.split(weight, entry.part_shape[0]), strict=True)
         ]
     except ElmExportError as error:
-        raise ElmExportError(f"{entry.spec.name}: {error}") from None
+        raise error.of(entry.spec.name) from None

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.models import known_models
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
@@ -21,13 +20,9 @@ TORCH_NAMES = {"fp16": "float16", "bf16": "bfloat16"}
 
 def write_companions(job: ExportJob, modules: Modules, folder: Path) -> None:
     """Write everything but the weights into `folder`."""
-    config = job.config
     job.write_description(folder)
     _write_json(folder / "config.json", _config(job, modules))
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.eos_token_id}
-    _write_json(folder / "generation_config.json", {**ids, "do_sample": False})
-    if job.tokenizer is not None:
-        write_tokenizer_files(job.tokenizer, job.graph.context, folder)
+    _write_json(folder / "generation_config.json", {**job.special_ids, "do_sample": False})
     (folder / "README.md").write_text(_card(job), encoding="utf-8", newline="\n")
 
 

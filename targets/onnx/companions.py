@@ -6,34 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.contracts.onnx import ATTENTION_MASK, INPUT_IDS, LOGITS, past, present
 from elmexport.target import ExportJob
 
 
 def write_companions(job: ExportJob, model: Path, folder: Path) -> None:
-    """Write `generation_config.json`, `genai_config.json` and, with a tokenizer, `tokenizer.json` and `tokenizer_config.json`.
-
-    `model` is the `.onnx` file inside `folder`.
-    """
-    config = job.config
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id, "pad_token_id": config.eos_token_id}
-    _write(folder / "generation_config.json", {**ids, "do_sample": False})
+    """Write `generation_config.json` and `genai_config.json`; `model` is the `.onnx` file inside `folder`."""
+    _write(folder / "generation_config.json", {**job.special_ids, "do_sample": False})
     _write(folder / "genai_config.json", _genai(job, model.relative_to(folder).as_posix()))
-    if job.tokenizer is not None:
-        write_tokenizer_files(job.tokenizer, job.graph.context, folder)
 
 
 def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
     """onnxruntime-genai's description of a decoder. Head counts differ from layer to layer: it reads them off the graph and takes these
     only where a graph leaves them open, so the largest stand here."""
-    config, dims = job.config, job.graph.dims
+    dims = job.graph.dims
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "pad_token_id": config.eos_token_id,
+            **job.special_ids,
             "context_length": job.graph.context,
             "vocab_size": dims.vocab_size,
             "decoder": {

@@ -92,7 +92,7 @@ def test_known_model_needs_no_config(tmp_path: Path) -> None:
     tiny = find_model("tiny")
     assert tiny is not None
     checkpoint = open_checkpoint(str(save(tmp_path / "x.pt", corenet_state(tiny.config))), tokenizer="none")
-    assert checkpoint.source.name == "OpenELM-tiny" and checkpoint.config == tiny.config
+    assert checkpoint.source.name == "x" and checkpoint.config == tiny.config
 
 
 def test_only_one_known_model_fits() -> None:
@@ -139,8 +139,55 @@ def test_no_pickle_at_all(tmp_path: Path, content: bytes) -> None:
 def test_other_contents(tmp_path: Path, small_config: OpenELMConfig, state: State) -> None:
     refused(save(tmp_path / "x.pt", [1, 2], small_config), "holds a list, not a state dictionary")
     refused(save(tmp_path / "x.pt", {**state, "step": 3}), "holds entries that are not tensors: step")
-    refused(save(tmp_path / "x.pt", {**state, "norm.weight": state["norm.weight"].double()}), "transformer.norm.weight is float64")
+    refused(save(tmp_path / "x.pt", {**state, "norm.weight": state["norm.weight"].double()}), ": norm.weight is F64")
     del state["norm.weight"]
     refused(save(tmp_path / "x.pt", state), "missing tensors: transformer.norm.weight")
     save(tmp_path / "y.pt", state)
     refused(tmp_path, r"holds 2 .pt files \(x.pt, y.pt\); give --model one of them")
+
+
+def padded(state: State, rows: int) -> State:
+    """With `rows` more rows, as CoreNet's training pads the vocabulary; what they hold must not matter."""
+    name = "token_embeddings.weight"
+    return state | {name: torch.cat([state[name], torch.full((rows, state[name].shape[1]), 9.0)])}
+
+
+@pytest.mark.parametrize("config_beside", [True, False])
+def test_rows_that_pad_the_vocabulary(tmp_path: Path, config_beside: bool) -> None:
+    tiny = find_model("tiny")
+    assert tiny is not None and isinstance(tiny.config, OpenELMConfig)
+    state = corenet_state(tiny.config)
+    plain = open_checkpoint(str(save(tmp_path / "plain.pt", state, tiny.config)), tokenizer="none")
+    (tmp_path / "config.json").unlink()
+    path = save(tmp_path / "padded.pt", padded(state, 128), tiny.config if config_beside else None)
+    checkpoint = open_checkpoint(str(path), tokenizer="none")
+    assert checkpoint.identity() == plain.identity()
+    assert checkpoint.tensor("transformer.token_embeddings.weight").shape == (4096, 256)
+    assert checkpoint.notes == [
+        "token_embeddings.weight has 4,224 rows for 4,096 tokens: the last 128 were taken for padding and left out "
+        "(if they are tokens, set vocab_size to 4224 in config.json)"
+    ]
+
+
+def test_padding_of_the_published_sizes() -> None:
+    """32,128 rows for 32,000 tokens."""
+    for alias in ("270M", "450M", "1.1B", "3B"):
+        model = find_model(alias)
+        assert model is not None
+        shapes = {spec.name: spec.shape for spec in model.config.weights()}
+        name = "transformer.token_embeddings.weight"
+        assert fits(model.config, shapes | {name: (32128, shapes[name][1])})
+        assert not fits(model.config, shapes | {name: (32001, shapes[name][1])})  # a token more is no padding
+
+
+def test_untied_heads_are_cropped_too(tmp_path: Path, small_config: OpenELMConfig) -> None:
+    config = replace(small_config, share_input_output_layers=False)
+    state = corenet_state(config)
+    head = torch.cat([state["classifier.weight"], torch.zeros(64, small_config.model_dim)])
+    checkpoint = open_checkpoint(str(save(tmp_path / "x.pt", padded(state, 64) | {"classifier.weight": head}, config)), tokenizer="none")
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), state["classifier.weight"])
+
+
+def test_added_rows_that_are_no_padding(tmp_path: Path, small_config: OpenELMConfig, state: State) -> None:
+    for rows in (3, 256):
+        refused(save(tmp_path / "x.pt", padded(state, rows), small_config), f"set vocab_size to {512 + rows} in config.json")

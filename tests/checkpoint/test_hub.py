@@ -225,6 +225,38 @@ def test_tokenizer_by_hub_id(hub: HubServer, client: Client, bare_model: str, tm
     )
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_repository_with_pytorch_weights_only(hub: HubServer, client: Client, tmp_path: Path, shards: int) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    folder = tmp_path / "bin"
+    shutil.copytree(TINY_FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
+    tensors = load_file(TINY_FOLDER / "model.safetensors")
+    files = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-{i + 1:05d}-of-00002.bin" for i in range(shards)]
+    parts = [dict(list(tensors.items())[i::shards]) for i in range(shards)]
+    for file, part in zip(files, parts, strict=True):
+        torch.save(part, folder / file)
+    if shards > 1:
+        weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+    hub.push("someone/bin", folder)
+    assert client.open("someone/bin", read=True)["identity"] == open_checkpoint("tiny").identity()
+    assert not hub.downloads("optimizer.pt")
+    client.env["HF_HUB_OFFLINE"] = "1"
+    assert client.open("someone/bin", read=True)["name"] == "bin"
+
+
+def test_repository_of_an_adapter(hub: HubServer, client: Client, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "apple/OpenELM-270M"}))
+    hub.push("someone/lora", tmp_path / "adapter")
+    error = client.open("someone/lora")["error"]
+    assert "hub repository someone/lora holds an adapter, not a model: give its base with --model apple/OpenELM-270M" in error
+    assert "--adapter DIR" in error
+
+
 def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")

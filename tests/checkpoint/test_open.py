@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from elmexport.checkpoint import open_checkpoint, require_tokenizer
+from elmexport.checkpoint.base import Source
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models.openelm.catalog import TINY_FOLDER
 
@@ -43,11 +44,17 @@ def test_revision_is_for_the_hub() -> None:
         open_checkpoint("tiny", revision="abc")
 
 
-def test_an_alias_goes_before_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_goes_before_an_alias_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(TINY_FOLDER, tmp_path / "tiny")
-    assert open_checkpoint("tiny").source.origin == "embedded"
-    assert open_checkpoint("./tiny").source.origin == "local folder"
+    (tmp_path / "tiny").mkdir()
+    assert open_checkpoint("tiny").source.origin == "embedded"  # a folder of other things is no model
+    shutil.copytree(TINY_FOLDER, tmp_path / "tiny", dirs_exist_ok=True)
+    checkpoint = open_checkpoint("tiny")
+    assert checkpoint.source == Source("tiny", "local folder")
+    assert checkpoint.notes == [
+        f"--model tiny is the local folder {tmp_path / 'tiny'}; the model that `elmexport models` calls tiny was not used"
+    ]
+    assert open_checkpoint("./tiny").notes == []
 
 
 def test_tokenizer_of_the_folder_or_of_the_option(bare: Path, small_tokenizer: Path) -> None:
@@ -66,7 +73,7 @@ def test_tokenizer_that_is_not_there(given: str) -> None:
 
 
 def test_tokenizer_folder_without_one(bare: Path) -> None:
-    with pytest.raises(ElmExportError, match=r"the folder holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(ElmExportError, match=r"the folder holds neither tokenizer\.json nor tokenizer\.model"):
         open_checkpoint("tiny", tokenizer=str(bare))
 
 

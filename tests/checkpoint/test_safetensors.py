@@ -19,6 +19,7 @@ from elmexport.models.openelm.config import OpenELMConfig
 
 Tensors = dict[str, torch.Tensor]
 NORM = "transformer.layers.2.attn_norm.weight"
+EMBEDDING = "transformer.token_embeddings.weight"
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_broken_shards(tmp_path: Path, small_config: OpenELMConfig, tensors: Ten
     index.write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
     refused(tmp_path, "names of files in the same folder")
     index.write_text("{}")
-    refused(tmp_path, "is not a safetensors index")
+    refused(tmp_path, "is not an index of weights")
     index.write_text(json.dumps(data))
     second.unlink()
     refused(tmp_path, f"lacks {second.name}, of the 2 files that model.safetensors.index.json names; download the missing files")
@@ -140,6 +141,46 @@ def test_tied_model_that_stores_its_head(tmp_path: Path, small_config: OpenELMCo
     assert equal.identity() == open_checkpoint(str(tmp_path / "plain"), tokenizer="none").identity()
     save_checkpoint(tmp_path / "other", small_config, tensors | {"lm_head.weight": embedding + 1})
     refused(tmp_path / "other", "share_input_output_layers is true.* holds? an? lm_head.weight that differs")
+
+
+@pytest.mark.parametrize("rounded", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("same_dtype", [True, False])
+def test_tied_head_stored_with_other_rounding(
+    tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors, rounded: torch.dtype, same_dtype: bool
+) -> None:
+    embedding = tensors[EMBEDDING]
+    embedding[0, :4] = torch.tensor([1e-9, -3e-8, 7e-7, 60000.0])  # fp16 has few bits, or none, for the small ones
+    head = embedding.to(rounded).to(torch.float32) if same_dtype else embedding.to(rounded)
+    save_checkpoint(tmp_path, small_config, tensors | {"lm_head.weight": head})
+    checkpoint = open_checkpoint(str(tmp_path), tokenizer="none")
+    dtype = "float32" if same_dtype else str(rounded).removeprefix("torch.")
+    assert checkpoint.notes == [
+        f"lm_head.weight ({dtype}) is {EMBEDDING} (float32) but for rounding; the model shares the two, and the embedding was taken"
+    ]
+    assert "lm_head.weight" not in checkpoint.stored_shapes()
+    save_checkpoint(tmp_path, small_config, tensors | {"lm_head.weight": (1.02 * embedding).to(rounded)})
+    refused(tmp_path, "hold a lm_head.weight that differs from transformer.token_embeddings.weight")
+
+
+def test_buffers_are_no_weights(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
+    buffers = {
+        "transformer.causal_mask": torch.ones(4, 4, dtype=torch.bool),
+        "transformer.position_ids": torch.arange(8),
+        "transformer.layers.0.attn.pos_embedding.inv_freq": torch.ones(16),
+    }
+    save_checkpoint(tmp_path, small_config, tensors | buffers)
+    checkpoint = open_checkpoint(str(tmp_path), tokenizer="none")
+    (note,) = checkpoint.notes
+    assert note.startswith("3 stored buffers are no weights and were left out: ")
+    for part in ("transformer.causal_mask (BOOL)", "transformer.position_ids (I64)", "inv_freq (F32)"):
+        assert part in note
+    assert set(checkpoint.stored_shapes()) == set(tensors)
+
+
+def test_quantized_weights_are_no_buffers(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
+    extra = {f"{name}.absmax": torch.zeros(4, dtype=torch.uint8) for name in tensors if "proj" in name}
+    save_checkpoint(tmp_path, small_config, tensors | extra)
+    refused(tmp_path, "These are quantized weights, which cannot be exported; use the model that they were made from")
 
 
 def test_no_weights(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:

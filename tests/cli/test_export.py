@@ -53,6 +53,7 @@ def test_the_defaults(run: Run, calls: list[dict[str, Any]]) -> None:
             "random_weights": None,
             "tokenizer": None,
             "revision": None,
+            "adapter": None,
         }
     ]
 
@@ -61,7 +62,7 @@ def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
     line = (
         "gguf --model 3B-Instruct --quant int8 --out here --context 512 --method gptq --calibrate text.txt --tokens 99 --bits-per-weight 4.5 "
         "--save-weights b.safetensors --random-weights 7 "
-        "--tokenizer meta/llama --revision v1 --force --no-verify"
+        "--tokenizer meta/llama --revision v1 --adapter lora --force --no-verify"
     )
     assert run(*line.split()).code == 0
     del calls[0]["progress"], calls[0]["settings"]
@@ -78,6 +79,7 @@ def test_every_option(run: Run, calls: list[dict[str, Any]]) -> None:
             "random_weights": 7,
             "tokenizer": "meta/llama",
             "revision": "v1",
+            "adapter": Path("lora"),
         }
     ]
 

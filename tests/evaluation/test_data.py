@@ -39,6 +39,10 @@ def test_every_task_has_rows_in_the_fixture_and_a_layout() -> None:
         ("[1, 2]", "piqa.validation.jsonl, line 2: [1, 2], where an object with columns belongs"),
         ({"goal": "a", "sol1": "b", "label": 1}, "piqa.validation.jsonl, line 2: column sol2 is missing (there are: goal, sol1, label)"),
         ({**PIQA, "label": "0"}, 'piqa.validation.jsonl, line 2: column label is "0", where a whole number belongs'),
+        (
+            {**PIQA, "sol1": " "},
+            'piqa.validation.jsonl, line 2: column sol1 is empty, or holds an empty text: " "; mend or remove the line',
+        ),
         ({**PIQA, "label": 7}, "piqa.validation.jsonl, line 2: the right answer is 7, but there are 2 choices"),
     ],
 )
@@ -47,6 +51,63 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: Any, message: str) -> None:
     with pytest.raises(ElmExportError) as caught:
         build_documents(load(tmp_path, "piqa"), None, 0)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "row", "column"),
+    [
+        ("crows_pairs_english", "crows_pairs.jsonl", {"sent_more": "", "sent_less": "She is."}, "sent_more"),
+        ("wikitext", "wikitext.jsonl", {"page": "\n"}, "page"),
+        (
+            "hellaswag",
+            "hellaswag.validation.jsonl",
+            {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c", ""], "label": 0},
+            "endings",
+        ),
+        (
+            "arc_easy",
+            "arc_easy.test.jsonl",
+            {"question": "?", "choices": {"text": ["a", ""], "label": ["A", "B"]}, "answerKey": "A"},
+            "choices.text",
+        ),
+        (
+            "truthfulqa_mc2",
+            "truthfulqa.jsonl",
+            {"question": "?", "mc1_targets": {"a": 1, "": 0}, "mc2_targets": {"a": 1, "b": 0}},
+            "mc1_targets",
+        ),
+    ],
+)
+def test_an_empty_field_is_named(tmp_path: Path, task: str, name: str, row: Any, column: str) -> None:
+    """Before anything is computed: such a row was an IndexError or a division by zero in the middle of it."""
+    write(tmp_path, name, ["", row])
+    with pytest.raises(ElmExportError, match=rf"{name}, line 2: column {column} is empty"):
+        load(tmp_path, task)
+
+
+@pytest.mark.slow
+def test_an_empty_field_in_a_task_without_a_layout_is_named(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "openbookqa.test.jsonl",
+        [
+            {"question_stem": "The sun", "choices": {"text": text, "label": ["A", "B", "C", "D"]}, "answerKey": "A"}
+            for text in (["a", "b", "c", "d"], ["a", "b", "", "d"])
+        ],
+    )
+    with pytest.raises(ElmExportError, match=r"openbookqa.test.jsonl, line 2: openbookqa asks how likely an empty text is"):
+        build_documents(load(tmp_path, "openbookqa", None), None, 0)
+
+
+def test_columns_that_the_data_set_leaves_empty(tmp_path: Path) -> None:
+    write(tmp_path, "hellaswag.validation.jsonl", [{"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["c", "d"], "label": 0}])
+    assert len(build_documents(load(tmp_path, "hellaswag"), None, 0)) == 1
+
+
+def test_too_many_examples_of_the_bundled_task() -> None:
+    (suite,) = load_suites({"cloze": 1000}, None)
+    with pytest.raises(ElmExportError, match=r"^cloze: 1000 few-shot examples are asked for, and there are 399 rows"):
+        build_documents(suite, 5, 0)
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
@@ -99,7 +160,10 @@ def test_the_splits_that_lm_eval_uses_need_no_note() -> None:
 
 def test_too_few_examples(tmp_path: Path) -> None:
     write(tmp_path, "piqa.validation.jsonl", [PIQA] * 3)
-    with pytest.raises(ElmExportError, match="with 5 few-shot examples"):
+    with pytest.raises(
+        ElmExportError,
+        match=r"piqa: 5 few-shot examples are asked for, and there are 2 rows to draw them from .* pass --fewshot 2 or fewer",
+    ):
         build_documents(load(tmp_path, "piqa", fewshot=5), None, 0)
 
 

@@ -129,3 +129,29 @@ def test_command_line(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, cap
     assert code == 2 and "has no cloze" in err
     code, _, err = run("--report", str(tmp_path / "page.pdf"))
     assert code == 2 and ".html" in err
+
+
+def test_answers_are_kept_for_what_gave_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another tokenizer with the same pieces, another beginning or end of texts, another version of the engine: asked anew."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    from elmexport.checkpoint.tokenizer import ModelIds, load_tokenizer
+    from elmexport.evaluation.entrant import artifact_entrant
+    from elmexport.evaluation.evaluate import _store_name
+
+    subject = artifact_entrant(TINY_FOLDER).subject
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((TINY_FOLDER / "tokenizer.model").read_bytes())
+    model.normalizer_spec.add_dummy_prefix = False
+    changed = tmp_path / "tokenizer.model"
+    changed.write_bytes(model.SerializeToString())
+    own = load_tokenizer(TINY_FOLDER / "tokenizer.model")
+    others = [load_tokenizer(changed), load_tokenizer(TINY_FOLDER / "tokenizer.model", ModelIds(1, (2, 5), 4096))]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    others.append(load_tokenizer(changed))
+    assert others[0].pieces() == own.pieces()
+    names = [_store_name(subject, 256, tokenizer) for tokenizer in (own, *others)]
+    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model"))
+    monkeypatch.setattr("elmexport.runtimes.version", lambda package: "99.0")
+    names.append(_store_name(subject, 256, own))
+    assert len(set(names)) == 5

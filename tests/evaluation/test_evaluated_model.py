@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from elmexport.artifact import MANIFEST
 from elmexport.checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from elmexport.checkpoint.random import RandomCheckpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.evaluated_model import evaluated_artifact, find_reference
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes.torch import TorchRuntime
 from tests.conftest import ExportTo, SmallArtifact
@@ -140,3 +142,34 @@ def test_weights_beyond_fp16_are_named(small_checkpoint: MemoryCheckpoint) -> No
     arrays[name].flat[0] = 1e6
     with pytest.raises(ElmExportError, match=rf"{name} holds values up to 1e\+06"):
         TorchRuntime(MemoryCheckpoint(small_checkpoint.config, arrays), rounded_to=torch.float16)
+
+
+def test_an_artifact_with_an_adapter_is_compared_with_the_model_that_has_it(tmp_path: Path, export_to: ExportTo) -> None:
+    name = "transformer.layers.0.attn.qkv_proj"
+    rows, columns = open_checkpoint("tiny").specs[f"{name}.weight"].shape
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    save_file(
+        {f"{name}.lora_A.weight": torch.full((2, columns), 0.01), f"{name}.lora_B.weight": torch.ones(rows, 2)},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4}))
+    artifact = export_to(open_checkpoint("tiny", adapter=folder), "onnx", "int8")
+    reference = find_reference(artifact, adapter=folder)
+    assert reference.subject.label == "OpenELM-tiny-tuned fp16"
+    given = find_reference(artifact, str(TINY_FOLDER), adapter=folder)
+    assert given.subject.model.identity == reference.subject.model.identity
+    with pytest.raises(ElmExportError, match=r"was exported with the adapter tuned, whose place .* does not record; pass --adapter PATH"):
+        find_reference(artifact)
+    with pytest.raises(ElmExportError, match="not the same weights"):
+        find_reference(artifact, str(TINY_FOLDER))
+
+
+def test_a_folder_called_tiny_is_not_taken_for_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_to: ExportTo
+) -> None:
+    artifact = export_to(open_checkpoint("tiny"), "onnx", "int8")
+    other = OpenELMConfig(num_transformer_layers=1, model_dim=64, head_dim=32, vocab_size=64, num_gqa_groups=1, ffn_dim_divisor=32)
+    saved(random_checkpoint(other), tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert find_reference(artifact).subject.label == "OpenELM-tiny fp16"

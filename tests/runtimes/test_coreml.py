@@ -229,10 +229,10 @@ def test_every_form_gives_the_same_tokens(
 ) -> None:
     prompt = ids[:70].tolist()
     model = TorchRuntime(small_checkpoint)
-    reference = list(generate(model, prompt, max_tokens=20, sampling=Sampling(), eos_id=None))
+    reference = list(generate(model, prompt, max_tokens=20, sampling=Sampling(), eos_ids=()))
     for settings in (*FORMS.values(), {"argmax": True}, {"argmax": True, "kv": "io"}):
         runtime = open_form(artifact_of(**settings))
-        assert list(generate(runtime, prompt, max_tokens=20, sampling=Sampling(), eos_id=None)) == reference, settings
+        assert list(generate(runtime, prompt, max_tokens=20, sampling=Sampling(), eos_ids=())) == reference, settings
         assert runtime.greedy(prompt) == reference[0]
 
 
@@ -258,7 +258,7 @@ def test_a_package_without_logits(artifact_of: ArtifactOf, ids: NDArray[np.int64
         with pytest.raises(ElmExportError, match="gives the most likely token and no logits; export it without --argmax"):
             call()
     with pytest.raises(ElmExportError, match=r"temperature is 0\.5, but this package .*, or use --temperature 0"):
-        generate(runtime, [1], max_tokens=1, sampling=Sampling(temperature=0.5), eos_id=None)
+        generate(runtime, [1], max_tokens=1, sampling=Sampling(temperature=0.5), eos_ids=())
 
 
 def test_the_self_check_looks_behind_the_token(

@@ -191,7 +191,7 @@ def test_both_devices_say_the_same(tiny: Checkpoint, export_to: ExportTo) -> Non
     for_gpu, for_engine = (
         list(
             generate(
-                open_artifact(export_to(tiny, "coreml", "fp16", settings=settings)), prompt, max_tokens=60, sampling=Sampling(), eos_id=None
+                open_artifact(export_to(tiny, "coreml", "fp16", settings=settings)), prompt, max_tokens=60, sampling=Sampling(), eos_ids=()
             )
         )
         for settings in (GPU, {})

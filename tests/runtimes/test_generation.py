@@ -33,7 +33,7 @@ class Counting(Runtime):
 
 
 def run(runtime: Runtime, ids: list[int], max_tokens: int, sampling: Sampling | None = None) -> Generation:
-    return generate(runtime, ids, max_tokens=max_tokens, sampling=sampling or Sampling(), eos_id=EOS)
+    return generate(runtime, ids, max_tokens=max_tokens, sampling=sampling or Sampling(), eos_ids=(EOS,))
 
 
 def test_feeds_the_prompt_once_and_then_each_token() -> None:
@@ -61,7 +61,7 @@ def test_end_of_text_is_not_given() -> None:
 
 
 def test_a_model_without_end_of_text() -> None:
-    assert list(generate(Counting(), [0], max_tokens=4, sampling=Sampling(), eos_id=None)) == [1, 2, 3, 4]
+    assert list(generate(Counting(), [0], max_tokens=4, sampling=Sampling(), eos_ids=())) == [1, 2, 3, 4]
 
 
 def test_stops_when_the_context_is_full() -> None:

@@ -55,6 +55,8 @@ def build_documents(suite: Suite, limit: int | None, seed: int) -> list[Document
 
 
 def _task_documents(task: Any, first: int, chosen: Sequence[int], fewshot: int) -> list[Document]:
+    if fewshot:
+        _check_examples(task, fewshot)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     wanted = set(chosen)
     documents = []
@@ -68,6 +70,7 @@ def _task_documents(task: Any, first: int, chosen: Sequence[int], fewshot: int) 
                 made = task.construct_requests(doc=doc, ctx=context, metadata=(task.config.task, doc_id, 1))
                 instances = made if isinstance(made, list) else [made]
                 documents.append(Document(first + doc_id, task, doc_id, doc, instances, _hash(instances), *_question(task, doc_id, doc)))
+                _check_texts(documents[-1])
             else:  # examples are drawn for one document after the other: a document that is left out takes its draw with it
                 task.sampler.sample(n=fewshot, eval_doc=doc if task.fewshot_cfg.split == task.config.test_split else None)
         except ElmExportError:
@@ -78,6 +81,32 @@ def _task_documents(task: Any, first: int, chosen: Sequence[int], fewshot: int) 
                 f"({type(error).__name__}: {error}); mend or remove the line, or give more rows for examples"
             ) from error
     return documents
+
+
+def _check_examples(task: Any, fewshot: int) -> None:
+    """
+    Raises:
+        ElmExportError: fewer rows to draw examples from than are asked for.
+    """
+    own = task.fewshot_cfg.split == task.config.test_split  # then a question is none of its own examples
+    rows = len(list(task.fewshot_docs() or ())) - (1 if own else 0)
+    if fewshot > rows:
+        raise ElmExportError(
+            f"{task.config.task}: {fewshot} few-shot examples are asked for, and there are {max(rows, 0)} rows to draw them from"
+            f"{' (those of the questions themselves, without the question)' if own else ''}; pass --fewshot {max(rows, 0)} or fewer, or give more rows"
+        )
+
+
+def _check_texts(document: Document) -> None:
+    """
+    Raises:
+        ElmExportError: a choice, or the text whose likelihood is asked for, is empty: it has none.
+    """
+    asked = [instance.args[-1] for instance in document.instances if instance.request_type.startswith("loglikelihood")]
+    if not all(asked) or not all(choice.strip() for choice in document.choices):
+        raise ElmExportError(
+            f"{document.task.place(document.local_id)}: {document.task.config.task} asks how likely an empty text is; mend or remove the line"
+        )
 
 
 def task_result(suite: Suite, documents: Sequence[Document], answer: Callable[[Any], Answer], published: float | None) -> TaskResult:

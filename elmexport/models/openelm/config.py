@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 RMS_NORM_EPS = 1e-6  # a constant of Apple's OpenELMRMSNorm, not a field of the file
 ACTIVATIONS = ("swish", "silu")
 
+# A file without one of the first three is no OpenELM configuration, whatever defaults Apple's class has: those would be another model's.
+NEEDED = ("num_transformer_layers", "model_dim", "head_dim")
+SIZES = (*NEEDED, "num_gqa_groups", "qkv_multipliers", "ffn_multipliers", "vocab_size")
+
 Multipliers = float | tuple[float, ...]
 
 
@@ -67,18 +71,30 @@ class OpenELMConfig(ModelConfig):
     rope_freq_constant: float = 10000
     rope_max_length: int = 4096
     initializer_range: float = 0.02
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)  # `eos_token_id` of the file: a number, or a list
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str = "config.json") -> OpenELMConfig:
         """Read the known keys of `data`, check them, and check the per-layer lists it may carry.
 
         Raises:
-            ElmExportError: an unusable value, or per-layer lists that contradict the multipliers.
+            ElmExportError: sizes that are missing, an unusable value, or per-layer lists that contradict the multipliers.
         """
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in data.items() if key in known and value is not None}
+        if any(key not in values for key in NEEDED):
+            missing = [key for key in SIZES if key not in values]
+            named = data.get("model_name")  # what CoreNet's conversion to MLX writes instead
+            model = f", that of {named[:80]}" if isinstance(named, str) else ""
+            raise ElmExportError(
+                f"{where}: lacks {', '.join(missing)}; use the config.json of the published model{model}, or that of the training code"
+            )
+        if "bos_token_id" in data:
+            values["bos_token_id"] = data["bos_token_id"]
+        eos = data.get("eos_token_id")
+        if eos is not None:
+            values["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,)
         for key in ("qkv_multipliers", "ffn_multipliers"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
@@ -93,6 +109,8 @@ class OpenELMConfig(ModelConfig):
         data["ffn_multipliers"] = list(self._per_layer(self.ffn_multipliers, "ffn_multipliers"))
         if isinstance(self.qkv_multipliers, tuple):
             data["qkv_multipliers"] = list(self.qkv_multipliers)
+        del data["eos_token_ids"]
+        data["eos_token_id"] = self.eos_token_id if len(self.eos_token_ids) == 1 else list(self.eos_token_ids)
         data["num_query_heads"] = [layer.query_heads for layer in self.layers]
         data["num_kv_heads"] = [layer.kv_heads for layer in self.layers]
         data["architectures"] = ["OpenELMForCausalLM"]
@@ -201,9 +219,11 @@ class OpenELMConfig(ModelConfig):
             )
         if self.normalization_layer_name != "rms_norm":
             raise ElmExportError(f"{where}: normalization_layer_name is {self.normalization_layer_name!r}; elmexport supports 'rms_norm'")
-        for key in ("bos_token_id", "eos_token_id"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or not 0 <= value < self.vocab_size:
+        if not self.eos_token_ids:
+            raise ElmExportError(f"{where}: eos_token_id is an empty list; name the token that ends a text")
+        ids = [("eos_token_id", value) for value in self.eos_token_ids]
+        for key, value in [("bos_token_id", self.bos_token_id), *ids] if self.bos_token_id is not None else ids:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.vocab_size:
                 raise ElmExportError(f"{where}: {key} is {value!r}; it must lie in 0..{self.vocab_size - 1}")
 
     def _check_lists(self, data: Mapping[str, Any], where: str) -> None:
@@ -222,6 +242,6 @@ class OpenELMConfig(ModelConfig):
             for i, (found, want) in enumerate(zip(stated, expected, strict=True)):
                 if found != want:
                     raise ElmExportError(
-                        f"{where}: {key}[{i}] is {found!r}, but layer {i} has {want} by qkv_multipliers={self.qkv_multipliers}, "
+                        f"{where}: {key}[{i}] is {found!r}, but layer {i} has {want} by qkv_multipliers={str(self.qkv_multipliers)[:120]}, "
                         f"model_dim={self.model_dim}, head_dim={self.head_dim}, num_gqa_groups={self.num_gqa_groups}; correct the list or the multipliers"
                     )

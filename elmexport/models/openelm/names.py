@@ -6,8 +6,6 @@ from __future__ import annotations
 def from_corenet(name: str) -> str:
     """The Hugging Face name of a CoreNet tensor: `layers.0.ffn.proj_1.weight` is `transformer.layers.0.ffn.proj_1.weight` there.
 
-    Source: the module names of CoreNet's `GeneralGPTModel`; its `classifier` is the Hugging Face model's `lm_head`. `module.` is what
-    data-parallel training puts in front.
+    Source: the module names of CoreNet's `GeneralGPTModel`; its `classifier` is the Hugging Face model's `lm_head`.
     """
-    name = name.removeprefix("module.")
     return "lm_head.weight" if name == "classifier.weight" else f"transformer.{name}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from elmexport.checkpoint.tokenizer_json import write_tokenizer_files
 from elmexport.contracts.coreml_gpu import HUB_NAME_METADATA
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph
@@ -54,5 +53,3 @@ class GpuForm(Form):
         with disk_errors():
             write_package(folder / f"{job.name}-{job.recipe.name}.mlpackage", job.graph, job.weights, metadata, job.advance)
         job.write_description(folder)
-        if job.tokenizer is not None:
-            write_tokenizer_files(job.tokenizer, job.graph.context, folder)

@@ -15,9 +15,10 @@ from coremltools.converters.mil.mil import Function, get_new_symbol, types
 from elmexport.contracts.coreml_gpu import CAUSAL_MASK, INPUT_IDS, KEY_CACHE, LOGITS, VALUE_CACHE
 from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role
-from targets.coreml.building import fresh_names, times
+from targets.coreml.building import fresh_names, held, times
 from targets.coreml.gpu.attention import FusedAttention
 from targets.coreml.gpu.interface import input_ranges
+from targets.coreml.head_range import LOGIT_SCALE
 from targets.coreml.interface import cache_shape
 from targets.coreml.norm import rms_norm
 from targets.coreml.packing import MatrixRows, Var, WeightFile, identifier
@@ -72,12 +73,14 @@ def _embed(lowering: GpuLowering, node: Node) -> Var:
 def _linear(lowering: GpuLowering, node: Node) -> Var:
     matrix = lowering.file.matrix(node.weights["weight"], 1, node.weight_scale)
     # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
-    x = times(lowering.input(node), matrix.factor)
-    name = LOGITS if node.role is Role.LM_HEAD else identifier(node.name)
+    scale = node.attrs.get(LOGIT_SCALE, 1.0)
+    x = times(lowering.input(node), matrix.factor * scale)
+    name = LOGITS if node.role is Role.LM_HEAD and scale == 1.0 else identifier(node.name)
     weight = lowering.constant(*matrix.parts)
     # Left out, each projection would get zeros of its own.
     bias = lowering.file.table(f"no_bias_{weight.shape[0]}", lambda: np.zeros(weight.shape[0], np.float16))
-    return mb.linear(x=x, weight=weight, bias=bias, name=name)
+    y = mb.linear(x=x, weight=weight, bias=bias, name=name)
+    return y if scale == 1.0 else held(y, scale, name=LOGITS)
 
 
 def _rms_norm(lowering: GpuLowering, node: Node) -> Var:

@@ -16,7 +16,8 @@ from coremltools.converters.mil.mil import Function, types
 from elmexport.contracts.coreml import HIDDEN, HIDDEN_OUT, INPUT_IDS, KEY_CACHE, LAST_TOKEN, POSITION, VALUE_CACHE, Interface
 from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role
-from targets.coreml.building import fresh_names, times
+from targets.coreml.building import fresh_names, held, times
+from targets.coreml.head_range import LOGIT_SCALE
 from targets.coreml.interface import cache_shape
 from targets.coreml.neural_engine.attention import HeadwiseAttention
 from targets.coreml.neural_engine.cache import InputCache, StateCache
@@ -114,11 +115,13 @@ def _linear(lowering: NeuralEngineLowering, node: Node) -> Vars:
     if node.role is Role.LM_HEAD and lowering.picked is not None:
         x = _pick(x, lowering.picked)
     # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
-    x = times(x, matrix.factor)
+    scale = node.attrs.get(LOGIT_SCALE, 1.0)
+    x = times(x, matrix.factor * scale)
     name = identifier(node.name)
     outputs = tuple(mb.conv(x=x, weight=lowering.file.part(part), name=f"{name}_{i}") for i, part in enumerate(matrix.parts))
     if node.role is not Role.LM_HEAD:
         return outputs
+    outputs = tuple(held(output, scale) for output in outputs)
     return most_likely(outputs) if lowering.interface.argmax else logits(outputs)
 
 

@@ -94,10 +94,24 @@ def small(**changes: Any) -> OpenELMConfig:
 
 
 def test_defaults_are_those_of_apples_class() -> None:
-    """An empty file: 12 layers of 2048, 16 heads of 128, no GQA, FFN 4, untied, no q/k norm."""
-    config = OpenELMConfig.from_dict({})
+    """12 layers of 2048, 16 heads of 128, no GQA, FFN 4, untied, no q/k norm."""
+    config = OpenELMConfig.from_dict({"num_transformer_layers": 12, "model_dim": 2048, "head_dim": 128})
+    assert config == OpenELMConfig()
     assert len(config.layers) == 12 and {(layer.query_heads, layer.kv_heads, layer.ffn_dim) for layer in config.layers} == {(16, 16, 8192)}
     assert not config.share_input_output_layers and not config.normalize_qk_projections and config.ffn_with_glu
+
+
+def test_sizes_are_never_filled_in() -> None:
+    """As CoreNet's conversion to MLX leaves the file: the model's name and two sizes."""
+    with pytest.raises(
+        ElmExportError, match=r"^c: lacks num_transformer_layers, model_dim, head_dim, num_gqa_groups, qkv_multipliers, ffn_multip"
+    ):
+        OpenELMConfig.from_dict({"model_name": "OpenELM-270M", "vocab_size": 32128, "max_context_length": 2048}, where="c")
+    with pytest.raises(ElmExportError, match=r"use the config.json of the published model, that of OpenELM-270M, or"):
+        OpenELMConfig.from_dict({"model_name": "OpenELM-270M"})
+    for missing in ("num_transformer_layers", "model_dim", "head_dim"):
+        with pytest.raises(ElmExportError, match=rf"config.json: lacks {missing}"):
+            OpenELMConfig.from_dict({key: value for key, value in OpenELMConfig().to_dict().items() if key != missing})
 
 
 def test_multipliers_uniform_and_per_layer() -> None:

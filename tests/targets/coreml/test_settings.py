@@ -15,6 +15,7 @@ from elmexport.models import find_model, trace
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.recipes import load_recipe
 from elmexport.quantization.schemes import Float
+from elmexport.quantization.weight_source import Scaled
 from elmexport.weights import WeightSpec
 from targets.coreml import CoreMLTarget
 from targets.coreml.neural_engine.lowering import lower
@@ -68,8 +69,11 @@ class _Zeros:
     def scheme(self, spec: WeightSpec) -> Float:
         return Float("fp16")
 
-    def get(self, spec: WeightSpec, scale: float = 1.0) -> torch.Tensor:
+    def get(self, spec: WeightSpec) -> torch.Tensor:
         return torch.zeros((), dtype=torch.float16).expand(spec.shape)
+
+    def scaled(self, spec: WeightSpec, factor: float) -> Scaled:
+        return Scaled(self.get(spec))
 
 
 class _NoFile(WeightFile):

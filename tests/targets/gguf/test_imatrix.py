@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 
+from calibration.options import WeightOptions
+from elmexport.contracts.gguf import is_legacy_imatrix
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.target import find_target
@@ -105,6 +108,64 @@ def test_unusable(
     with pytest.raises(ElmExportError, match=message):
         export_to(small_checkpoint, "gguf", "q4_k_m", out=tmp_path / "out", settings={"imatrix": path})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["imatrix.gguf"]
+
+
+def uncount_all(tensors: Tensors) -> None:
+    tensors["blk.2.ffn_up.weight.counts"][:] = 0
+
+
+def drop_many(tensors: Tensors) -> None:
+    for name in [name for name in tensors if "ffn_down" in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            drop_many,
+            r"has no entry for blk\.0\.ffn_down\.weight, blk\.1\.ffn_down\.weight, blk\.2\.ffn_down\.weight and 2 more; use one that was made",
+        ),
+        (uncount_all, r"counted no token for blk\.2\.ffn_up\.weight; use one that was made for this model"),
+    ],
+)
+def test_the_command_that_mends_it(
+    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, change: Callable[[Tensors], None], message: str
+) -> None:
+    tensors = tensors_for(small_checkpoint.config)
+    change(tensors)
+    path = write(tmp_path / "imatrix.gguf", tensors)
+    for options in ({"settings": {"imatrix": path}}, {"weights": WeightOptions(calibrate=path)}):
+        quant = "q4_k_m" if "settings" in options else "int4"
+        with pytest.raises(ElmExportError, match=message) as caught:
+            export_to(small_checkpoint, "gguf", quant, out=tmp_path / "out", **options)
+        assert "elmexport calibrate --model MODEL --imatrix FILE.gguf" in str(caught.value) and len(str(caught.value)) < 600
+
+
+def legacy(path: Path, config: OpenELMConfig) -> Path:
+    """As llama-imatrix wrote it before GGUF: entries of name, calls and values, then chunks and data set."""
+    entries = [(name, entry.spec.shape[1]) for entry in matrices(config) for name in entry.names]
+    content = struct.pack("<i", len(entries))
+    for name, size in entries:
+        content += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", 4, size) + np.ones(size, np.float32).tobytes()
+    path.write_bytes(content + struct.pack("<ii", 4, 5) + b"a.txt")
+    return path
+
+
+@pytest.mark.parametrize("name", ["imatrix.dat", "imatrix.gguf", "imatrix"])
+def test_the_former_binary_form(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, name: str) -> None:
+    path = legacy(tmp_path / name, small_checkpoint.config)
+    words = rf"{name} is an importance matrix in llama.cpp's former binary form; convert it: llama-imatrix --in-file {path} -o imatrix(-1)?\.gguf"
+    for quant, options in (("q4_k_m", {"settings": {"imatrix": path}}), ("int4", {"weights": WeightOptions(calibrate=path)})):
+        with pytest.raises(ElmExportError, match=words):
+            export_to(small_checkpoint, "gguf", quant, **options)
+
+
+def test_a_text_is_no_importance_matrix(tmp_path: Path) -> None:
+    for content in (b"", b"abc", b"Once upon a time there was a king.weight", bytes(range(256))):
+        (tmp_path / "text.txt").write_bytes(content)
+        assert not is_legacy_imatrix(tmp_path / "text.txt")
+    assert not is_legacy_imatrix(tmp_path) and not is_legacy_imatrix(tmp_path / "none")
 
 
 def test_files_of_other_kinds(tmp_path: Path, small_config: OpenELMConfig) -> None:

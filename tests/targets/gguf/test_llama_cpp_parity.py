@@ -15,7 +15,7 @@ from pytest import TempPathFactory
 
 from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.checkpoint.safetensors import SafetensorsCheckpoint
+from elmexport.checkpoint.local import open_folder
 from elmexport.models.openelm.config import OpenELMConfig
 from targets.gguf import LLAMA_CPPS
 from tests.clients.llama_cpp_tools import LlamaCppTools
@@ -88,7 +88,7 @@ def their_files(
 def export_saved(files: LlamaCppFiles, export_to: ExportTo, quant: str, **settings: Any) -> Path:
     """Our file of the checkpoint as it was saved."""
     source = Source(files.checkpoint.source.name, "local folder")
-    saved = SafetensorsCheckpoint(files.model, files.checkpoint.config, source, files.model / "tokenizer.model")
+    saved = open_folder(files.model, files.checkpoint.config, source, files.model / "tokenizer.model")
     return gguf_path(export_to(saved, "gguf", quant, settings=settings))
 
 

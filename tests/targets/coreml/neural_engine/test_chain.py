@@ -139,7 +139,7 @@ def test_without_rounding(artifact: ArtifactOf, ids: NDArray[np.int64]) -> None:
 def test_generates_the_same_tokens_in_every_form(artifact: ArtifactOf, ids: NDArray[np.int64], kv: str, prefill: int) -> None:
     def tokens(path: Path) -> list[int]:
         prompt = [int(token) for token in ids[:50]]
-        return list(generate(open_artifact(path), prompt, max_tokens=12, sampling=Sampling(temperature=0), eos_id=None))
+        return list(generate(open_artifact(path), prompt, max_tokens=12, sampling=Sampling(temperature=0), eos_ids=()))
 
     settings = {"kv": kv, "prefill": prefill}
     assert tokens(artifact(3, **settings)) == tokens(artifact(3, **settings, argmax=True)) == tokens(artifact(1, **settings))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
@@ -13,46 +12,18 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from elmexport.checkpoint.tokenizer import (
-    JsonTokenizer,
-    PieceKind,
-    SentencePieceTokenizer,
-    StreamDecoder,
-    Tokenizer,
-    check_vocabulary,
-    load_tokenizer,
-)
+from elmexport.checkpoint.tokenizer import ModelIds, PieceKind, SpecialIds, StreamDecoder, Tokenizer, load_tokenizer
+from elmexport.checkpoint.tokenizer.huggingface import JsonTokenizer
+from elmexport.checkpoint.tokenizer.sentencepiece import SentencePieceTokenizer
 from elmexport.errors import ElmExportError
 from elmexport.models import find_model
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.models.openelm.config import OpenELMConfig
+from tests.checkpoint.tokenizer.vocabularies import GPT2, LLAMA3, QWEN2, byte_level, write_json
 
 MODEL = TINY_FOLDER / "tokenizer.model"
 TEXTS = ["Hello world", "", " ", "  two  spaces ", "héllo ☃ 𝔘 日本語", "\n\nnew\tline", "</s> <s> <unk> <0x41>", "a" * 50, "1234.5"]
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\u2581"), max_size=40)
-
-
-def write_json(model: Path, path: Path) -> Path:
-    """The `tokenizer.json` of a SentencePiece BPE model, built with the `tokenizers` library as Llama's is: a merge for every way to
-    split a piece into two, in the order of the scores."""
-    from tokenizers import AddedToken, decoders, models, normalizers
-
-    processor = sentencepiece.SentencePieceProcessor(str(model))
-    ids = range(processor.vocab_size())
-    vocab = {processor.id_to_piece(i): i for i in ids}
-    normal = [i for i in ids if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))]
-    merges = []
-    for i in sorted(normal, key=lambda i: -processor.get_score(i)):
-        piece = processor.id_to_piece(i)
-        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        merges += sorted((s for s in splits if s[0] in vocab and s[1] in vocab), key=lambda s: (vocab[s[0]], vocab[s[1]]))
-    built = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    built.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in ("<unk>", "<s>", "</s>")])
-    built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    built.decoder = decoders.Sequence(steps)
-    built.save(str(path))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +41,7 @@ def both(json_path: Path) -> list[Tokenizer]:
 def test_the_two_files_agree(both: list[Tokenizer]) -> None:
     reference = sentencepiece.SentencePieceProcessor(str(MODEL))
     for tokenizer in both:
-        assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (4096, 1, 2, 0)
+        assert tokenizer.vocab_size == 4096 and tokenizer.special == SpecialIds(bos=1, adds_bos=True, eos=(2,), unk=0)
         for text in TEXTS:
             assert tokenizer.encode(text, bos=False) == reference.encode(text), text
             assert tokenizer.encode(text) == [1, *reference.encode(text)]
@@ -153,31 +124,43 @@ def test_missing_and_damaged_files(tmp_path: Path, json_path: Path) -> None:
                 load_tokenizer(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"byte_fallback": False}, "holds a BPE vocabulary without byte fallback; only SentencePiece BPE"),
-        ({"type": "WordLevel"}, "holds a WordLevel vocabulary"),
-    ],
-)
-def test_other_kinds_of_vocabulary(json_path: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    data = json.loads(json_path.read_text())
-    data["model"] |= change
-    if "type" in change:
-        data["model"] = {"type": "WordLevel", "vocab": data["model"]["vocab"], "unk_token": "<unk>"}
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(data))
-    with pytest.raises(ElmExportError, match=message):
-        load_tokenizer(path)
-
-
-def test_check_vocabulary(small_config: OpenELMConfig) -> None:
-    tokenizer = load_tokenizer(MODEL)
+def test_a_tokenizer_of_another_model(small_config: OpenELMConfig) -> None:
     tiny, large = find_model("tiny"), find_model("270M")
     assert tiny is not None and large is not None
-    check_vocabulary(tokenizer, tiny.config)
-    check_vocabulary(tokenizer, large.config)  # padding rows
+    load_tokenizer(MODEL, ModelIds.of(tiny.config))
+    load_tokenizer(MODEL, ModelIds.of(large.config))  # padding rows
     with pytest.raises(ElmExportError, match=r"has 4096 pieces, more than the 512 rows of the model's embedding; use the tokenizer"):
-        check_vocabulary(tokenizer, small_config)
+        load_tokenizer(MODEL, ModelIds.of(small_config))
     with pytest.raises(ElmExportError, match=r"has EOS id 2, config.json says 5"):
-        check_vocabulary(tokenizer, replace(tiny.config, eos_token_id=5))
+        load_tokenizer(MODEL, ModelIds.of(replace(tiny.config, eos_token_ids=(5,))))
+    with pytest.raises(ElmExportError, match=r"has BOS id 1, config.json says 300"):
+        load_tokenizer(MODEL, ModelIds.of(replace(tiny.config, bos_token_id=300)))
+
+
+@pytest.fixture(scope="module", params=[GPT2, LLAMA3, QWEN2], ids=["gpt2", "llama3", "qwen2"])
+def byte_level_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_level(tmp_path_factory.mktemp("bytes") / "tokenizer.json", request.param, specials=["<|endoftext|>", "<|im_start|>"])
+
+
+def test_byte_level(byte_level_file: Path) -> None:
+    tokenizer, library = load_tokenizer(byte_level_file), tokenizers.Tokenizer.from_file(str(byte_level_file))
+    assert tokenizer.special == SpecialIds(bos=None, adds_bos=False, eos=(0,))
+    for text in TEXTS:
+        ids = library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == tokenizer.encode(text, bos=False) == ids
+        assert tokenizer.decode(ids) == text
+    marked = "a<|endoftext|>b"
+    assert 0 not in tokenizer.encode(marked) and tokenizer.decode(tokenizer.encode(marked)) == marked
+    assert tokenizer.encode(marked, parse_special=True) == library.encode(marked).ids
+    assert 0 in tokenizer.encode(marked, parse_special=True)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=texts, text=texts, ids=st.lists(st.integers(0, 599), max_size=30))
+def test_byte_level_streams(byte_level_file: Path, prompt: str, text: str, ids: list[int]) -> None:
+    tokenizer = load_tokenizer(byte_level_file)
+    start = tokenizer.encode(prompt)
+    for following in (tokenizer.encode(text), ids):  # any ids too: a model may emit half a character
+        stream = StreamDecoder(tokenizer, start)
+        parts = [stream.feed(i) for i in following]
+        assert tokenizer.decode(start) + "".join(parts) + stream.finish() == tokenizer.decode([*start, *following])

@@ -1,0 +1,102 @@
+"""Chat templates: Jinja2 in a sandbox, as transformers renders them."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from elmexport.checkpoint.tokenizer.base import Span, Tokenizer
+from elmexport.checkpoint.tokenizer.beside import default_template
+from elmexport.errors import ElmExportError
+
+_MARK = "\ufdd2what the user says\ufdd3"  # in no text: these are no characters
+
+
+class _Generation(Extension):
+    """`{% generation %}`, which marks what an assistant says and changes nothing in the text."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja2's own class attribute)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def user_turn(tokenizer: Tokenizer, text: str) -> list[Span]:
+    """A chat in which the user says `text` and the assistant is to answer, by the template of `tokenizer`.
+
+    Raises:
+        ElmExportError: the model has no template, the template fails, or it changes what the user says beyond spaces around it.
+    """
+    template = tokenizer.chat_template
+    if template is None:
+        raise ElmExportError(
+            f"{tokenizer.path} comes without a chat template (chat_template in a tokenizer_config.json beside it, or chat_template.jinja), so this is "
+            "no chat model, or the template was left out; leave out --chat to continue the prompt as a text"
+        )
+    now = datetime.now()
+    whole, marked = (_render(tokenizer, template, said, now) for said in (text, _MARK))
+    before, mark, after = marked.partition(_MARK)
+    said = next((said for said in (text, text.strip()) if mark and before + said + after == whole), None)
+    if said is None:
+        raise ElmExportError(
+            f"the chat template of {tokenizer.path} changes what the user says, or leaves it out, so that it cannot be kept apart from the template's "
+            "control tokens; leave out --chat, and give the whole prompt as it should be"
+        )
+    return [Span(before, True), Span(said, False), Span(after, True)]
+
+
+def read_template(path: Path) -> str:
+    """The Jinja text of `path`: a `tokenizer_config.json`'s `chat_template`, or the whole of any other file.
+
+    Raises:
+        ElmExportError: no such file, not text, or no template in it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ElmExportError(
+            f"cannot read {path}: {error.strerror or error}; --chat-template takes a Jinja file or a tokenizer_config.json"
+        ) from None
+    except UnicodeDecodeError:
+        raise ElmExportError(f"{path} is not text; give a Jinja chat template or a tokenizer_config.json") from None
+    template: str | None = text
+    if path.suffix == ".json":
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ElmExportError(f"{path} is not JSON ({error}); give a tokenizer_config.json or a Jinja chat template") from None
+        template = default_template(data.get("chat_template")) if isinstance(data, dict) else None
+    if template is None or not template.strip():
+        raise ElmExportError(f"{path} holds no chat template; give a file that does, or leave out --chat-template")
+    return template
+
+
+def _render(tokenizer: Tokenizer, template: str, said: str, now: datetime) -> str:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": now.strftime}
+    pieces, special = tokenizer.pieces(), tokenizer.special
+    ids = {"bos_token": special.bos, "eos_token": tokenizer.eos_id, "unk_token": special.unk, "pad_token": special.pad}
+    tokens = {role: pieces[token_id].text for role, token_id in ids.items() if token_id is not None and token_id < len(pieces)}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": said}]
+    try:
+        return environment.from_string(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
+    except TemplateError as error:
+        reason = (error.message or type(error).__name__).splitlines()[0]
+    except Exception as error:  # whatever operations a template's text leads to
+        reason = f"{type(error).__name__}: {error}"
+    raise ElmExportError(
+        f"the chat template of {tokenizer.path} fails ({reason}); mend it, or leave out --chat and give the whole prompt as it should be"
+    )
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
