@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-_PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "coremltools", "gguf", "llama_cpp_python")
+_PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "coremltools", "gguf", "llama_cpp_python", "mlx", "mlx_lm")
 
 
 @dataclass(frozen=True)

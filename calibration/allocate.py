@@ -24,12 +24,15 @@ from elmexport.models.base import ModelConfig
 from elmexport.progress import Progress
 from elmexport.quantization.layers import Between
 from elmexport.quantization.recipes import Recipe, Rule, resolve
-from elmexport.quantization.schemes import FLOAT_BITS, CodedScheme, find_scheme
+from elmexport.quantization.schemes import CodedScheme, find_scheme
 from elmexport.target import Target
 from elmexport.weights import Role, WeightSpec
 
-# A target takes those that it can express: tables, the only ones between 4 and 8 bits, are Core ML's.
-CANDIDATES = ("int4-block128", "int4-block64", "int4-block32", "lut6-group64", "lut6-group16", "int8-block32")
+# A target takes those that it can express: tables are Core ML's, integers of 3, 5 and 6 bits MLX's, and GGUF has 5-bit ones.
+CANDIDATES = (
+    *("int3-block64", "int3-block32", "int4-block128", "int4-block64", "int4-block32", "int5-block64", "int5-block32"),
+    *("int6-block64", "int6-block32", "lut6-group64", "lut6-group16", "int8-block32"),
+)
 
 _GRAINS = 20000
 TOKENS, WINDOW = 1024, 256  # of the text that costs are measured on
@@ -137,7 +140,7 @@ def allocate(measured: Sequence[Sensitivity], config: ModelConfig, base: Recipe,
         ElmExportError: see `check_budget`.
     """
     specs = list(config.weights())
-    scale_bits = FLOAT_BITS[base.scales.dtype]
+    scale_bits = base.scale_bits
     check_budget(specs, {item.spec.name: tuple(item.kl) for item in measured}, base, bits_per_weight)
     names = {item.spec.name for item in measured}
     fixed = sum(_bits(spec, {}, base, scale_bits) for spec in specs if spec.name not in names)
@@ -193,7 +196,7 @@ def _extreme_bits(
     which: Callable[..., CodedScheme],
 ) -> float:
     """Bits per weight with the scheme of `which` (`min` or `max`) size everywhere."""
-    scale_bits = FLOAT_BITS[base.scales.dtype]
+    scale_bits = base.scale_bits
     chosen = {spec.name: which(offered[spec.name], key=lambda s: s.bits(spec.shape, scale_bits)) for spec in specs if spec.name in offered}
     return sum(_bits(spec, chosen, base, scale_bits) for spec in specs) / sum(spec.size for spec in specs)
 

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-_DTYPES = {"torch.int8": "I8", "torch.uint8": "U8", "torch.int64": "I64", "torch.float16": "F16", "torch.float32": "F32"}
+_DTYPES = {
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.uint32": "U32",
+    "torch.int64": "I64",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float32": "F32",
+}
 
 
 @contextlib.contextmanager
@@ -96,10 +104,12 @@ class SafetensorsWriter:
         self._entries = {name: header[name] for name in layout}  # of those that are still to come
 
     def write(self, name: str, tensor: Tensor) -> None:
+        import torch
+
         entry = self._entries.pop(name)
         assert (entry["dtype"], entry["shape"]) == (_DTYPES[str(tensor.dtype)], list(tensor.shape)), name
         self._file.seek(self._start + entry["data_offsets"][0])
-        self._file.write(tensor.cpu().contiguous().numpy().data)
+        self._file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16
 
     def close(self) -> None:
         """Make sure that every tensor was written; the file itself stays open."""

@@ -69,6 +69,16 @@ FORMATS: Mapping[str, Format] = {
         suffixes=(".gguf",),
         cache_bytes=4,  # the runtime keeps fp32 whatever the weights are
     ),
+    "mlx": Format(
+        name="mlx",
+        words="MLX, for mlx-lm",
+        target="targets.mlx:MlxTarget",
+        runtime="elmexport.runtimes.mlx:open_runtime",
+        reader="targets.mlx.inspect:list_tensors",
+        engine="mlx",
+        engine_package="mlx_lm",
+        cache_bytes=None if sys.platform == "darwin" else 4,  # on CPUs the runtime computes in fp32
+    ),
 }
 
 

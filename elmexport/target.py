@@ -52,6 +52,15 @@ class ExportJob:
     def recipe(self) -> Recipe:
         return self.weights.plan.recipe
 
+    @property
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """Ids of the tokens that begin, end and pad texts, under the names of generation_config.json."""
+        special = None if self.tokenizer is None else self.tokenizer.special
+        bos, eos = (self.config.bos_token_id, self.config.eos_token_ids) if special is None else (special.bos, special.eos)
+        pad = None if special is None else special.pad
+        ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": bos}
+        return {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": eos[0] if pad is None else pad}
+
     def write_description(self, folder: Path) -> None:
         """Write `config.json` and the tokenizer's files into `folder`, for formats that do not carry them inside."""
         (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import elmexport
 
 ROOT = Path(elmexport.__file__).parents[1]
 # A family's package, the registry's row, the targets' own tables of families, and what other programs call the model.
-OPENELM = re.compile(r"^(elmexport/models/openelm/|elmexport/models/__init__\.py|targets/\w+/families\.py|elmexport/integrations/)")
+OPENELM = re.compile(r"^(elmexport/models/openelm/|elmexport/models/__init__\.py|targets/\w+/(families|swift)\.py|elmexport/integrations/)")
 
 
 def sources() -> list[Path]:

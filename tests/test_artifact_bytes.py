@@ -30,11 +30,13 @@ SETTINGS: dict[str, list[tuple[dict[str, Any], tuple[str, ...] | None]]] = {
         ({"kv": "io", "argmax": True}, ("int4",)),
         ({"max_package_mb": 3.0}, ("int4",)),
     ],
+    "mlx": [({}, None), ({"max_shard_size": "1M"}, ("int4",))],
 }
 QUANTS = {
     "gguf": ("int4", "int8", "fp16", "bf16", "fp32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q6_k", "iq4_xs"),
     "onnx": ("int4", "int4-block64", "int4-block128", "int4-asym", "int4-all", "int8", "fp16", "fp32"),
     "coreml": ("int4", "int8", "lut4", "lut6", "lut8", "fp16"),
+    "mlx": ("int4", "int4-group64", "int4-group128", "int4-asym", "int3", "int5", "int6", "int8", "mxfp4", "fp16", "bf16"),
 }
 CASES = [
     (target, quant, json.dumps(settings))

@@ -28,7 +28,7 @@ from elmexport.weights import Role, WeightSpec
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.reference import kl, reference_logits
 
-TARGETS = ("onnx", "coreml", "gguf")
+TARGETS = ("onnx", "coreml", "gguf", "mlx")
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -21,6 +21,9 @@ SCHEMES = {
     ("onnx", "int4", Role.ATTENTION_QKV): "int4 in blocks of 32",
     ("onnx", "int4", Role.EMBEDDING): "int8 in blocks of 32",
     ("onnx", "fp16", Role.FFN_DOWN): "float16 transposed",
+    ("mlx", "int4", Role.ATTENTION_QKV): "affine 4-bit, groups of 32",
+    ("mlx", "int4", Role.EMBEDDING): "affine 8-bit, groups of 32",
+    ("mlx", "fp16", Role.FFN_DOWN): "float16",
     ("coreml", "int4", Role.ATTENTION_QKV): "int4 in blocks of 32",
     ("coreml", "fp16", Role.FFN_DOWN): "float16",
     ("coreml", "lut6", Role.ATTENTION_QKV): "uint6 indices, a table for every 16 output channels",
@@ -31,7 +34,7 @@ SCHEMES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "quant"), [*product(("onnx", "coreml", "gguf"), ("int4", "fp16")), *product(["coreml"], ("lut4", "lut6", "lut8"))]
+    ("target", "quant"), [*product(("onnx", "coreml", "gguf", "mlx"), ("int4", "fp16")), *product(["coreml"], ("lut4", "lut6", "lut8"))]
 )
 def test_lists_the_whole_model(target: str, quant: str, tiny: Checkpoint, export_to: ExportTo) -> None:
     path = export_to(tiny, target, quant)

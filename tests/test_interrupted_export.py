@@ -17,7 +17,7 @@ from elmexport.runtimes import open_artifact
 
 pytestmark = pytest.mark.slow
 
-TARGETS = ("onnx", "coreml", "gguf")
+TARGETS = ("onnx", "coreml", "gguf", "mlx")
 
 # Exports without a limit, then with the largest file cut at several places; the system refuses what goes beyond, as a full disk does.
 FULL_DISK = """

@@ -36,7 +36,7 @@ def open_checkpoint(
     adapter: Path | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
-    """Open a model: a local folder, a CoreNet `.pt` file or the folder it lies in, an alias (`tiny`, `270M`, `1.1B-Instruct`), or a hub id.
+    """Open a model: a local folder, a CoreNet `.pt` file or the folder it lies in, an alias (`tiny`, `270M`), or a hub id.
 
     `revision` pins a hub model to a branch, tag or commit. `tokenizer` is a file, a folder, a hub id, or "none"; where it is None, the
     model's own is used, then the one that models of its family were trained with: from the cache for local files, else from its hub

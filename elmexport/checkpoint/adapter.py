@@ -35,7 +35,7 @@ _SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 @dataclass(frozen=True)
 class Update:
-    """What is done to one matrix: names of the factors among the adapter's tensors, and the scale of their product."""
+    """Update of one matrix: names of the factors among the adapter's tensors, and the scale of their product."""
 
     a: str
     b: str

@@ -25,7 +25,7 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializatio
 
 @dataclass(frozen=True)
 class Scaling:
-    """How much of an update counts: `scale(module, rank)`, by the module's name in the adapter and the rank of its matrices."""
+    """Scale of an update: `scale(module, rank)`, by the module's name in the adapter and the rank of its matrices."""
 
     scale: Callable[[str, int], float]
     dora: bool | None  # whether magnitudes belong to it; None: not known

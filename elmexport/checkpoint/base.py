@@ -25,7 +25,7 @@ WITH_ADAPTER = " with adapter "  # between a base's origin and an adapter's name
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint came from, for the manifest: never a path of this machine."""
+    """Origin of a checkpoint, for the manifest: never a path of this machine."""
 
     name: str  # display name, used in file names
     origin: str  # "embedded", "local folder", "hub:owner/name", "random weights, seed 0"
@@ -63,7 +63,7 @@ class Checkpoint(ABC):
         """SHA-256 (hex) that two checkpoints share only if their configuration and weights are the same bytes."""
 
     def stored_name(self, name: str) -> str:
-        """What the checkpoint's own files call the tensor `name`: the name for messages."""
+        """Name of the tensor `name` in the checkpoint's own files, for messages."""
         return name
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class Checkpoint(ABC):
             raise ElmExportError(f"the weights of {self.source.name} do not fit its config.json; {problems}")
 
     def mismatch(self) -> Mismatch:
-        """What `check` looks at."""
+        """Compare the tensors that are there with those of the configuration, for `check`."""
         shapes = self.stored_shapes()
         return Mismatch(self.config, self.specs, shapes, [name for name in shapes if name not in self.specs], {})
 

@@ -19,7 +19,7 @@ _QUANTIZED = re.compile(
 
 @dataclass(frozen=True)
 class Mismatch:
-    """What was looked for, and what the files hold."""
+    """Comparison of the tensors looked for with those that the files hold."""
 
     config: ModelConfig
     specs: Mapping[str, WeightSpec]

@@ -20,7 +20,7 @@ _SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)")
 
 @dataclass(frozen=True)
 class Found:
-    """What a model's tensors are called in its files."""
+    """Names of a model's tensors in its files."""
 
     stored: dict[str, str]  # stored name by the family's name
     unknown: tuple[str, ...]  # stored names that are none of the model's tensors
@@ -61,7 +61,7 @@ def find_name(name: str, wanted: Collection[str], trained_name: Callable[[str], 
 
 
 def display_name(path: Path) -> str:
-    """What the checkpoint folder (or file, without its suffix) `path` is called in file names.
+    """Name of the checkpoint folder (or file, without its suffix) `path`, for file names.
 
     A snapshot in the hub's cache goes by its repository's name. What file names and command lines cannot take well becomes a hyphen.
     """

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def save_checkpoint(folder: Path, config: ModelConfig, tensors: Mapping[str, torch.Tensor], *, shards: int = 1) -> None:
-    """Write `config.json` and `tensors` (the names of `config.weights()`) into `folder`: one file, or `shards` files of about equal tensor count and an index.
+    """Write `config.json` and `tensors` (the names of `config.weights()`) into `folder`.
+
+    One file, or `shards` files of about equal tensor count and an index.
 
     The folder is made if need be; files of the same name are replaced.
     """

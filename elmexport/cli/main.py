@@ -33,7 +33,7 @@ def _version(asked: bool) -> None:
 def elmexport(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
-    """Export on-device language models to ONNX, Core ML and GGUF, quantized to 8 or 4 bits, and check what the quantization cost.
+    """Export on-device language models to ONNX, Core ML, GGUF and MLX, quantized to 8 or 4 bits, and check what the quantization cost.
 
     The whole path on the small model that is built in, no download needed:
 

@@ -90,6 +90,16 @@ class Recipe:
     fallback: Float
     max_self_check_kl: float
     rules: tuple[Rule, ...]
+    biases: bool = False  # the format stores beside each scale a bias of its type, which stands in the place of zero points; targets say so
+
+    def bits(self, scheme: Scheme, shape: tuple[int, ...]) -> int:
+        """Stored bits of a tensor of `shape`, as the recipe's format stores scales."""
+        return scheme.bits(shape, self.scale_bits) - (scheme.zero_bits(shape) if self.biases else 0)
+
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a scale and what stands beside it in every group."""
+        return FLOAT_BITS[self.scales.dtype] * (2 if self.biases else 1)
 
     def given(self, *, imatrix: bool) -> Recipe:
         """The recipe for exports with, or without, an importance matrix: rules for the other case left out."""
@@ -153,7 +163,7 @@ def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
                     scheme = scheme.instead or recipe.fallback
                 fallbacks.append((spec.name, f"{reason}: kept as {scheme}"))
         schemes[spec.name] = scheme
-        bits += scheme.bits(spec.shape, FLOAT_BITS[recipe.scales.dtype])
+        bits += recipe.bits(scheme, spec.shape)
         weights += spec.size
     return Plan(recipe, schemes, tuple(fallbacks), bits / weights)
 

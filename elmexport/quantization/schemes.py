@@ -25,6 +25,7 @@ KINDS: Mapping[str, str] = {
     "bf": "elmexport.quantization.schemes:Float",
     "int": "elmexport.quantization.schemes:Integer",
     "lut": "elmexport.quantization.schemes:Lut",
+    "mxfp": "elmexport.quantization.mxfp4:Mxfp4",
     "ggml": "elmexport.quantization.ggml:GgmlType",
 }
 
@@ -47,6 +48,10 @@ class Scheme(ABC):
     @abstractmethod
     def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
         """Stored bits of a tensor of `shape`, each scale taking `scale_bits`."""
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        """Those of `bits` that are zero points', which formats with biases do not store."""
+        return 0
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         """Reason why a tensor of `shape` cannot take this scheme, None if it can."""
@@ -220,8 +225,10 @@ class Integer(CodedScheme):
         return self.granularity.size if isinstance(self.granularity, PerBlock) else columns
 
     def bits(self, shape: tuple[int, ...], scale_bits: int = 16) -> int:
-        each = scale_bits if self.symmetric else scale_bits + self.width
-        return math.prod(shape) * self.width + self.granularity.count(shape) * each
+        return math.prod(shape) * self.width + self.granularity.count(shape) * scale_bits + self.zero_bits(shape)
+
+    def zero_bits(self, shape: tuple[int, ...]) -> int:
+        return 0 if self.symmetric else self.granularity.count(shape) * self.width
 
     def refuses(self, shape: tuple[int, ...]) -> str | None:
         return self.granularity.refuses(shape)

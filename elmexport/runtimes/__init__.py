@@ -78,7 +78,7 @@ def engine_name(kind: str) -> str:
 
 
 def engine_version(kind: str) -> str:
-    """Tell the versions of what computes an artifact of `kind`: its engine, this package, and the system where the engine is the system's."""
+    """Tell the versions of what computes an artifact of `kind`: its engine, this package, the system."""
     row = None if kind == CHECKPOINT else find_format(kind)
     # An engine without a package is this one's own, over torch, or Core ML, which macOS brings.
     package = (row.engine_package if row is not None else None) or "torch"

@@ -74,7 +74,7 @@ def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Toke
 
 
 def find_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer | None:
-    """Find the tokenizer of an artifact: inside the model file where the format has it there, else in the folder, or beside or above a bare file.
+    """Find the tokenizer of an artifact: inside the model file, in the folder, or beside or above a bare file.
 
     `given` is a tokenizer's file to take instead; which ids begin and end texts, the artifact's `config.json` says all the same. None where
     there is none.

@@ -19,6 +19,11 @@ from targets.gguf.vocabulary import Vocabulary, refused, steps
 
 
 def bpe_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    """Describe a SentencePiece BPE model for llama.cpp.
+
+    Raises:
+        ElmExportError: llama.cpp would give other ids.
+    """
     reason = obstacle(tokenizer)
     if reason is not None:
         raise refused(tokenizer, reason)
@@ -29,6 +34,11 @@ def bpe_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def bpe_of_json(tokenizer: JsonTokenizer) -> Vocabulary:
+    """Describe a tokenizer.json of SentencePiece's kind of BPE for llama.cpp.
+
+    Raises:
+        ElmExportError: llama.cpp would give other ids.
+    """
     model, notes = tokenizer.model, []
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
         if model.get(key):
@@ -104,6 +114,11 @@ def _check_merges(tokenizer: JsonTokenizer, splits: bool) -> None:
 
 
 def unigram_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
+    """Describe a SentencePiece unigram model for llama.cpp.
+
+    Raises:
+        ElmExportError: llama.cpp would give other ids.
+    """
     trainer, normalizer = tokenizer.model.trainer_spec, tokenizer.model.normalizer_spec
     if trainer.treat_whitespace_as_suffix or not normalizer.escape_whitespaces:
         raise refused(tokenizer, "puts spaces at the end of words, or keeps them as they are")
@@ -112,6 +127,11 @@ def unigram_of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Vocabulary:
 
 
 def unigram_of_json(tokenizer: JsonTokenizer) -> Vocabulary:
+    """Describe a tokenizer.json with a unigram vocabulary for llama.cpp.
+
+    Raises:
+        ElmExportError: llama.cpp would give other ids.
+    """
     for prefix in (True, False):
         for extra in (True, False):
             if tokenizer.data.get("normalizer") == unigram_normalizer(prefix=prefix, extra=extra) and not tokenizer.data.get(

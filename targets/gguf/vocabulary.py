@@ -1,4 +1,4 @@
-"""What a GGUF file says of a vocabulary: the pieces, and llama.cpp's tokenizer for them."""
+"""A vocabulary in a GGUF file: the pieces, and llama.cpp's tokenizer for them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Vocabulary:
 
 
 def refused(tokenizer: Tokenizer, reason: str) -> ElmExportError:
+    """Make the error of a tokenizer whose ids llama.cpp does not give; `reason` follows the file's name."""
     return ElmExportError(
         f"{tokenizer.path} {reason}: llama.cpp would give texts other ids. Export to onnx or coreml, or without a tokenizer (--tokenizer none)"
     )

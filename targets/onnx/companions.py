@@ -12,7 +12,7 @@ from elmexport.target import ExportJob
 
 def write_companions(job: ExportJob, model: Path, folder: Path) -> None:
     """Write `generation_config.json` and `genai_config.json`; `model` is the `.onnx` file inside `folder`."""
-    _write(folder / "generation_config.json", {**_ids(job), "do_sample": False})
+    _write(folder / "generation_config.json", {**job.special_ids, "do_sample": False})
     _write(folder / "genai_config.json", _genai(job, model.relative_to(folder).as_posix()))
 
 
@@ -23,7 +23,7 @@ def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
     return {
         "model": {
             "type": "decoder",
-            **_ids(job),
+            **job.special_ids,
             "context_length": job.graph.context,
             "vocab_size": dims.vocab_size,
             "decoder": {
@@ -45,15 +45,6 @@ def _genai(job: ExportJob, filename: str) -> dict[str, Any]:
         },
         "search": {"do_sample": False, "max_length": job.graph.context, "past_present_share_buffer": True},
     }
-
-
-def _ids(job: ExportJob) -> dict[str, int | list[int]]:
-    """The tokens that begin, end and pad texts."""
-    config, special = job.config, None if job.tokenizer is None else job.tokenizer.special
-    bos, eos = (config.bos_token_id, config.eos_token_ids) if special is None else (special.bos, special.eos)
-    pad = None if special is None else special.pad
-    ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": bos}
-    return {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": eos[0] if pad is None else pad}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -82,9 +82,17 @@ def test_too_small_a_size_is_refused_before_any_work(small_checkpoint: MemoryChe
 
 
 def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpoint) -> None:
-    names = {target: set().union(*candidates(find_target(target), small_checkpoint.specs.values()).values()) for target in ("gguf", "onnx")}
-    assert names["gguf"] == {find_scheme("int4-block32"), find_scheme("int8-block32")}
-    assert find_scheme("int4-block64") in names["onnx"]
+    names = {
+        target: set().union(*candidates(find_target(target), small_checkpoint.specs.values()).values())
+        for target in ("gguf", "onnx", "mlx", "coreml")
+    }
+    assert names["gguf"] == {find_scheme(name) for name in ("int4-block32", "int5-block32", "int8-block32")}
+    assert names["onnx"] == {find_scheme(name) for name in ("int4-block64", "int4-block32", "int8-block32")}
+    assert names["mlx"] == {
+        *(find_scheme(f"int{bits}-block{size}") for bits in (3, 4, 5, 6) for size in (32, 64)),
+        find_scheme("int8-block32"),
+    }
+    assert not any(scheme.recipe_name.startswith(("int3", "int5", "int6")) for scheme in names["coreml"])
 
 
 def test_the_evaluator_measures_the_divergence(small_checkpoint: MemoryCheckpoint) -> None:

@@ -11,7 +11,7 @@ from elmexport import __version__
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from tests.cli.conftest import Run
 
-COMMANDS = ("onnx", "coreml", "gguf", "calibrate", "eval", "report", "bench", "models", "generate", "inspect", "logits")
+COMMANDS = ("onnx", "coreml", "gguf", "mlx", "calibrate", "eval", "report", "bench", "models", "generate", "inspect", "logits")
 EXPORT = (
     "--model",
     "--quant",
@@ -31,7 +31,7 @@ EXPORT = (
     "--no-verify",
     "--json",
 )
-OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf"), EXPORT) | {
+OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf", "mlx"), EXPORT) | {
     "models": ("--json",),
     "calibrate": ("--model", "--text", "--dataset", "--tokens", "--window", "--hessian", "--out", "--imatrix", "--force", "--json"),
     "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer"),
@@ -50,6 +50,8 @@ HEAVY = (
     "gguf",
     "huggingface_hub",
     "lm_eval",
+    "mlx",
+    "mlx_lm",
     "numpy",
     "onnx",
     "onnxruntime",

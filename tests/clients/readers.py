@@ -5,6 +5,7 @@ Nothing of ours takes part: the layouts are those of the formats' specifications
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ Weights = dict[str, NDArray[np.float32]]
 
 def quantized_weights(target: str, folder: Path, config: OpenELMConfig) -> Weights:
     """float32 `[out, in]` of every tensor that the artifact stores as integer codes or indices."""
-    return {"onnx": _onnx, "gguf": _gguf, "coreml": _coreml}[target](folder, config)
+    return {"onnx": _onnx, "gguf": _gguf, "coreml": _coreml, "mlx": _mlx}[target](folder, config)
 
 
 def _dequantize(codes: NDArray[Any], scales: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -172,3 +173,24 @@ def _constexprs(block: Any, data: Path) -> Iterator[tuple[str, NDArray[np.float3
             # In float32: Core ML's own product is rounded to fp16, which is arithmetic on the weight and not the weight.
             value = constexpr_blockwise_shift_scale.decompress(inputs["data"], inputs["scale"].astype(np.float32), inputs.get("offset"))
         yield op.outputs[0].name, value.reshape(value.shape[:2])
+
+
+# MLX: its own reader and its own dequantize, in float32.
+
+
+def _mlx(folder: Path, config: OpenELMConfig) -> Weights:
+    import mlx.core as mx
+
+    tensors: dict[str, Any] = {}
+    for path in folder.glob("model*.safetensors"):
+        tensors |= mx.load(str(path))
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization"]
+    weights: Weights = {}
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        module = name.removesuffix(".scales")
+        facts = quantization.get(module, quantization)
+        scales, biases = (tensors[f"{module}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+        weights[f"{module}.weight"] = np.array(
+            mx.dequantize(tensors[f"{module}.weight"], scales, biases, facts["group_size"], facts["bits"], facts["mode"])
+        )
+    return weights

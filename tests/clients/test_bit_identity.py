@@ -1,7 +1,7 @@
-"""One weight set, three formats: the int4 artifacts of a checkpoint hold the same dequantized numbers, bit for bit.
+"""One weight set, four formats: the int4 artifacts of a checkpoint hold the same dequantized numbers, bit for bit.
 
-Each file is read by its own format's reader. Core ML's weights may be larger by an exact power of two where they write to the residual
-stream (`alpha` in the manifest).
+Each file is read by its own format's reader. Core ML's and MLX's weights may be smaller by an exact power of two where the residual stream is
+(`alpha` in the manifest).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from tests.clients.readers import Weights, quantized_weights
 from tests.conftest import ExportTo
 from tests.reference import kl
 
+pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mlx[cpu]' mlx-lm")
 pytestmark = pytest.mark.slow
 
-TARGETS = ("onnx", "gguf", "coreml")
+TARGETS = ("onnx", "gguf", "coreml", "mlx")
 GPU = {"device": "gpu"}  # the form of Core ML packages that has the plain schemes; the Neural Engine's has its own
 
 
@@ -94,12 +95,32 @@ def test_coreml_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calib
     assert_same_but_for_alpha(checkpoint, found, expected, manifest)
 
 
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+@pytest.mark.parametrize("calibrate", ["auto", "none"])
+def test_mlx_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrate: Literal["auto", "none"], quant: str) -> None:
+    """Bit for bit where alpha is 1; else times alpha where the stream is, and scales that fp16 cannot hold are rounded by a bounded part."""
+    options = WeightOptions(calibrate=calibrate)
+    expected, _ = read("onnx", quant, weights=options)
+    found, manifest = read("mlx", quant, weights=options)
+    if manifest["alpha"] == 1:
+        assert_same(found, expected)
+        return
+    assert calibrate == "none" and found.keys() == expected.keys()
+    for name, weight in found.items():
+        times_alpha = checkpoint.specs[name].role in (Role.EMBEDDING, Role.ATTENTION_QKV, Role.FFN_DOWN)
+        wanted = expected[name] * np.float32(manifest["alpha"] if times_alpha else 1)
+        assert np.abs(weight - wanted).max() <= (0.005 * np.abs(wanted).max() if times_alpha else 0), name
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
 def test_calibrated_weights_are_the_same_in_every_format(checkpoint: Checkpoint, read: Callable[..., Any], method: str) -> None:
     """Computed once, by the first export; with AWQ, the norms that its scales are folded into are the same too."""
     options = WeightOptions(method=method, tokens=2048)
     expected, manifest = read("onnx", "int4", weights=options)
     assert_same(read("gguf", "int4", weights=options)[0], expected)
+    of_mlx, about_mlx = read("mlx", "int4", weights=options)
+    assert about_mlx["alpha"] == 1
+    assert_same(of_mlx, expected)
     found, of_coreml = read("coreml", "int4", weights=options, settings=GPU)
     assert_same_but_for_alpha(checkpoint, found, expected, of_coreml)
     plain, _ = read("onnx", "int4")

@@ -1,13 +1,17 @@
-"""A checkpoint that we write, opened by mlx-lm, which has its own OpenELM: the same logits as numpy's, and as our torch runtime's.
+"""Checkpoints and MLX artifacts that we write, opened by mlx-lm, which has its own OpenELM: the same logits as numpy's, and as our runtimes'.
 
 mlx-lm runs in a process of its own, with nothing of ours imported.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +20,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from elmexport.artifact import Artifact
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.save import save_checkpoint
+from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.runtimes import open_artifact
-from tests.memory_checkpoint import random_checkpoint
+from elmexport.weights import Role
+from tests.conftest import ExportTo
+from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import kl, log_probs, reference_logits
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mlx[cpu]' mlx-lm")
@@ -34,8 +42,10 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-folder, ids_file, split, out = sys.argv[1:]
+folder, ids_file, split, out, wide = sys.argv[1:]
 model, config = load_model(Path(folder))
+if wide == "True":
+    model.set_dtype(mx.float32)
 ids = mx.array(np.load(ids_file))[None]
 cache = make_prompt_cache(model)
 parts = [model(ids[:, : int(split)], cache=cache)]
@@ -45,10 +55,10 @@ assert not any(name.split(".")[0] in ("elmexport", "targets", "tests") for name 
 """
 
 
-def mlx_logits(folder: Path, ids: NDArray[np.int64], *, decode: int = 4) -> NDArray[np.float32]:
-    """Logits by mlx-lm: a prefill, then `decode` tokens one by one."""
+def mlx_logits(folder: Path, ids: NDArray[np.int64], *, decode: int = 4, wide: bool = False) -> NDArray[np.float32]:
+    """Logits by mlx-lm: a prefill, then `decode` tokens one by one; computed as stored, or all in fp32 where `wide`."""
     np.save(folder / "ids.npy", ids)
-    arguments = [folder, folder / "ids.npy", len(ids) - decode, folder / "logits.npy"]
+    arguments = [folder, folder / "ids.npy", len(ids) - decode, folder / "logits.npy", wide]
     done = subprocess.run([sys.executable, "-c", CLIENT, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return np.load(folder / "logits.npy")
@@ -94,3 +104,194 @@ def test_bfloat16(small_config: Any, tmp_path: Path) -> None:
     expected = reference_logits(small_config, arrays(open_checkpoint(str(tmp_path))), ids)
     assert kl(expected, open_artifact(tmp_path).logits(ids)).max() < 1e-9
     assert kl(expected, mlx_logits(tmp_path, ids)).mean() < 0.01
+
+
+# Artifacts, their folders unchanged.
+
+EVERYTHING = """
+import json, sys
+from types import SimpleNamespace
+import mlx.core as mx
+import numpy as np
+from lm_eval.api.instance import Instance
+from mlx_lm import generate, load
+from mlx_lm.evaluate import MLXLM
+from mlx_lm.perplexity import eval_ppl
+from mlx_lm.server import ModelProvider
+
+folder, ids_file, prompt = sys.argv[1:]
+ids = mx.array(np.load(ids_file))
+model, tokenizer = load(folder)
+perplexity, _ = eval_ppl(model, ids[None], batch_size=1)
+lm = MLXLM(folder)
+request = Instance(request_type="loglikelihood", doc={}, arguments=(prompt, " time"), idx=0)
+class Options(SimpleNamespace):
+    def __getattr__(self, name):  # every option of the server that is not given is off
+        return None
+
+served = ModelProvider(Options(chat_template="", trust_remote_code=False))
+served.load(folder)
+print("RESULT", json.dumps({
+    "ids": tokenizer.encode(prompt),
+    "text": generate(model, tokenizer, prompt, max_tokens=24),
+    "perplexity": perplexity,
+    "loglikelihood": lm.loglikelihood([request])[0][0],
+    "served": served.model.model_type,
+    "eos": sorted(tokenizer.eos_token_ids),
+}))
+assert not any(name.split(".")[0] in ("elmexport", "targets", "tests") for name in sys.modules)
+"""
+PROMPT = "Once upon a"
+
+
+def by_mlx_lm(program: str, *arguments: str | Path, folder: Path) -> Any:
+    """What `program` prints after RESULT, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("RESULT")[2])
+
+
+@pytest.fixture(scope="module")
+def prose(tiny: Checkpoint) -> NDArray[np.int64]:
+    """Tokens of the bundled text."""
+    assert tiny.tokenizer_path is not None
+    text = (files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8")
+    return np.array(load_tokenizer(tiny.tokenizer_path).encode(text)[:96])
+
+
+@pytest.mark.parametrize("quant", ["int4", "mxfp4", "bf16"])
+def test_load_generate_perplexity_evaluate_and_server(
+    tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path
+) -> None:
+    folder = export_to(tiny, "mlx", quant)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    np.save(tmp_path / "ids.npy", prose)
+    found = by_mlx_lm(EVERYTHING, folder, tmp_path / "ids.npy", PROMPT, folder=tmp_path)
+    runtime = open_artifact(folder)
+    assert tiny.tokenizer_path is not None
+    tokenizer = load_tokenizer(tiny.tokenizer_path)
+    assert found["ids"] == tokenizer.encode(PROMPT) and found["eos"] == [2] and found["served"] == "openelm"
+    rows = log_probs(runtime.logits(prose))
+    nll = -rows[np.arange(len(prose) - 1), prose[1:]].mean()
+    assert np.log(found["perplexity"]) == pytest.approx(nll, abs=0.02)  # mlx-lm computes in 16 bits
+    ids = tokenizer.encode(PROMPT + " time")
+    assert ids[:-1] == found["ids"]
+    assert found["loglikelihood"] == pytest.approx(log_probs(runtime.logits(ids))[-2, ids[-1]], abs=0.05)
+    assert len(found["text"].split()) > 4
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("quant", ["int4", "int4-asym", "int3", "mxfp4", "fp16"])
+def test_logits_are_ours(tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path) -> None:
+    """In fp32, in which our runtime computes on CPUs, to the order of sums; in fp16, as mlx-lm does by itself, to its rounding."""
+    folder = shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "artifact")
+    logits = open_artifact(folder).logits(prose)
+    assert np.abs(log_probs(logits) - log_probs(mlx_logits(folder, prose, wide=True))).max() < 1e-3
+    assert kl(logits, mlx_logits(folder, prose)).mean() < 2e-4
+
+
+@pytest.mark.parametrize(
+    "options", [{"normalize_qk_projections": False}, {"share_input_output_layers": False}], ids=["no-qk-norm", "untied"]
+)
+def test_logits_of_other_shapes(small_config: Any, export_to: ExportTo, options: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = random_checkpoint(replace(small_config, **options), seed=3)
+    folder = shutil.copytree(export_to(checkpoint, "mlx", "fp16"), tmp_path / "artifact")
+    ids = np.random.default_rng(1).integers(0, small_config.vocab_size, 48)
+    assert kl(reference_logits(checkpoint.config, checkpoint.arrays, ids), mlx_logits(folder, ids)).max() < 1e-3
+
+
+def greedy(folder: Path, prompt: Sequence[int], tokens: int) -> list[int]:
+    runtime = open_artifact(folder)
+    ids = [runtime.greedy(prompt)]
+    while len(ids) < tokens:
+        ids.append(runtime.greedy(ids[-1:], len(prompt) + len(ids) - 1))
+    return ids
+
+
+GREEDY = """
+import json, sys
+from mlx_lm import load
+from mlx_lm.generate import generate_step
+import mlx.core as mx
+model, _ = load(sys.argv[1])
+steps = generate_step(mx.array(json.loads(sys.argv[2])), model, max_tokens=int(sys.argv[3]))
+print("RESULT", json.dumps([int(token) for token, _ in steps]))
+"""
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a", "The captain of the ship"])
+def test_greedy_tokens_are_those_of_the_other_formats(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, prompt: str) -> None:
+    assert tiny.tokenizer_path is not None
+    ids = load_tokenizer(tiny.tokenizer_path).encode(prompt)
+    folder = export_to(tiny, "mlx", "int4")
+    found = by_mlx_lm(GREEDY, folder, json.dumps(ids), "24", folder=tmp_path)
+    assert found == greedy(folder, ids, 24)
+    for target in ("onnx", "coreml", "gguf"):
+        assert greedy(export_to(tiny, target, "int4"), ids, 24) == found, target
+
+
+# mlx-lm's own conversion.
+
+CONVERT = """
+import json, sys
+from pathlib import Path
+from mlx_lm.convert import convert
+source, out, options = sys.argv[1:]
+options = json.loads(options)
+wide = options.pop("wide_embedding", False)
+predicate = lambda path, module: {"group_size": 32, "bits": 8, "mode": "affine"} if "embeddings" in path else True
+convert(source, out, quant_predicate=predicate if wide else None, **options)
+print("RESULT", json.dumps(sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))))
+"""
+
+
+def saved(checkpoint: Checkpoint, export_to: ExportTo, folder: Path) -> Path:
+    """`checkpoint` in Apple's layout, fp16, with the tokenizer files of an artifact."""
+    tensors = {name: checkpoint.tensor(name).to(torch.float16) for name in checkpoint.specs}
+    save_checkpoint(folder, checkpoint.config, tensors)
+    artifact = export_to(checkpoint, "mlx", "fp16")
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        if (artifact / name).is_file():
+            shutil.copyfile(artifact / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quant", "options"),
+    [
+        ("int8", {"quantize": True, "q_bits": 8, "q_group_size": 32}),
+        ("int4", {"quantize": True, "q_bits": 4, "q_group_size": 32, "wide_embedding": True}),
+        ("int4-group64", {"quantize": True, "q_bits": 4, "q_group_size": 64, "wide_embedding": True}),
+        ("int3", {"quantize": True, "q_bits": 3, "q_group_size": 32, "wide_embedding": True}),
+        ("fp16", {"dtype": "float16"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_files_are_as_large_as_mlx_lms_own(
+    tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, quant: str, options: dict[str, Any]
+) -> None:
+    source = saved(tiny, export_to, tmp_path / "source")
+    theirs = by_mlx_lm(CONVERT, source, tmp_path / "theirs", json.dumps(options), folder=tmp_path)
+    ours = sum(path.stat().st_size for path in export_to(tiny, "mlx", quant).glob("*.safetensors"))
+    assert ours == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_an_inflated_stream(tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], tmp_path: Path, quant: str) -> None:
+    """The residual stream of `tiny` times 2^14, its logits the same: in fp16 mlx-lm's own conversion gives NaN, ours what the model says."""
+    large = MemoryCheckpoint(tiny.config, arrays(tiny), tokenizer_path=tiny.tokenizer_path)
+    for name, spec in large.specs.items():
+        if spec.role.writes_to_stream:
+            large.arrays[name] *= np.float32(2**14)
+        elif spec.role is Role.NORM_FINAL:
+            large.arrays[name] /= np.float32(2**14)
+    source = saved(large, export_to, tmp_path / "source")
+    options = {"dtype": "float16"} if quant == "fp16" else {"quantize": True, "q_bits": 4, "q_group_size": 32, "dtype": "float16"}
+    by_mlx_lm(CONVERT, source, tmp_path / "theirs", json.dumps(options), folder=tmp_path)
+    assert np.isnan(mlx_logits(tmp_path / "theirs", prose)).any()
+    folder = shutil.copytree(export_to(large, "mlx", quant), tmp_path / "ours")
+    assert Artifact.open(folder).manifest.alpha < 2**-3
+    stored = mlx_logits(folder, prose)
+    assert kl(mlx_logits(shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "plain"), prose), stored).mean() < 1e-3
+    if quant == "fp16":
+        assert kl(reference_logits(tiny.config, arrays(tiny), prose), stored).mean() < 1e-3

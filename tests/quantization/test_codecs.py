@@ -43,6 +43,7 @@ NAMES = (
         "int8-channel",
     ),
     *("lut4-group8", "lut4-tensor", "lut6-group4", "lut8-tensor"),
+    "mxfp4",
 )
 
 

@@ -27,6 +27,7 @@ EXACT = {
     "torch fp32": (3e-5, 1e-4),
     "onnx fp32": (3e-5, 1e-4),
     "gguf fp32": (3e-5, 1e-4),
+    "mlx bf16": (5e-5, 0.2),  # bf16 are the weights; on a GPU the activations too
     "coreml fp32": (3e-5, 1e-2),  # fp16 are the weights and the RoPE tables
 }
 # Largest KL divergence, nats: fp16 rounding, and activations that are rounded to 8 bits by the engine, amplify the order of sums.

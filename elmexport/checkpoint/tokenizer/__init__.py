@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # the first found is us
 
 @dataclass(frozen=True)
 class ModelIds:
-    """What a model's configuration says about texts: its ids count, whatever the tokenizer's files say."""
+    """Ids that a model's configuration gives to the beginning and the ends of texts; they count, whatever a tokenizer's files say."""
 
     bos: int | None
     eos: tuple[int, ...]

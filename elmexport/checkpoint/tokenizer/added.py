@@ -1,4 +1,7 @@
-"""Added tokens of a `tokenizer.json`: those that other files name join it, each with its own id, and llama.cpp's control tokens are everyone's."""
+"""Added tokens of a `tokenizer.json`, those that other files name among them, each with its id and kind.
+
+A token with a name that llama.cpp takes for a control token's is one in every format.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class SpecialIds:
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What every text begins with."""
+        """The ids that every text begins with."""
         return () if self.bos is None or not self.adds_bos else (self.bos,)
 
 

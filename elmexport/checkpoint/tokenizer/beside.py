@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer say: added tokens, which of them begin and end texts, the chat template."""
+"""Files beside a tokenizer: added tokens, which of them begin and end texts, the chat template."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Beside:
-    """What is known beside the vocabulary; None and empty where no file says anything."""
+    """Facts beside the vocabulary; None and empty where no file says anything."""
 
     tokens: Mapping[str, str] = field(default_factory=dict)  # by role ("bos_token"), the text of the token
     control: frozenset[str] = frozenset()  # texts of these and of other control tokens
@@ -49,7 +49,7 @@ class Beside:
 
 
 def read_beside(folder: Path) -> Beside:
-    """Read `tokenizer_config.json`, `added_tokens.json`, `special_tokens_map.json` and `chat_template.jinja` in `folder`, where they are.
+    """Read the files of `BESIDE` that lie in `folder`.
 
     Raises:
         ElmExportError: a damaged file, or one that says something else than such files do.

@@ -1,4 +1,7 @@
-"""`tokenizer.json` and `tokenizer_config.json` as other programs read them: onnxruntime-genai, transformers.js, swift-transformers, transformers."""
+"""`tokenizer.json` and `tokenizer_config.json` for other programs.
+
+onnxruntime-genai, transformers.js, swift-transformers and transformers read them.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ UNLIKELY = 1e6  # nats
 
 
 def to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    """A tokenizer.json, in the form that Llama's own file has, whose ids are those of `tokenizer`; without added tokens or post-processor.
+    """Make the tokenizer.json that gives the ids of `tokenizer`, in the form of Llama's own file, without a post-processor.
 
     Such a file lists BPE's merges where SentencePiece has scores: every way to split a piece into two others, in the order of the scores.
 
@@ -65,7 +65,10 @@ def to_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
 
 def obstacle(tokenizer: SentencePieceTokenizer) -> str | None:
-    """Why no tokenizer.json gives the ids of `tokenizer`, as the end of a sentence that begins with its name; None where one does."""
+    """Find the reason why no tokenizer.json gives the ids of `tokenizer`; None where one does.
+
+    It ends a sentence that begins with the file's name.
+    """
     trainer, normalizer, pieces = tokenizer.model.trainer_spec, tokenizer.model.normalizer_spec, tokenizer.pieces()
     user = [piece for piece in pieces if piece.kind is PieceKind.USER_DEFINED]
     unused = next((piece for piece in pieces if piece.kind is PieceKind.UNUSED), None)

@@ -39,7 +39,7 @@ class StreamDecoder:
         return new
 
     def finish(self) -> str:
-        """What is left when no token follows: replacement characters for bytes that never made one."""
+        """The rest when no token follows: replacement characters for bytes that never made one."""
         text = self._tokenizer.decode(self._window)[len(self._shown) :]
         self._shown += text
         return text
