@@ -60,9 +60,19 @@ def bytes_of(pattern: str, **options: Any) -> Callable[[Path], None]:
     return make
 
 
+def sentencepiece_of(**options: Any) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        sentencepiece_model(folder / "tokenizer.model", **{**LLAMA, "vocab_size": 500, **options})
+        change(folder / "added_tokens.json", **{"<|im_start|>": 602, "<|im_end|>": 603})
+        change(folder / "special_tokens_map.json", additional_special_tokens=["<|im_start|>"])
+
+    return make
+
+
 MODELS: dict[str, tuple[Callable[[Path], None], dict[str, Any]]] = {
     "Llama, added tokens": (llama, {"eos_token_id": [2, 603]}),
     "Llama, tokenizer.json": (llama_json, {"eos_token_id": 603}),
+    "no space before texts": (sentencepiece_of(add_dummy_prefix=False), {"eos_token_id": [2, 603]}),
     "GPT-NeoX": (bytes_of(GPT2, nfc=True), {"bos_token_id": None, "eos_token_id": 1}),
     "Llama 3": (bytes_of(LLAMA3, ignore_merges=True), {"bos_token_id": 0, "eos_token_id": [3, 1]}),
     "Qwen": (bytes_of(QWEN2, nfc=True), {"bos_token_id": None, "eos_token_id": [3, 1]}),
