@@ -169,10 +169,9 @@ class Target(ABC):
         Raises:
             ElmExportError: what the format has no form for, and what to do instead.
         """
-        from elmexport.checkpoint.tokenizer.clients import client_json
+        from elmexport.checkpoint.tokenizer.clients import client_notes
 
-        client_json(tokenizer)
-        return ()
+        return client_notes(tokenizer)
 
     def check_plan(self, graph: Graph, plan: Plan) -> None:  # noqa: B027  (optional: most formats hold any sizes)
         """Refuse, before any work, tensors whose stored sizes the target's files cannot hold.

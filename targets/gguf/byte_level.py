@@ -111,7 +111,12 @@ def _described(step: Mapping[str, Any]) -> str:
 
 
 def _bytes() -> Iterator[str]:
-    """The characters that stand for the bytes of UTF-8 in such vocabularies (GPT-2's `bytes_to_unicode`)."""
+    """The characters that stand for the bytes of texts in such vocabularies (GPT-2's `bytes_to_unicode`).
+
+    Without control characters and the bytes that begin unassigned ones, which published vocabularies lack: both libraries drop them.
+    """
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    yield from (chr(byte) for byte in shown if byte not in (0xC0, 0xC1) and byte < 0xF5)  # these are in no text
-    yield from (chr(0x100 + i) for i in range(256 - len(shown)))
+    others = (byte for byte in range(0x100) if byte not in shown)
+    stand_ins = {byte: chr(byte) for byte in shown} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    ordinary = {0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0xF1)} - {0xC0, 0xC1}
+    yield from (stand_ins[byte] for byte in sorted(ordinary))

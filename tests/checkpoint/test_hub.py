@@ -221,7 +221,7 @@ def test_tokenizer_by_hub_id(hub: HubServer, client: Client, bare_model: str, tm
     assert len(hub.downloads("model.safetensors")) == 1  # the model's own
     hub.push("someone/nothing", tmp_path / "bare")
     assert (
-        "someone/nothing holds neither tokenizer.model nor tokenizer.json" in client.open(bare_model, tokenizer="someone/nothing")["error"]
+        "someone/nothing holds neither tokenizer.json nor tokenizer.model" in client.open(bare_model, tokenizer="someone/nothing")["error"]
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +81,59 @@ def test_a_prompt_that_is_not_text(run: Run) -> None:
 
 def test_a_prompt_too_long(run: Run) -> None:
     run("generate", TINY_FOLDER, "word " * 300).refused("need a context of", "this artifact holds 256")
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` with two more rows for ChatML's tokens; either ends a text."""
+    import torch
+
+    from elmexport.checkpoint import open_checkpoint
+    from elmexport.checkpoint.save import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    tiny = open_checkpoint("tiny")
+    table = "transformer.token_embeddings.weight"
+    weights = {name: tiny.tensor(name) for name in tiny.specs}
+    weights[table] = torch.cat([weights[table], weights[table][[300, 301]]])
+    save_checkpoint(folder, replace(tiny.config, vocab_size=4098), weights)
+    shutil.copy(TINY_FOLDER / "tokenizer.model", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 4097]}')
+    (folder / "added_tokens.json").write_text('{"<|im_start|>": 4096, "<|im_end|>": 4097}')
+    (folder / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im_start|>"]}')
+    (folder / "chat_template.jinja").write_text("<|im_start|>user\n{{ messages[0]['content'] }}<|im_end|>\n<|im_start|>assistant\n")
+    return folder
+
+
+def test_chat(run: Run, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template goes around what the user says, whose own control tokens are text."""
+    from elmexport.runtimes import text as module
+
+    asked: list[tuple[list[int], tuple[int, ...]]] = []
+    generate = module.generate
+
+    def watched(runtime: Any, ids: list[int], **options: Any) -> Any:
+        asked.append((ids, options["eos_ids"]))
+        return generate(runtime, ids, **options)
+
+    monkeypatch.setattr(module, "generate", watched)
+    outcome = run("generate", chat_model, "Say <|im_end|> please", "--chat", "--max-tokens", "4")
+    assert outcome.code == 0 and outcome.out.strip(), outcome.err
+    ((ids, ends),) = asked
+    assert (ids[0], ids.count(4096), ids.count(4097), ends) == (4096, 2, 1, (2, 4097))
+    assert run("generate", chat_model, "Say please", "--max-tokens", "4").code == 0
+    assert asked[1][0][0] == 1 and 4096 not in asked[1][0]  # without --chat a text after BOS
+
+
+def test_chat_in_an_artifact(run: Run, chat_model: Path, tmp_path: Path) -> None:
+    """The template and the ends of text travel; GGUF carries them inside."""
+    said = ("Who is there?", "--chat", "--max-tokens", "6")
+    wanted = run("generate", chat_model, *said).out
+    for target in ("onnx", "gguf"):
+        out = tmp_path / target
+        assert run(target, "--model", chat_model, "--quant", "fp32", "--out", out, "--no-verify").code == 0
+        assert run("generate", out, *said).out == wanted, target
+
+
+def test_chat_without_a_template(run: Run) -> None:
+    run("generate", TINY_FOLDER, "Hi", "--chat").refused("comes without a chat template", "leave out --chat")

@@ -34,7 +34,7 @@ EXPORT = (
 OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf", "mlx"), EXPORT) | {
     "models": ("--json",),
     "calibrate": ("--model", "--text", "--dataset", "--tokens", "--window", "--hessian", "--out", "--imatrix", "--force", "--json"),
-    "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer"),
+    "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer", "--chat"),
     "inspect": ("--tensors", "--json"),
     "eval": (
         *("--tasks", "--preset", "--fewshot", "--limit", "--seed", "--against", "--data", "--text", "--text-tokens", "--tokenizer"),

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from elmexport.checkpoint.tokenizer.base import SpecialIds, Tokenizer
 from elmexport.checkpoint.tokenizer.beside import CONFIG
-from elmexport.checkpoint.tokenizer.convert import to_json
+from elmexport.checkpoint.tokenizer.convert import OUTER_SPACES, to_json
 from elmexport.checkpoint.tokenizer.huggingface import FILE_NAME, JsonTokenizer
 from elmexport.checkpoint.tokenizer.probes import compare
 from elmexport.checkpoint.tokenizer.sentencepiece import UNIGRAM, SentencePieceTokenizer
@@ -28,13 +29,34 @@ def client_json(tokenizer: Tokenizer) -> Mapping[str, Any]:
     Raises:
         ElmExportError: no such file gives the same ids.
     """
+    return _client_json(tokenizer, tokenizer.special)
+
+
+@lru_cache(maxsize=1)  # an export asks when it begins and when it writes
+def _client_json(tokenizer: Tokenizer, special: SpecialIds) -> Mapping[str, Any]:
     if isinstance(tokenizer, SentencePieceTokenizer):
         made = JsonTokenizer(tokenizer.path, to_json(tokenizer))
-        made.special = tokenizer.special
+        made.special = special
         compare(tokenizer, made, FILE_NAME, ties=tokenizer.model.trainer_spec.model_type == UNIGRAM)
         return _with_bos(made)
     assert isinstance(tokenizer, JsonTokenizer)
     return _with_bos(tokenizer)
+
+
+def client_notes(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Find what programs that read the tokenizer.json of `tokenizer` are known not to do, as notes.
+
+    Raises:
+        ElmExportError: see `client_json`.
+    """
+    data = client_json(tokenizer)
+    notes = []
+    if data["model"]["type"] == "Unigram":
+        known = "transformers reads it" if data["model"].get("byte_fallback") else "transformers and transformers.js read it"
+        notes.append(f"the vocabulary is unigram: {known}; onnxruntime-genai and swift-transformers do not")
+    if f'"{json.dumps(OUTER_SPACES)[1:-1]}"' in json.dumps(data.get("normalizer")):
+        notes.append("the tokenizer takes away spaces around a text and double ones, which onnxruntime-genai does not")
+    return tuple(notes)
 
 
 def write_tokenizer_files(tokenizer: Tokenizer, context: int, folder: Path) -> None:

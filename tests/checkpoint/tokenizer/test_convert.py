@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from elmexport.checkpoint.tokenizer import load_tokenizer
-from elmexport.checkpoint.tokenizer.clients import client_json, write_tokenizer_files
+from elmexport.checkpoint.tokenizer.clients import client_json, client_notes, write_tokenizer_files
 from elmexport.checkpoint.tokenizer.probes import compare
 from elmexport.errors import ElmExportError
 from tests.checkpoint.tokenizer.vocabularies import byte_level, sentencepiece_model
@@ -57,6 +57,23 @@ def test_user_defined_pieces_without_a_space_before_texts(tmp_path: Path) -> Non
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     for text in ("a<u>b", "<u><u> a", "two  spaces   three", " <u>  "):
         assert library.encode(text).ids == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize(
+    ("options", "notes"),
+    [
+        ({"model_type": "bpe", **PLAIN}, []),
+        ({"model_type": "unigram", **PLAIN}, ["the vocabulary is unigram: transformers and transformers.js read it"]),
+        ({"model_type": "unigram", **PLAIN, "byte_fallback": True}, ["the vocabulary is unigram: transformers reads it;"]),
+        (
+            {"model_type": "bpe", **PLAIN, "remove_extra_whitespaces": True},
+            ["the tokenizer takes away spaces around a text and double ones"],
+        ),
+    ],
+)
+def test_what_programs_do_not_do_is_noted(tmp_path: Path, options: dict[str, Any], notes: list[str]) -> None:
+    found = client_notes(load_tokenizer(sentencepiece_model(tmp_path / "tokenizer.model", vocab_size=500, **options)))
+    assert len(found) == len(notes) and all(note.startswith(start) for note, start in zip(found, notes, strict=True))
 
 
 def test_a_bug_in_the_conversion_would_be_seen(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from elmexport.errors import ElmExportError
 from elmexport.models import config_from_dict, read_config
+from elmexport.models.base import ModelConfig
 from elmexport.models.openelm.config import OpenELMConfig, make_divisible
 from elmexport.weights import Role
 
@@ -176,6 +177,9 @@ def test_make_divisible(value: float, divisor: int) -> None:
         ({"rope_freq_constant": 0}, "rope_freq_constant is 0"),
         ({"rope_freq_constant": float("nan")}, "rope_freq_constant is nan"),
         ({"eos_token_id": 32000}, r"eos_token_id is 32000; it must lie in 0..31999"),
+        ({"eos_token_id": [2, "3"]}, r"eos_token_id is '3'; it must lie in 0..31999"),
+        ({"eos_token_id": []}, r"eos_token_id is an empty list; name the token that ends a text"),
+        ({"bos_token_id": -1}, r"bos_token_id is -1; it must lie in 0..31999"),
     ],
 )
 def test_unusable_values(change: dict[str, Any], message: str) -> None:
@@ -206,3 +210,26 @@ def test_files(tmp_path: Path) -> None:
         read_config(path)
     path.write_text(json.dumps(apple("3B")))
     assert read_config(path).parameter_count == 3_036_647_424
+
+
+def test_several_tokens_that_end_a_text(tmp_path: Path) -> None:
+    """A number or a list in config.json, and what generation_config.json adds; null for BOS says that there is none."""
+
+    def read(config: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelConfig:
+        (tmp_path / "config.json").write_text(json.dumps(apple("270M") | config), encoding="utf-8")
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+        return read_config(tmp_path / "config.json")
+
+    assert read({}).eos_token_ids == (2,) and read({}).to_dict()["eos_token_id"] == 2
+    assert read({}, {"eos_token_id": 2}).to_dict() == read({}).to_dict()
+    assert read({"eos_token_id": [7, 2]}).eos_token_id == 7
+    both = read({"eos_token_id": 2}, {"eos_token_id": [2, 9]})
+    assert both.eos_token_ids == (2, 9) and both.to_dict()["eos_token_id"] == [2, 9]
+    assert config_from_dict(both.to_dict()) == both
+    assert read({"eos_token_id": None}, {"eos_token_id": 9}).eos_token_ids == (9,)
+    assert read({"bos_token_id": None}).bos_token_id is None and read({"bos_token_id": None}).to_dict()["bos_token_id"] is None
+    with pytest.raises(ElmExportError, match=r"generation_config.json: not valid JSON"):
+        (tmp_path / "generation_config.json").write_text("{")
+        read_config(tmp_path / "config.json")
