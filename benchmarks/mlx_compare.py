@@ -4,7 +4,7 @@ python benchmarks/mlx_compare.py --text held-out.txt                     `tiny`
 python benchmarks/mlx_compare.py --model DIR --text a.txt b.txt --only convert,gptq,ours-gptq
 
 All read the same calibration tokens, `--tokens` of the text that elmexport brings; mlx-lm's programs would fetch a text, so their functions are
-called with these. KL divergence is measured in one way for all, by our runtime on the folder (on CPUs in fp32), against the model in float32,
+called with these. KL divergence is measured in one way for all: weights as mlx itself dequantizes them, in one float32 forward pass, against the model in float32,
 on texts that nothing was tuned on.
 """
 
@@ -63,7 +63,9 @@ from mlx_lm.utils import load, save
 source, out = sys.argv[1:]
 model, tokenizer, config = load(source, lazy=True, return_config=True)
 data = mx.array(np.load(Path(source) / "calibration.npy"))
+model.set_dtype(mx.float32)  # it sums Hessians in the model's type, and fp16 overflows
 model, config["quantization"] = gptq_quantize(model, data, 4, 64, 6, 64)
+model.set_dtype(mx.float16)
 save(out, source, model, tokenizer, config)
 """
 # Its own settings, but for the text and its length; a learning rate of 1e-6 as it has by itself.
@@ -94,12 +96,16 @@ import numpy as np
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.divergence import divergence
-from elmexport.runtimes.mlx import open_runtime
 from elmexport.runtimes.torch import TorchRuntime
+from tests.memory_checkpoint import MemoryCheckpoint
+from tests.targets.mlx.mlx_files import config, weights
 model, windows, window, texts, folders = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(json.loads, sys.argv[4:])
 checkpoint = open_checkpoint(model)
 reference, tokenizer = TorchRuntime(checkpoint), load_tokenizer(checkpoint.tokenizer_path)
-opened, found = {name: open_runtime(Path(folder)) for name, folder in folders.items()}, {name: {} for name in folders}
+opened, found = {}, {name: {} for name in folders}
+for name, folder in folders.items():
+    assert config(Path(folder)).get("rms_norm_eps", 1e-6) == 1e-6, "an alpha: this forward pass has none"
+    opened[name] = TorchRuntime(MemoryCheckpoint(checkpoint.config, weights(Path(folder))))
 for text in texts:
     ids = tokenizer.encode(Path(text).read_text(encoding="utf-8")[: 12 * windows * window], bos=False)
     sums = dict.fromkeys(folders, 0.0)

@@ -6,13 +6,20 @@ A message says what was found, what is allowed, and the fix. The command line pr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+LONGEST = 640  # characters of a message
+_ENDLESS = re.compile(r"\S{300,}")
 
 
 class ElmExportError(Exception):
     """Bad use or bad input. Base of every error raised on purpose."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        return _shortened(super().__str__())
 
     def of(self, name: str) -> ElmExportError:
         """The same of the tensor `name`, which the message begins with."""
@@ -26,11 +33,14 @@ class VerificationError(ElmExportError):
 
 
 class Fp16RangeError(ElmExportError):
-    """A weight that fp16 numbers or scales cannot hold. What to do depends on the format: whoever knows it replaces `advice`."""
+    """A weight that fp16 numbers or scales cannot hold: `found`, and `advice`, which whoever knows the format replaces."""
 
     def __init__(self, found: str, advice: str) -> None:
-        super().__init__(f"{found}; {advice}")
+        super().__init__(found, advice)
         self.found, self.advice = found, advice
+
+    def __str__(self) -> str:
+        return _shortened(f"{self.found}; {self.advice}")
 
     def of(self, name: str) -> Fp16RangeError:
         return Fp16RangeError(f"{name}: {self.found}", self.advice)
@@ -40,6 +50,12 @@ class MissingDependencyError(ElmExportError):
     """A package, tool or permission that the environment lacks; the message names it and how to get it."""
 
     exit_code = 3
+
+
+def _shortened(message: str) -> str:
+    """Cut what a damaged file put into `message`, a name of thousands of characters or a list of thousands of numbers; the fix, at its end, stays."""
+    message = _ENDLESS.sub(lambda word: f"{word[0][:150]}…{word[0][-50:]}", message)
+    return message if len(message) <= LONGEST else f"{message[: LONGEST - 203]} … {message[-200:]}"
 
 
 def listed(names: Sequence[str], count: int = 3, longest: int = 80) -> str:

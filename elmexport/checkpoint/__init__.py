@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from elmexport.models.base import KnownModel, ModelConfig
 from elmexport.progress import Progress, SilentProgress
 
 NO_TOKENIZER = "none"  # --tokenizer none: go without, on purpose
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?=.{1,96}$)[\w.-]+/[\w.-]+")
 
 
 def open_checkpoint(
@@ -173,9 +175,9 @@ def _chosen(tokenizer: str | None, folder: Path | None) -> Path | None:
     if tokenizer is None:
         return None if folder is None else _tokenizer_in(folder)
     path = Path(tokenizer).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # false too for what can be no name of a file
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         found = _tokenizer_in(path)
         if found is None:
             raise ElmExportError(f"--tokenizer {tokenizer}: the folder holds neither {' nor '.join(TOKENIZER_FILES)}")
@@ -225,8 +227,9 @@ def _local_path(model: str) -> Path | None:
         ElmExportError: it is neither.
     """
     path = Path(model).expanduser()
-    if path.exists():
-        return path
+    with suppress(OSError):  # no name that a file can have
+        if path.exists():
+            return path
     if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".pt":
         return None
     if "/" in model or path.suffix in (".pt", ".safetensors"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from elmexport.checkpoint import pickled
@@ -22,7 +23,7 @@ ADAPTER_SAFETENSORS, ADAPTER_BIN = "adapter_model.safetensors", "adapter_model.b
 
 def holds_checkpoint(path: Path) -> bool:
     """Whether the folder `path` looks like a checkpoint or an adapter, so that it is what a name means."""
-    return path.is_dir() and (
+    return os.path.isdir(path) and (
         (path / "config.json").is_file() or (path / CONFIG).is_file() or has_weights(path) or pickled.has_bin(path) or bool(_pt_files(path))
     )
 

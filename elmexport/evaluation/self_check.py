@@ -152,7 +152,7 @@ def _overflow(reference: ReferenceRun, logits: NDArray[np.float32]) -> str | Non
         return None
     largest = np.abs(reference.logits).max(axis=0)
     token = int(tokens[largest[tokens].argmax()])
-    more = f" (and of {len(tokens) - 1} other tokens)" if len(tokens) > 1 else ""
+    more = f" (and of {len(tokens) - 1} more)" if len(tokens) > 1 else ""
     if largest[token] > FP16_MAX:
         return f"the logit of token {token}{more} reaches {largest[token]:.3g}, beyond fp16's 65504: row {token} of {reference.head} is too large"
     return f"the artifact's logit of token {token}{more} is not finite, where the model's is at most {largest[token]:.3g}: its numbers overflow fp16"

@@ -31,7 +31,7 @@ class Overflow:
 
     def note(self) -> str:
         """Words for the user."""
-        more = f" and of {len(self.tokens) - 1} other tokens" if len(self.tokens) > 1 else ""
+        more = f" and of {len(self.tokens) - 1} more" if len(self.tokens) > 1 else ""
         return (
             f"the logit of token {self.tokens[0]}{more} (row {self.tokens[0]} of {self.tensor}) may reach {self.bound:.3g}, beyond fp16's 65504, in which "
             "Core ML computes: the package gives 65504 at most. Where the row is not meant to be so large, correct it in the checkpoint; a format "

@@ -24,6 +24,8 @@ from elmexport.quantization.weight_source import TORCH_DTYPES
 if TYPE_CHECKING:
     from elmexport.quantization.codec import Quantized
 
+_CHUNK = 1 << 22  # codes packed at a time
+
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # type and shape by the last part of a tensor's name
 
 
@@ -57,19 +59,30 @@ def pack(weight: Tensor | Quantized) -> Mapping[str, Tensor]:
     if isinstance(weight, Tensor):
         return {"weight": weight}
     if isinstance(weight, Mxfp4Tensor):
-        return {"weight": packed_bits.pack(weight.codes, 4).view(torch.uint32), "scales": weight.exponent_bytes()}
+        return {"weight": _words(weight.codes, weight.scheme.width), "scales": weight.exponent_bytes()}
     assert isinstance(weight, IntegerTensor), f"MLX has no place for {weight.scheme}"
     width = weight.scheme.width
     if weight.zeros is None:
         zeros: Tensor | int = 1 << width - 1
-        codes = (weight.codes.to(torch.int16) + zeros).to(torch.uint8)
+        codes = weight.codes.view(torch.uint8) + zeros  # modulo 256: two's complement becomes unsigned
     else:
-        zeros, codes = weight.zeros.to(torch.float32), weight.codes.to(torch.uint8)
+        zeros, codes = weight.zeros.to(torch.float32), weight.codes.view(torch.uint8)
     biases = (weight.scales.to(torch.float32) * -zeros).to(torch.float16)
     if not torch.isfinite(biases).all():
         raise ElmExportError("weights reach the end of fp16 (65504), where MLX's biases leave it; export with --quant bf16")
-    packed = codes if width == 8 else packed_bits.pack(codes, width)
-    return {"weight": packed.contiguous().view(torch.uint32), "scales": weight.scales, "biases": biases}
+    return {"weight": _words(codes, width), "scales": weight.scales, "biases": biases}
+
+
+def _words(codes: Tensor, width: int) -> Tensor:
+    """Pack unsigned codes uint8 `[…, in]` to uint32 `[…, in * width / 32]`, some rows at a time: packing takes many bytes a code for a while."""
+    if width == 8:
+        return codes.contiguous().view(torch.uint32)
+    rows = codes.reshape(-1, codes.shape[-1])
+    packed = torch.empty((len(rows), rows.shape[1] * width // 8), dtype=torch.uint8)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        packed[start : start + step] = packed_bits.pack(rows[start : start + step], width)
+    return packed.view(*codes.shape[:-1], -1).view(torch.uint32)
 
 
 def times(weight: Quantized, factor: float) -> tuple[Quantized, float]:

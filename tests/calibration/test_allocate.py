@@ -87,10 +87,10 @@ def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpo
         for target in ("gguf", "onnx", "mlx", "coreml")
     }
     assert names["gguf"] == {find_scheme(name) for name in ("int4-block32", "int5-block32", "int8-block32")}
-    assert names["onnx"] == {find_scheme(name) for name in ("int4-block64", "int4-block32", "int8-block32")}
+    assert names["onnx"] == {find_scheme(name) for name in ("int4-block128", "int4-block64", "int4-block32", "int8-block32")}
     assert names["mlx"] == {
         *(find_scheme(f"int{bits}-block{size}") for bits in (3, 4, 5, 6) for size in (32, 64)),
-        find_scheme("int8-block32"),
+        *(find_scheme(name) for name in ("int4-block128", "int8-block32")),
     }
     assert not any(scheme.recipe_name.startswith(("int3", "int5", "int6")) for scheme in names["coreml"])
 

@@ -47,7 +47,7 @@ def weights(folder: Path) -> Weights:
             result[name] = np.array(tensor.astype(mx.float32))
             continue
         facts = quantization.get(module, quantization)
-        how = {key: facts[key] for key in ("group_size", "bits", "mode")}
+        how = {"group_size": facts["group_size"], "bits": facts["bits"], "mode": facts.get("mode", "affine")}
         if how["mode"] == "affine":
             biases = tensors[f"{module}.biases"].astype(mx.float32)
             result[name] = np.array(mx.dequantize(tensor, scales.astype(mx.float32), biases, **how))

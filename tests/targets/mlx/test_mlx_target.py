@@ -108,6 +108,21 @@ def test_a_recipe_of_ones_own_mixes_modules(small_checkpoint: MemoryCheckpoint, 
     assert {(tensor.name, tensor.shape) for tensor in listing} == {(spec.name, spec.shape) for spec in small_checkpoint.specs.values()}
 
 
+@pytest.mark.slow
+def test_bits_per_weight_mixes_integers_between_4_and_8(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    """The size that was asked for is the file's, biases included; `recipe.toml` gives the same artifact again."""
+    options = WeightOptions(bits_per_weight=6.2)
+    path = export_checkpoint(small_checkpoint, "mlx", out=tmp_path / "mixed", weights=options).path
+    widths = {"U32": 4, "F16": 2}
+    size = 8 * sum(widths[dtype] * math.prod(shape) for dtype, shape in stored(path).values()) / small_checkpoint.config.parameter_count
+    assert 6.0 < size <= 6.2 and Artifact.open(path).manifest.bits_per_weight == pytest.approx(size, abs=1e-4)
+    quantization = config(path)["quantization"]
+    bits = {quantization["bits"], *(facts["bits"] for facts in quantization.values() if isinstance(facts, dict))}
+    assert bits & {3, 5, 6}
+    again = export_checkpoint(small_checkpoint, "mlx", str(path / "recipe.toml"), out=tmp_path / "again", verify=False).path
+    assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+
+
 @pytest.mark.parametrize("size", ["100K", "1", "1G"])
 def test_shards(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, exported: Exported, size: str) -> None:
     folder = export_to(small_checkpoint, "mlx", "int4", settings={"max_shard_size": size})
