@@ -136,8 +136,8 @@ def test_answers_are_kept_for_what_gave_them(monkeypatch: pytest.MonkeyPatch, tm
     from sentencepiece import sentencepiece_model_pb2
 
     from elmexport.checkpoint.tokenizer import ModelIds, load_tokenizer
-    from elmexport.evaluation.evaluated_model import evaluated_artifact
     from elmexport.evaluation.evaluate import _store_name
+    from elmexport.evaluation.evaluated_model import evaluated_artifact
 
     subject = evaluated_artifact(TINY_FOLDER).subject
     model = sentencepiece_model_pb2.ModelProto()
