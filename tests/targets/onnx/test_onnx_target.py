@@ -268,11 +268,11 @@ def test_size_of_the_artifact(export_to: ExportTo, quant: str) -> None:
         (
             "int4-block512",
             Role.FFN_DOWN,
-            "integers in blocks of 16, 32, 64, 128, 256",
+            "integers of 4 or 8 bits in blocks of 16, 32, 64, 128, 256",
         ),  # one version of the kernel gave zeros, others refuse
-        ("int4-block8", Role.FFN_DOWN, "integers in blocks of 16, 32, 64, 128, 256"),
-        ("int8-block48", Role.FFN_DOWN, "integers in blocks of 16, 32, 64, 128, 256"),
-        ("int8-channel", Role.FFN_DOWN, "integers in blocks of"),
+        ("int4-block8", Role.FFN_DOWN, "integers of 4 or 8 bits in blocks of 16, 32, 64, 128, 256"),
+        ("int8-block48", Role.FFN_DOWN, "integers of 4 or 8 bits in blocks of 16, 32, 64, 128, 256"),
+        ("int8-channel", Role.FFN_DOWN, "integers of 4 or 8 bits in blocks of"),
         ("lut4-group8", Role.FFN_DOWN, "stores fp32, fp16, and integers"),
         ("bf16", Role.FFN_DOWN, "stores fp32, fp16, and integers"),
         ("int4-asym-block32", Role.EMBEDDING, "every matrix but the embedding"),
