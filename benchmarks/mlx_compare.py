@@ -63,7 +63,7 @@ from mlx_lm.utils import load, save
 source, out = sys.argv[1:]
 model, tokenizer, config = load(source, lazy=True, return_config=True)
 data = mx.array(np.load(Path(source) / "calibration.npy"))
-model.set_dtype(mx.float32)  # it sums Hessians in the model's type, and fp16 overflows
+model.set_dtype(mx.float32)  # it sums Hessians in the model's type; fp16 gave an infinite KL divergence
 model, config["quantization"] = gptq_quantize(model, data, 4, 64, 6, 64)
 model.set_dtype(mx.float16)
 save(out, source, model, tokenizer, config)
