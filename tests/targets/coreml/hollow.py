@@ -59,6 +59,9 @@ class HollowWeights(WeightSource):
     def scaled(self, spec: WeightSpec, factor: float) -> Scaled:
         return Scaled(self.get(spec))
 
+    def numbers(self, spec: WeightSpec) -> Tensor:
+        return torch.zeros(()).expand(spec.shape)
+
     def _quantized(self, spec: WeightSpec, scheme: CodedScheme) -> Quantized:
         raise NotImplementedError
 
