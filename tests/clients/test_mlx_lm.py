@@ -156,10 +156,10 @@ def prose(tiny: Checkpoint) -> NDArray[np.int64]:
     """Tokens of the bundled text."""
     assert tiny.tokenizer_path is not None
     text = (files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8")
-    return np.array(load_tokenizer(tiny.tokenizer_path).encode(text)[:96])
+    return np.array(load_tokenizer(tiny.tokenizer_path).encode(text)[:48])
 
 
-@pytest.mark.parametrize("quant", ["int4", "mxfp4", "bf16"])
+@pytest.mark.parametrize("quant", ["int4", "bf16"])
 def test_load_generate_perplexity_evaluate_and_server(
     tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path
 ) -> None:
@@ -181,7 +181,7 @@ def test_load_generate_perplexity_evaluate_and_server(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("quant", ["int4", "int4-asym", "int3", "mxfp4", "fp16"])
+@pytest.mark.parametrize("quant", ["int4", "int3", "mxfp4", "fp16"])
 def test_logits_are_ours(tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path) -> None:
     """In fp32, in which our runtime computes on CPUs, to the order of sums; in fp16, as mlx-lm does by itself, to its rounding."""
     folder = shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "artifact")
@@ -219,7 +219,7 @@ print("RESULT", json.dumps([int(token) for token, _ in steps]))
 """
 
 
-@pytest.mark.parametrize("prompt", ["Once upon a", "The captain of the ship"])
+@pytest.mark.parametrize("prompt", ["Once upon a"])
 def test_greedy_tokens_are_those_of_the_other_formats(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, prompt: str) -> None:
     assert tiny.tokenizer_path is not None
     ids = load_tokenizer(tiny.tokenizer_path).encode(prompt)

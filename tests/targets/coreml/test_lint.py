@@ -70,9 +70,7 @@ def test_our_form_of_the_trained_model_has_no_finding(tiny: Checkpoint, export_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"kv": "io"}, {"argmax": True}, {"prefill": 512}], ids=str)
-@pytest.mark.parametrize(
-    ("size", "quant"), [(size, "int4") for size in ("270M", "450M", "1.1B", "3B")] + [("1.1B", "fp16"), ("3B", "lut6")]
-)
+@pytest.mark.parametrize(("size", "quant"), [("270M", "int4"), ("3B", "int4"), ("1.1B", "fp16")])
 def test_our_form_of_every_size_has_no_finding(
     size: str, quant: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def assert_computes(artifact: Path, checkpoint: MemoryCheckpoint, expected: Weig
     "scheme",
     [
         "lut4-group8",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lut4-group1", "lut4-tensor", "lut6-group32", "lut8-tensor")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lut4-tensor", "lut6-group32", "lut8-tensor")),
     ],
 )
 @pytest.mark.parametrize("calibrate", ["auto", "none"])
