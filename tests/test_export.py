@@ -31,6 +31,7 @@ from tests.reference import kl, reference_logits
 TARGETS = ("onnx", "coreml", "gguf", "mlx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_manifest(target: str, tiny: Checkpoint, tmp_path: Path) -> None:
     result = export_checkpoint(tiny, target, "int4", out=tmp_path / "artifact")
@@ -54,6 +55,7 @@ def test_manifest(target: str, tiny: Checkpoint, tmp_path: Path) -> None:
     assert str(tmp_path) not in manifest.to_json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_same_inputs_same_bytes(target: str, tiny: Checkpoint, tmp_path: Path) -> None:
     folders = [export_checkpoint(tiny, target, "int4", out=tmp_path / name).path for name in ("a", "b")]
@@ -61,6 +63,7 @@ def test_same_inputs_same_bytes(target: str, tiny: Checkpoint, tmp_path: Path) -
     assert contents[0] == contents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_broken_artifact_is_discarded(target: str, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One matrix whose codes are shifted by a column, as a packing error would do: the self-check must not let it pass."""
@@ -103,6 +106,7 @@ def test_an_artifact_without_a_tokenizer_says_so(small_checkpoint: MemoryCheckpo
     assert result.manifest.self_check.text == "pseudo-random ids"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "coreml"])
 def test_the_tokenizer_is_found_again_whatever_its_file_was_called(
     target: str, tiny: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -152,6 +156,7 @@ scheme = "int8-block32"
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_of_the_user_s_own(tiny: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(RECIPE.format(name="mine", scheme="int4-block64"))
@@ -198,6 +203,7 @@ def test_bits_per_weight(tiny: Checkpoint, tmp_path: Path) -> None:
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_context_beyond_the_model_s_own_is_remarked_on(tiny: Checkpoint, tmp_path: Path) -> None:
     result = export_checkpoint(tiny, "onnx", "int8", out=tmp_path / "artifact", context=2 * tiny.config.max_context_length)
     assert any(note.startswith("the model was trained on 256 tokens") for note in result.notes)
@@ -210,6 +216,7 @@ def inflated(checkpoint: MemoryCheckpoint, factor: float) -> MemoryCheckpoint:
     return MemoryCheckpoint(checkpoint.config, arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "settings"),
     [
@@ -232,6 +239,7 @@ def test_a_large_residual_stream_fits_fp16(
     assert kl(expected, open_artifact(result.path).logits(ids)).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_without_rescaling_a_large_residual_stream_overflows(
     small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +248,7 @@ def test_without_rescaling_a_large_residual_stream_overflows(
         export_checkpoint(inflated(small_checkpoint, 2.0**16), "coreml", "fp16", out=tmp_path / "artifact")
 
 
+@pytest.mark.slow
 def test_alpha_without_calibration(tiny: Checkpoint, tmp_path: Path) -> None:
     result = export_checkpoint(tiny, "coreml", "fp16", out=tmp_path / "artifact", weights=WeightOptions(calibrate="none"))
     assert result.manifest.alpha == DEFAULT_ALPHA
@@ -300,6 +309,7 @@ BAD_INPUT: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_leaves_nothing(

@@ -83,6 +83,7 @@ def _unusable(text: bytes) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_the_artifact_is_sound(artifact: Path) -> None:
     for name, read in READERS.items():
         if name == "lint":
@@ -92,6 +93,7 @@ def test_the_artifact_is_sound(artifact: Path) -> None:
             read(artifact)
 
 
+@pytest.mark.slow
 def test_every_key(artifact: Path) -> None:
     """What no manifest may hold is refused by every command; what one may hold (another text, another number) is read or refused."""
     sound = (artifact / MANIFEST).read_bytes()

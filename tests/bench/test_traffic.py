@@ -19,6 +19,7 @@ def test_per_token_is_the_mean_over_the_tokens() -> None:
     assert Traffic(1000, 10).per_token(7, 3) == sum(each) / 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "quant", "width"), [("onnx", "int4", 4), ("onnx", "fp16", 2), ("gguf", "fp16", 4), ("coreml", "int8", 2)]
 )

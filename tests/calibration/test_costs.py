@@ -31,6 +31,7 @@ def measure(checkpoint: MemoryCheckpoint, schemes: tuple[str, ...] = ("int4-bloc
     return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), sample, KLEvaluator(checkpoint, sample), SilentProgress())
 
 
+@pytest.mark.slow
 def test_measured_once(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure(small_checkpoint)
     assert sorted(item.spec.name for item in first) == sorted(NAMES)
@@ -43,6 +44,7 @@ def test_measured_once(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.M
     assert measure(small_checkpoint) == first
 
 
+@pytest.mark.slow
 def test_another_text_or_choice_is_another_measurement(small_checkpoint: MemoryCheckpoint, cache: Path) -> None:
     first = measure(small_checkpoint)
     assert measure(small_checkpoint, seed=1) != first
@@ -50,6 +52,7 @@ def test_another_text_or_choice_is_another_measurement(small_checkpoint: MemoryC
     assert len(list(cache.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_measured_again(small_checkpoint: MemoryCheckpoint, cache: Path) -> None:
     first = measure(small_checkpoint)
     (path,) = cache.iterdir()
@@ -59,6 +62,7 @@ def test_a_damaged_file_is_measured_again(small_checkpoint: MemoryCheckpoint, ca
         assert path.read_text() != damaged
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written(small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / "file"))

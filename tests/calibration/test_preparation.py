@@ -103,6 +103,7 @@ def test_statistics_weight_the_squares(small_checkpoint: MemoryCheckpoint, stati
     assert found.statistics is not None and found.statistics.residual_peak == statistics.residual_peak
 
 
+@pytest.mark.slow
 def test_the_pass_of_every_export_weights_the_squares(small_checkpoint: MemoryCheckpoint) -> None:
     """Where nothing else does; with the mean squares that a calibration on its text finds."""
     reference = reference_pass(small_checkpoint, trace(small_checkpoint.config), None, SilentProgress())
@@ -132,6 +133,7 @@ def test_the_pass_of_every_export_weights_the_squares(small_checkpoint: MemoryCh
     assert weighted(eight).facts["calibration"] is None  # nothing to search
 
 
+@pytest.mark.slow
 def test_an_importance_matrix_weights_the_squares(small_checkpoint: MemoryCheckpoint, statistics: Statistics, tmp_path: Path) -> None:
     path = tmp_path / "i.gguf"
     write_importance(statistics, small_checkpoint.config, path)

@@ -52,6 +52,7 @@ def whole(small_checkpoint: MemoryCheckpoint, sample: Sample, tmp_path_factory: 
     return out.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batches", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 16, 21))]
 )  # of 7 stages of 3 batches: in the first, at an end, within a layer, in the last
@@ -79,11 +80,13 @@ def _stage(name: str) -> int:
     return int(parts[2]) + 1 if parts[1] == "layers" else 6 if parts[1] == "norm" else 0
 
 
+@pytest.mark.slow
 def test_memory_gives_the_same(small_checkpoint: MemoryCheckpoint, sample: Sample, whole: bytes, tmp_path: Path) -> None:
     collect(small_checkpoint, sample, hessian=True).save(tmp_path / "statistics")
     assert (tmp_path / "statistics").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_what_belongs_to_another_run_is_not_used(small_checkpoint: MemoryCheckpoint, sample: Sample, whole: bytes, tmp_path: Path) -> None:
     out = tmp_path / "statistics"
     other = random_checkpoint(small_checkpoint.config, seed=1)
@@ -95,6 +98,7 @@ def test_what_belongs_to_another_run_is_not_used(small_checkpoint: MemoryCheckpo
     assert out.read_bytes() == whole and list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_existing_output(small_checkpoint: MemoryCheckpoint, sample: Sample, whole: bytes, tmp_path: Path) -> None:
     out = tmp_path / "statistics"
     out.write_text("precious")

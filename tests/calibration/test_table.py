@@ -23,6 +23,7 @@ from tests.memory_checkpoint import MemoryCheckpoint
 TABLE = "transformer.token_embeddings.weight"
 
 
+@pytest.mark.slow
 def test_what_the_head_reads(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the whole pass over the same windows measures it."""
     monkeypatch.setattr(table, "TOKENS", 96)

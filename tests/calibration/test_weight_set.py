@@ -50,6 +50,7 @@ def path(small_checkpoint: MemoryCheckpoint, plan: Plan, tmp_path: Path) -> Path
     return path
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_is_read(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint) -> None:
     weights = WeightSet.load(path)
     weights.check(small_checkpoint, plan)
@@ -118,6 +119,7 @@ def test_damaged_and_foreign_files_are_refused(path: Path, tmp_path: Path) -> No
         WeightSet.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["codes", "scales", "zeros", "tables"])
 def test_a_missing_part_is_damage(path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint, part: str) -> None:
     with safe_open(path, framework="pt") as file:

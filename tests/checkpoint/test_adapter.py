@@ -279,6 +279,7 @@ def test_base_of_another_name_is_noted(tmp_path: Path, base: Path) -> None:
         assert any(f"trained on {named}; it was merged into base" in note for note in notes) is noted
 
 
+@pytest.mark.slow
 def test_export_says_what_it_merged(tmp_path: Path, small_config: OpenELMConfig) -> None:
     from elmexport.export import export
 
@@ -310,7 +311,9 @@ PEFT_KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_peft_merges_to_the_same_weights(tmp_path: Path, base: Path, kind: str, safe: bool) -> None:
-    peft = pytest.importorskip("peft", reason="the judge is not installed; the formulas are tested above")
+    peft = pytest.importorskip(
+        "peft", reason="PEFT, which merges the same adapters, is not installed: pip install peft; the formulas are tested above"
+    )
     from tests.checkpoint.peft_model import NamedModel
 
     plain = open_checkpoint(str(base), tokenizer="none")
@@ -332,7 +335,7 @@ def test_peft_merges_to_the_same_weights(tmp_path: Path, base: Path, kind: str, 
 
 
 def test_peft_keeps_the_head_of_an_adapted_embedding(tmp_path: Path, base: Path) -> None:
-    peft = pytest.importorskip("peft", reason="the judge is not installed")
+    peft = pytest.importorskip("peft", reason="PEFT, which merges the same adapters, is not installed: pip install peft")
     from tests.checkpoint.peft_model import NamedModel
 
     plain = open_checkpoint(str(base), tokenizer="none")

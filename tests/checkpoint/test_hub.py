@@ -101,6 +101,7 @@ def test_offline_and_never_downloaded(client: Client) -> None:
     assert "apple/OpenELM-270M is not (completely) in the local cache" in answer["error"] and "unset HF_HUB_OFFLINE" in answer["error"]
 
 
+@pytest.mark.slow
 def test_revision_is_pinned(hub: HubServer, client: Client, tmp_path: Path) -> None:
     old = hub.push("someone/model", TINY_FOLDER)
     shutil.copytree(TINY_FOLDER, tmp_path / "new")
@@ -127,6 +128,7 @@ def test_interrupted_download_resumes(hub: HubServer, client: Client, tmp_path: 
     assert answer["done"] == (tmp_path / "model" / "model.safetensors").stat().st_size
 
 
+@pytest.mark.slow
 def test_rerun_after_a_failed_download_fetches_only_the_rest(
     hub: HubServer, client: Client, tmp_path: Path, small_config: OpenELMConfig
 ) -> None:
@@ -149,6 +151,7 @@ def test_rerun_after_a_failed_download_fetches_only_the_rest(
     assert len(hub.downloads(second)) == 2
 
 
+@pytest.mark.slow
 def test_gated_without_and_with_a_token(hub: HubServer, client: Client) -> None:
     hub.push("someone/model", TINY_FOLDER)
     hub.repos["someone/model"].readers = {"hf_reader"}
@@ -164,6 +167,7 @@ def test_gated_without_and_with_a_token(hub: HubServer, client: Client) -> None:
     assert client.open("someone/model")["name"] == "model"
 
 
+@pytest.mark.slow
 def test_unknown_repository(client: Client) -> None:
     answer = client.open("apple/OpenELM-720M")
     assert "no hub repository apple/OpenELM-720M" in answer["error"] and "did you mean apple/OpenELM-270M?" in answer["error"]
@@ -176,6 +180,7 @@ def test_unreachable_hub(client: Client) -> None:
     assert "could not be reached" in answer["error"] and "HF_ENDPOINT" in answer["error"] and answer["code"] == 3
 
 
+@pytest.mark.slow
 def test_other_architecture_is_refused_before_its_weights_are_fetched(hub: HubServer, client: Client, tmp_path: Path) -> None:
     (tmp_path / "llama").mkdir()
     (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
@@ -193,6 +198,7 @@ def bare_model(hub: HubServer, tmp_path: Path) -> str:
     return "apple/OpenELM-bare"
 
 
+@pytest.mark.slow
 def test_tokenizer_of_the_gated_repository(hub: HubServer, client: Client, bare_model: str, tmp_path: Path) -> None:
     (tmp_path / "llama").mkdir()
     shutil.copy(TINY_FOLDER / "tokenizer.model", tmp_path / "llama")
@@ -215,6 +221,7 @@ def test_tokenizer_of_the_gated_repository(hub: HubServer, client: Client, bare_
     assert len(hub.requests) == asked
 
 
+@pytest.mark.slow
 def test_tokenizer_by_hub_id(hub: HubServer, client: Client, bare_model: str, tmp_path: Path) -> None:
     hub.push("someone/words", TINY_FOLDER)
     assert client.open(bare_model, tokenizer="someone/words")["tokenizer"] == "tokenizer.model"
@@ -225,6 +232,7 @@ def test_tokenizer_by_hub_id(hub: HubServer, client: Client, bare_model: str, tm
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 2])
 def test_repository_with_pytorch_weights_only(hub: HubServer, client: Client, tmp_path: Path, shards: int) -> None:
     import torch
@@ -248,6 +256,7 @@ def test_repository_with_pytorch_weights_only(hub: HubServer, client: Client, tm
     assert client.open("someone/bin", read=True)["name"] == "bin"
 
 
+@pytest.mark.slow
 def test_repository_of_an_adapter(hub: HubServer, client: Client, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "apple/OpenELM-270M"}))
@@ -266,6 +275,7 @@ def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
         hub_module.download_description("someone/model", None)
 
 
+@pytest.mark.slow
 def test_cached(hub: HubServer, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     model = find_model("270M")
     assert model is not None and model.hub_id is not None

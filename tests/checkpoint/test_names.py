@@ -114,6 +114,7 @@ def test_corenet_names_in_safetensors(tmp_path: Path, small_config: OpenELMConfi
     assert torch.equal(open_checkpoint(str(tmp_path), tokenizer="none").tensor(QKV), tensors[QKV])
 
 
+@pytest.mark.slow
 def test_names_reach_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from elmexport.export import export
 

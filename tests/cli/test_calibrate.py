@@ -21,6 +21,7 @@ from tests.cli.conftest import Run
 from tests.memory_checkpoint import random_checkpoint
 
 
+@pytest.mark.slow
 def test_summary_and_file(run: Run, tiny: Checkpoint, tmp_path: Path) -> None:
     outcome = run("calibrate", "--tokens", 1024)
     assert outcome.code == 0 and outcome.err == ""
@@ -35,6 +36,7 @@ def test_summary_and_file(run: Run, tiny: Checkpoint, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["OpenELM-tiny-calibration.safetensors"]
 
 
+@pytest.mark.slow
 def test_json(run: Run, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 200, encoding="utf-8")
     outcome = run("calibrate", "--text", "my.txt", "--tokens", 512, "--window", 64, "--hessian", "--out", "a", "--imatrix", "b", "--json")
@@ -48,6 +50,7 @@ def test_json(run: Run, tmp_path: Path) -> None:
     assert read_imatrix(tmp_path / "b").chunks == 8
 
 
+@pytest.mark.slow
 def test_a_stream_beyond_fp16(run: Run, tiny: Checkpoint, tmp_path: Path) -> None:
     """The same weights, but what is added to the stream 2^12 times larger: its peak leaves fp16, and alpha brings it back."""
     tensors = {name: tiny.tensor(name).float() for name in tiny.specs}
@@ -63,6 +66,7 @@ def test_a_stream_beyond_fp16(run: Run, tiny: Checkpoint, tmp_path: Path) -> Non
     assert f"fp16 exports scale it by {facts['alpha']:g}" in outcome.out
 
 
+@pytest.mark.slow
 def test_random_weights_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
     given = ("calibrate", "--random-weights", 3, "--tokenizer", "none", "--tokens", 256)
     outcome = run(*given, "--out", "a", "--json")
@@ -71,6 +75,7 @@ def test_random_weights_without_a_tokenizer(run: Run, tmp_path: Path) -> None:
     run(*given, "--text", "my.txt", "--out", "b").refused("has no tokenizer to read the text with; pass one with --tokenizer PATH")
 
 
+@pytest.mark.slow
 def test_a_short_text_is_noted(run: Run, tmp_path: Path) -> None:
     (tmp_path / "my.txt").write_text("It was a dark and stormy night.")
     outcome = run("calibrate", "--text", "my.txt")
@@ -100,6 +105,7 @@ def test_refused(run: Run, tmp_path: Path, arguments: tuple[str, ...], message: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.bin", "my.txt"]
 
 
+@pytest.mark.slow
 def test_statistics_of_another_model_are_refused(run: Run, tiny: Checkpoint, tmp_path: Path) -> None:
     assert run("calibrate", "--tokens", 256, "--out", "a").code == 0
     with pytest.raises(ElmExportError, match="statistics of another model: OpenELM-tiny"):

@@ -15,6 +15,7 @@ from tests.cli.conftest import Run
 PROMPT = "It was a dark"
 
 
+@pytest.mark.slow
 def test_greedy_is_the_default_and_repeats_itself(run: Run) -> None:
     texts = [run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "8") for _ in range(2)]
     assert texts[0].code == 0, texts[0].err
@@ -23,6 +24,7 @@ def test_greedy_is_the_default_and_repeats_itself(run: Run) -> None:
     assert texts[0].err == ""
 
 
+@pytest.mark.slow
 def test_is_what_the_reference_finds_most_likely(run: Run) -> None:
     from elmexport.checkpoint.tokenizer import load_tokenizer
     from elmexport.runtimes import open_artifact
@@ -37,6 +39,7 @@ def test_is_what_the_reference_finds_most_likely(run: Run) -> None:
     assert run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "4").out == tokenizer.decode(ids)[len(prompt) :] + "\n"
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed(run: Run) -> None:
     options = ("--max-tokens", "12", "--temperature", "1.2", "--top-k", "200", "--top-p", "0.99", "--seed")
     texts = [run("generate", TINY_FOLDER, PROMPT, *options, seed).out for seed in (3, 3, 4)]
@@ -105,6 +108,7 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_chat(run: Run, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The template goes around what the user says, whose own control tokens are text."""
     from elmexport.runtimes import text as module
@@ -125,6 +129,7 @@ def test_chat(run: Run, chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert asked[1][0][0] == 1 and 4096 not in asked[1][0]  # without --chat a text after BOS
 
 
+@pytest.mark.slow
 def test_chat_in_an_artifact(run: Run, chat_model: Path, tmp_path: Path) -> None:
     """The template and the ends of text travel; GGUF carries them inside."""
     said = ("Who is there?", "--chat", "--max-tokens", "6")

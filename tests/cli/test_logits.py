@@ -21,6 +21,7 @@ def test_forms_of_an_ids_file(tmp_path: Path, text: str) -> None:
     assert read_ids(tmp_path / "ids.txt") == IDS
 
 
+@pytest.mark.slow
 def test_writes_what_the_runtime_says(run: Run, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("1 45 102 7\n")
     outcome = run("logits", TINY_FOLDER, "--ids-file", "ids.txt", "--out", "x.npy")
@@ -36,6 +37,7 @@ def test_the_name_is_taken_as_it_is(run: Run, tmp_path: Path) -> None:
     assert np.load(tmp_path / "x.bin").shape == (2, 4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -201,6 +201,7 @@ def check_added(vocabulary: Vocabulary, tokenizer: Tokenizer, found: Any) -> Non
         assert first + 1 in ids and ((first in ids) == parse or looks_for_all(vocabulary, found))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(vocabulary=sentencepieces, seed=st.integers(0, 99), drawn=texts)
 def test_sentencepiece(vocabulary: Vocabulary, seed: int, drawn: list[str]) -> None:

@@ -97,6 +97,7 @@ def artifact(
     return export_to(opened, "onnx", "int8"), tokenizer
 
 
+@pytest.mark.slow
 def test_ids_in_the_small_files(artifact: tuple[Path, Tokenizer]) -> None:
     folder, tokenizer = artifact
     eos = list(tokenizer.special.eos)

@@ -42,6 +42,7 @@ def saved(checkpoint: Checkpoint, folder: Path) -> None:
     save_checkpoint(folder, checkpoint.config, {name: checkpoint.read(name) for name in checkpoint.specs})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("target", "quant"), [("onnx", "int8"), ("coreml", "int8"), ("gguf", "q8_0")])
 def test_an_artifact_is_described_by_its_manifest_and_files(target: str, quant: str, small_artifact: SmallArtifact) -> None:
     path = small_artifact(target, quant)
@@ -76,6 +77,7 @@ def test_a_bare_file_is_described_with_its_data(small_artifact: SmallArtifact) -
     assert subject.bytes == sum(file.stat().st_size for file in model.parent.iterdir())
 
 
+@pytest.mark.slow
 def test_the_reference_of_the_embedded_model(tiny: Checkpoint, export_to: ExportTo) -> None:
     path = export_to(tiny, "onnx", "int8", context=64)
     reference = find_reference(path)
@@ -112,6 +114,7 @@ def test_a_local_model_is_given_with_against(small_checkpoint: MemoryCheckpoint,
         find_reference(folder, str(other))
 
 
+@pytest.mark.slow
 def test_another_artifact_as_reference(small_artifact: SmallArtifact, tiny: Checkpoint, export_to: ExportTo) -> None:
     path = small_artifact("onnx", "int8")
     reference = find_reference(path, str(small_artifact("onnx", "fp32")))
@@ -125,6 +128,7 @@ def test_another_artifact_as_reference(small_artifact: SmallArtifact, tiny: Chec
         find_reference(path, "missing")
 
 
+@pytest.mark.slow
 def test_a_manifest_of_another_model_is_noticed(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path) -> None:
     path = export_to(tiny, "onnx", "int8")
     changed = edited(path, tmp_path / "a", lambda manifest: manifest["model"].update(identity="0" * 64))
@@ -144,6 +148,7 @@ def test_weights_beyond_fp16_are_named(small_checkpoint: MemoryCheckpoint) -> No
         TorchRuntime(MemoryCheckpoint(small_checkpoint.config, arrays), rounded_to=torch.float16)
 
 
+@pytest.mark.slow
 def test_an_artifact_with_an_adapter_is_compared_with_the_model_that_has_it(tmp_path: Path, export_to: ExportTo) -> None:
     name = "transformer.layers.0.attn.qkv_proj"
     rows, columns = open_checkpoint("tiny").specs[f"{name}.weight"].shape
@@ -165,6 +170,7 @@ def test_an_artifact_with_an_adapter_is_compared_with_the_model_that_has_it(tmp_
         find_reference(artifact, str(TINY_FOLDER))
 
 
+@pytest.mark.slow
 def test_a_folder_called_tiny_is_not_taken_for_the_embedded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_to: ExportTo
 ) -> None:

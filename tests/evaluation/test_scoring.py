@@ -38,6 +38,7 @@ def draw(seed: int, *lengths: int) -> list[int]:
     return [int(i) for i in np.random.Generator(np.random.PCG64(seed)).integers(3, 4096, sum(lengths))]
 
 
+@pytest.mark.slow
 def test_shared_and_batched_requests_score_as_if_each_were_alone(runtime: Counting) -> None:
     context, other = draw(0, 40), draw(1, 12)
     requests = [

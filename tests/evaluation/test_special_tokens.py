@@ -39,6 +39,7 @@ def both(tiny: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     )
 
 
+@pytest.mark.slow
 def test_ids(both: tuple[Any, RuntimeLM]) -> None:
     theirs, ours = both
     assert ours.prefix_token_id == theirs.prefix_token_id and ours.eot_token_id == theirs.eot_token_id

@@ -154,6 +154,7 @@ def test_student_quantile(freedom: int, p: float) -> None:
     assert student_quantile(p, freedom) == pytest.approx(scipy.stats.t.ppf(p, freedom), rel=0.02 if freedom == 3 else 3e-3)
 
 
+@pytest.mark.slow
 def test_bootstrap_is_scipys_where_values_are_many() -> None:
     values = rng().exponential(1.0, 3000)
     theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=9999, rng=rng(1)).confidence_interval

@@ -22,6 +22,7 @@ def test_a_smaller_limit_is_part_of_a_larger_one() -> None:
     assert subset("arc_easy", 5, None, 0) == subset("arc_easy", 5, 9, 0) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande", "mmlu"])
 def test_limited_documents_are_those_of_the_whole_task(name: str) -> None:
     """Few-shot examples included, although lm-eval draws them one document after the other."""
@@ -37,6 +38,7 @@ def test_limited_documents_are_those_of_the_whole_task(name: str) -> None:
         assert len(limited) == limit and limited.items() <= whole.items()
 
 
+@pytest.mark.slow
 def test_cloze_is_bundled_and_sound() -> None:
     (suite,) = load_suites({"cloze": None}, None)
     documents = build_documents(suite, None, 0)

@@ -114,6 +114,7 @@ def test_stages_take_from_the_cpu_and_give_to_it(small_checkpoint: MemoryCheckpo
     torch.testing.assert_close(values[graph.result], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_everything_that_runs_the_model(small_checkpoint: MemoryCheckpoint, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the CPU's is mixed in, and the figures are those of the CPU."""
 

@@ -54,6 +54,7 @@ class Forward:
         return forward(self.graph, lambda spec: self.weights[spec.name], tokens, position, self.caches, **options)[0].numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_model_and_trace_equal_numpy(small_config: OpenELMConfig, options: dict[str, Any]) -> None:
     checkpoint = random_checkpoint(replace(small_config, **options))
@@ -84,6 +85,7 @@ def graph(small_config: OpenELMConfig) -> Graph:
     return trace(small_config)
 
 
+@pytest.mark.slow
 @given(splits=st.lists(st.integers(1, 127), max_size=4, unique=True).map(sorted))
 @settings(max_examples=15, deadline=None)
 def test_any_split_of_the_sequence_gives_the_full_forward(

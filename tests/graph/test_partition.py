@@ -28,6 +28,7 @@ def graph(small_config: OpenELMConfig) -> Graph:
     return rescale(trace(small_config), 2.0**-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_parts_in_a_row_are_the_model(small_config: OpenELMConfig, options: dict[str, Any]) -> None:
     checkpoint = random_checkpoint(replace(small_config, **options))

@@ -19,6 +19,7 @@ from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import reference_logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [2.0**-14, 0.5, 1.0, 8.0])
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_stay_bit_for_bit(small_config: OpenELMConfig, alpha: float, tied: bool) -> None:
@@ -31,6 +32,7 @@ def test_logits_stay_bit_for_bit(small_config: OpenELMConfig, alpha: float, tied
     assert np.abs(scaled - reference_logits(checkpoint.config, checkpoint.arrays, ids)).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_the_whole_stream_is_scaled_and_nothing_else(small_checkpoint: MemoryCheckpoint) -> None:
     graph = trace(small_checkpoint.config)
     outputs: list[dict[str, torch.Tensor]] = []
@@ -54,6 +56,7 @@ def test_scaling_twice_multiplies(small_config: OpenELMConfig) -> None:
     assert rescale(graph, 1.0).nodes == graph.nodes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.3, 3.0, 0.0, -0.5])
 def test_only_powers_of_two(small_config: OpenELMConfig, alpha: float) -> None:
     with pytest.raises(ElmExportError, match="power of two"):

@@ -248,6 +248,7 @@ def converted(module: torch.nn.Module, x: torch.Tensor, precision: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "tolerance"), [(ct.precision.FLOAT32, 2e-6), (ct.precision.FLOAT16, 5e-3)])
 def test_a_model_that_coremltools_converted_from_torch(block: Block, precision: Any, tolerance: float, tmp_path: Path) -> None:
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
@@ -256,6 +257,7 @@ def test_a_model_that_coremltools_converted_from_torch(block: Block, precision: 
     np.testing.assert_allclose(result, block(x).detach(), rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["int8", "int4", "lut4", "sparse"])
 def test_a_model_that_coremltools_compressed(block: Block, how: str, tmp_path: Path) -> None:
     x = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))

@@ -269,6 +269,7 @@ shapes = st.lists(st.integers(1, 5), min_size=2, max_size=4).map(tuple)
 few = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @few
 @given(shape=shapes, seed=st.integers(0, 1000))

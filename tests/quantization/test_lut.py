@@ -52,6 +52,7 @@ def test_squared_error_against_the_optimum(kind: str, weighted: bool, entries: i
     assert found < limit * exact_error(values, entries, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lut4-group8", "lut4-group1", "lut6-group16", "lut8-tensor", "lut4-tensor"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 def test_definition(name: str, weighted: bool) -> None:

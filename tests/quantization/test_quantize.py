@@ -46,6 +46,7 @@ def block_errors(values: NDArray[np.floating], x: NDArray[np.float32]) -> NDArra
     return np.square(values.astype(np.float64) - x).reshape(-1, 32).sum(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES_UNDER_TEST.values(), ids=SCHEMES_UNDER_TEST)
 @given(x=MATRICES)
 @settings(max_examples=60, deadline=None)
@@ -94,6 +95,7 @@ def ggml_blocks(x: NDArray[np.float32], kind: GGMLQuantizationType) -> tuple[NDA
     return codes.reshape(x.shape), scales
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "kind"), GGML.values(), ids=GGML)
 @given(x=MATRICES)
 @settings(max_examples=200, deadline=None)
@@ -125,6 +127,7 @@ def test_error_is_never_above_ggmls_in_any_block(name: str, x: NDArray[np.float3
     assert np.all(block_errors(run(x, scheme).dequantize().numpy(), x) <= expected * (1 + 1e-5) + 1e-30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int3-block32", "int5-block32", "int6-block32", "int6-channel"])
 @given(x=MATRICES)
 @settings(max_examples=60, deadline=None)
@@ -143,6 +146,7 @@ def test_rounded_to_nearest(name: str, x: NDArray[np.float32]) -> None:
     assert np.abs(codes[usable] - np.clip(ratio, low, high)).max(initial=0) <= 0.5 + 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "mse"])
 @given(x=MATRICES)
 @settings(max_examples=60, deadline=None)

@@ -91,6 +91,7 @@ def one_by_one(runtime: Runtime, prefix: NDArray[np.int64], continuations: Seque
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [pytest.param(LENGTHS[name], id=name, marks=SLOW.get(name, ())) for name in LENGTHS])
 @pytest.mark.parametrize("position", [0, 64, *(pytest.param(position, marks=pytest.mark.slow) for position in (1, 90))])
 @pytest.mark.parametrize("name", [*EXACT, *NEAR])
@@ -111,6 +112,7 @@ def test_equal_one_after_another(opened: Opened, ids: NDArray[np.int64], name: s
             assert kl(alone, row).max() < NEAR[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", [0, 64, 120])
 @pytest.mark.parametrize("name", EXACT)
 def test_equal_float64(opened: Opened, small_checkpoint: MemoryCheckpoint, ids: NDArray[np.int64], name: str, position: int) -> None:
@@ -128,6 +130,7 @@ def test_equal_float64(opened: Opened, small_checkpoint: MemoryCheckpoint, ids: 
         assert np.abs(log_probs(row) - log_probs(expected)).max() < EXACT[name][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*EXACT, "onnx int4", "gguf int4"])
 def test_the_cache_holds_the_prefix_alone(opened: Opened, small_checkpoint: MemoryCheckpoint, ids: NDArray[np.int64], name: str) -> None:
     """What is fed next does not see the continuations."""

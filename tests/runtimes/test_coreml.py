@@ -88,6 +88,7 @@ def runtime(artifact: Path) -> Runtime:
     return open_artifact(artifact)
 
 
+@pytest.mark.slow
 def test_sizes_come_from_the_package(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
     assert isinstance(runtime, CoreMLRuntime)
     assert (runtime.vocab_size, runtime.context) == (small_checkpoint.config.vocab_size, small_checkpoint.config.max_context_length)
@@ -108,6 +109,7 @@ def test_without_rounding_only_the_weights_are_fp16(artifact: Path, small_checkp
     assert kl(expected, logits).max() < 2e-6  # what is left: RoPE tables in fp16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "limit"), [("fp16", 1e-3), ("int8", 0.01), ("lut8", 0.01), ("lut6", 0.02), ("lut4", 0.2)])
 def test_tiny_agrees_with_torch(tiny: Checkpoint, export_to: ExportTo, quant: str, limit: float) -> None:
     ids = np.random.default_rng(0).integers(0, tiny.config.vocab_size, 100)
@@ -115,6 +117,7 @@ def test_tiny_agrees_with_torch(tiny: Checkpoint, export_to: ExportTo, quant: st
     assert kl(TorchRuntime(tiny).logits(ids), logits).mean() < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK, -CHUNK, -2, -1])
 def test_prefill_and_decode_equal_the_full_forward(
     start: int, runtime: Runtime, ids: NDArray[np.int64], expected: NDArray[np.float64]
@@ -127,6 +130,7 @@ def test_prefill_and_decode_equal_the_full_forward(
         assert kl(expected[position : position + 1], runtime.logits(ids[position : position + 1], position)).max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, CHUNK, CHUNK + 1])
 @pytest.mark.parametrize("start", [0, 40, -CHUNK - 1, -CHUNK - 2])
 def test_chunks_anywhere_equal_the_full_forward(
@@ -204,6 +208,7 @@ def open_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param(form, marks=[] if form in ("state", "io") else pytest.mark.slow) for form in FORMS])
 def test_every_form_at_every_boundary(
     form: str, open_form: Callable[[Path], Runtime], artifact_of: ArtifactOf, ids: NDArray[np.int64], expected: NDArray[np.float64]
@@ -236,6 +241,7 @@ def test_every_form_gives_the_same_tokens(
         assert runtime.greedy(prompt) == reference[0]
 
 
+@pytest.mark.slow
 def test_a_wide_vocabulary(small_config: OpenELMConfig, export_to: ExportTo, open_form: Callable[[Path], Runtime]) -> None:
     """Logits in parts, and the most likely token of all parts."""
     checkpoint = random_checkpoint(
@@ -252,6 +258,7 @@ def test_a_wide_vocabulary(small_config: OpenELMConfig, export_to: ExportTo, ope
         assert greedy.greedy(ids[:length]) == expected[length - 1].argmax()
 
 
+@pytest.mark.slow
 def test_a_package_without_logits(artifact_of: ArtifactOf, ids: NDArray[np.int64]) -> None:
     runtime = open_artifact(artifact_of(argmax=True))
     for call in (lambda: runtime.logits(ids[:3]), lambda: runtime.continuations([ids[:3]], 0)):
@@ -261,6 +268,7 @@ def test_a_package_without_logits(artifact_of: ArtifactOf, ids: NDArray[np.int64
         generate(runtime, [1], max_tokens=1, sampling=Sampling(temperature=0.5), eos_ids=())
 
 
+@pytest.mark.slow
 def test_the_self_check_looks_behind_the_token(
     artifact_of: ArtifactOf, ids: NDArray[np.int64], expected: NDArray[np.float64], export_to: ExportTo, small_checkpoint: MemoryCheckpoint
 ) -> None:
@@ -270,6 +278,7 @@ def test_the_self_check_looks_behind_the_token(
     assert check["done"] and check["tokens"] == 128 and 0 < check["kl_mean"] < 1e-3
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_found(
     export_to: ExportTo, small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from tests.reference import kl
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="on macOS Core ML itself runs the package, not the executor tested here")
 
 
+@pytest.mark.slow
 def test_our_packages_are_narrowed(small_artifact: SmallArtifact) -> None:
     for quant in ("fp16", "int4"):
         runtime = open_runtime(small_artifact("coreml", quant))
@@ -41,6 +42,7 @@ class ShiftedMask:
         return mb.greater(x=x, y=mb.add(x=y, y=np.int32(1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("_HIDDEN", 0.0), ("mb", ShiftedMask())], ids=["hides nothing", "one too many"])
 def test_a_model_that_is_not_causal_is_run_in_full(
     small_checkpoint: MemoryCheckpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch, name: str, value: Any

@@ -67,6 +67,7 @@ def call(model: MilModel, states: dict[str, torch.Tensor], ids: NDArray[np.int64
     return model.run(inputs, states)["logits"][0].numpy()
 
 
+@pytest.mark.slow
 def test_sizes_come_from_the_package(runtime: Runtime, small_checkpoint: MemoryCheckpoint) -> None:
     config = small_checkpoint.config
     assert (runtime.name, runtime.vocab_size, runtime.context) == ("mil executor", config.vocab_size, config.max_context_length)
@@ -83,6 +84,7 @@ def test_prefill_and_decode_equal_the_full_forward(
         assert kl(expected[position : position + 1], runtime.logits(ids[position : position + 1], position)).max() < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 5, 64])
 @pytest.mark.parametrize("start", [1, 40, 63, 64])
 def test_a_second_prefill_continues_the_first(
@@ -177,6 +179,7 @@ def test_position_past_the_end(runtime: Runtime, ids: NDArray[np.int64]) -> None
         runtime.logits([1], len(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "limit"), [("fp16", 1e-3), ("int8", 0.01), ("int4", 0.2)])
 def test_tiny_agrees_with_torch(tiny: Checkpoint, export_to: ExportTo, quant: str, limit: float) -> None:
     ids = np.random.default_rng(0).integers(0, tiny.config.vocab_size, 100)
@@ -184,6 +187,7 @@ def test_tiny_agrees_with_torch(tiny: Checkpoint, export_to: ExportTo, quant: st
     assert kl(TorchRuntime(tiny).logits(ids), logits).mean() < limit
 
 
+@pytest.mark.slow
 def test_both_devices_say_the_same(tiny: Checkpoint, export_to: ExportTo) -> None:
     """Greedy tokens of the two forms; fp16, so that both have the same weights."""
     assert tiny.tokenizer_path is not None

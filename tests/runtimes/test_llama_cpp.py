@@ -73,11 +73,13 @@ def test_f32_is_the_float64_forward_pass(opened: Opened, reference: Array, ids: 
     assert largest_difference(logits, reference) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "limit"), [("fp16", 1e-4), ("bf16", 2e-3), ("int8", 0.01), ("int4", 0.5)])
 def test_other_types_are_near(opened: Opened, reference: Array, ids: NDArray[np.int64], quant: str, limit: float) -> None:
     assert kl(reference, opened(quant).logits(ids)).mean() < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -34,6 +34,7 @@ def expected() -> SentencePieceTokenizer:
     return SentencePieceTokenizer(TINY_FOLDER / "tokenizer.model")
 
 
+@pytest.mark.slow
 def test_vocabulary(found: LlamaCppTokenizer, expected: SentencePieceTokenizer) -> None:
     assert (found.vocab_size, found.special) == (expected.vocab_size, expected.special)
     assert found.pieces() == expected.pieces()

@@ -33,6 +33,7 @@ def runtime(small_artifact: SmallArtifact) -> MlxRuntime:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["fp16", "int8", "int4", "mxfp4"])
 def test_prefill_and_decode_equal_the_full_forward(
     small_checkpoint: MemoryCheckpoint, small_artifact: SmallArtifact, quant: str, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +113,7 @@ def test_without_mlx(small_artifact: SmallArtifact, monkeypatch: pytest.MonkeyPa
         open_artifact(small_artifact("mlx", "int4"))
 
 
+@pytest.mark.slow
 def test_as_many_files_may_be_open_as_before() -> None:
     """mlx-lm sets a limit of its own when it is imported."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

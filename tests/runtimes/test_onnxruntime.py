@@ -32,6 +32,7 @@ def runtime(folder: Path) -> Runtime:
     return open_artifact(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["fp32", "fp16", "int8", "int4"])
 def test_prefill_and_decode_equal_the_full_forward(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     """At positions 0, middle and last, in chunks and one by one, to the end of the cache."""

@@ -126,6 +126,7 @@ def test_tokens_called_like_control_tokens_are_control_tokens(folder: Path) -> N
     assert kinds == [PieceKind.CONTROL, PieceKind.CONTROL, PieceKind.USER_DEFINED]
 
 
+@pytest.mark.slow
 def test_what_ends_a_text(folder: Path) -> None:
     change(folder / "added_tokens.json", **{"<stop>": 4096, "<|im_end|>": 4097, "<other>": 4098})
     change(folder / "tokenizer_config.json", eos_token="<|im_end|>")

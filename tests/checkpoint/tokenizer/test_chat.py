@@ -66,6 +66,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
     return MAKERS[request.param](tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_as_transformers_renders_and_tokenizes(tokenizer: Tokenizer, template: str, tmp_path: Path) -> None:
     tokenizer.chat_template = TEMPLATES[template]

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_run_without_a_browser_says_what_was_not_tested_and_how_to_install_it() -> None:
     test = Path(__file__).with_name("test_page.py")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--noconftest", str(test)]

@@ -54,6 +54,7 @@ def harmless(words: str) -> str:
     return "ж" * len(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", HOSTILE)
 @pytest.mark.parametrize("count", [1, 2])
 def test_words_are_words_on_the_page(words: str, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
 from markdown_it import MarkdownIt
 
 from elmexport.evaluation.report.markdown import markdown
@@ -39,6 +40,7 @@ def test_tables_are_tables() -> None:
     assert [row[0] for row in gates] == ["outcome", "❌ failed", "passed"]
 
 
+@pytest.mark.slow
 def test_the_summary_comes_first() -> None:
     lines = markdown([one()]).splitlines()
     assert lines[0] == "### ❌ OpenELM-270M-onnx-int4"

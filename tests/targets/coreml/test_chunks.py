@@ -122,6 +122,7 @@ def test_an_untied_head_lies_in_the_last_package(small_config: OpenELMConfig, gr
     assert {bounds: ours[bounds] for bounds in ours if bounds != (0, 5)} == {bounds: tied[bounds] for bounds in tied if bounds != (0, 5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "quant", "megabytes", "packages"),
     [("270M", "fp16", 1000, 1), ("1.1B", "fp16", 1000, 3), ("1.1B", "fp16", 2000, 2), ("3B", "int4", 1000, 2), ("3B", "int4", 2000, 1)],

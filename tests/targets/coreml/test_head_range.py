@@ -49,6 +49,7 @@ def test_ordinary_models_are_left_as_they_are(small_checkpoint: MemoryCheckpoint
     assert guard_head(graph, weights_of(small_checkpoint)) == (graph, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"device": "gpu"}], ids=["neural-engine", "gpu"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_no_infinite_logit_leaves_the_package(
@@ -74,6 +75,7 @@ def test_no_infinite_logit_leaves_the_package(
     assert np.abs(logits[:, others] - expected[:, others]).max() < 0.1
 
 
+@pytest.mark.slow
 def test_more_than_one_token_at_the_end_is_named(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
     """Two logits that fp16 cannot tell apart are no answer any more."""
     table = small_checkpoint.arrays[TABLE].copy()
@@ -89,6 +91,7 @@ def test_more_than_one_token_at_the_end_is_named(small_checkpoint: MemoryCheckpo
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "advice"),
     [
@@ -110,6 +113,7 @@ def test_weights_beyond_fp16_get_advice_that_the_format_has(
     assert f"{TABLE} reaches" in message and f"in row {TOKEN}, beyond fp16's 65504; {advice}" in message and len(message) < 600
 
 
+@pytest.mark.slow
 def test_a_large_row_counts_for_the_residual_stream(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
     """A token that the measured text does not have."""
     checkpoint = with_row_times(small_checkpoint, 6e4)

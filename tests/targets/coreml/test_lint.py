@@ -50,6 +50,7 @@ def conv(x: Any, channels: int = 64) -> Any:
 # The Neural Engine's form -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -327,6 +328,7 @@ def test_what_is_no_package(tmp_path: Path) -> None:
         lint(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_artifact_of_another_target(tiny: Checkpoint, export_to: ExportTo) -> None:
     with pytest.raises(ElmExportError, match="is an artifact for onnx; the rules of the Neural Engine are for Core ML"):
         lint(export_to(tiny, "onnx", "int4"))

@@ -101,6 +101,7 @@ def assert_computes(artifact: Path, checkpoint: MemoryCheckpoint, expected: Weig
     assert kl(reference, open_artifact(artifact).logits(ids)).max() < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -121,6 +122,7 @@ def test_every_matrix_in_tables(
     assert_computes(artifact, small_checkpoint, expected, np.arange(1, 70))
 
 
+@pytest.mark.slow
 def test_alpha_goes_into_tables_that_can_take_it(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
     """Tables of few significant bits can, whichever way the k-means falls; those of the other layers need the full 11 bits."""
     chosen = [name for name, spec in small_checkpoint.specs.items() if spec.role in INTO_STREAM and spec.layer in (1, 3)]
@@ -137,6 +139,7 @@ def test_alpha_goes_into_tables_that_can_take_it(small_checkpoint: MemoryCheckpo
     assert_computes(artifact, checkpoint, expected, np.arange(1, 70))
 
 
+@pytest.mark.slow
 def test_a_table_too_wide_is_cut_between_groups(small_config: OpenELMConfig, export_to: ExportTo, tmp_path: Path) -> None:
     config = dataclasses.replace(small_config, vocab_size=40000, num_transformer_layers=1, qkv_multipliers=1.0, ffn_multipliers=1.0)
     checkpoint = random_checkpoint(config)
@@ -151,6 +154,7 @@ def test_a_table_too_wide_is_cut_between_groups(small_config: OpenELMConfig, exp
     assert sum(rows) == 40000
 
 
+@pytest.mark.slow
 def test_gate_and_up_may_share_a_group(small_config: OpenELMConfig, export_to: ExportTo, tmp_path: Path) -> None:
     """A feed-forward width that is no multiple of the group: the group in the middle has rows of both."""
     config = dataclasses.replace(small_config, ffn_dim_divisor=4, ffn_multipliers=(0.52, 0.6, 0.65, 0.7, 0.75))
@@ -186,6 +190,7 @@ def test_cuts(size: int, pieces: int, group: int) -> None:
     assert group > 16384 or all(start % size % group == 0 for start in starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schemes",
     [
@@ -203,6 +208,7 @@ def test_integers_in_blocks_of_other_sizes(
     assert_computes(artifact, small_checkpoint, expected, np.arange(1, 70))
 
 
+@pytest.mark.slow
 def test_statistics_weigh_the_k_means(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
     statistics = collect(small_checkpoint, make_sample(small_checkpoint, tokens=512))
     statistics.save(tmp_path / "statistics.safetensors")
@@ -249,6 +255,7 @@ def test_tiny_passes_its_self_check_with_room(tiny: Checkpoint, export_to: Expor
     assert 1 <= stored / (manifest["bits_per_weight"] * manifest["model"]["parameters"] / 8) < 1.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["lut4", "lut6", "lut8"])
 def test_coremltools_saves_the_package_anew(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, quant: str) -> None:
     artifact = export_to(small_checkpoint, "coreml", quant)

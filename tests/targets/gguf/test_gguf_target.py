@@ -75,6 +75,7 @@ def expected_names(config: OpenELMConfig) -> dict[str, tuple[str, slice]]:
     return {f"{theirs}.weight": (f"{ours}.weight", rows) for theirs, (ours, rows) in names.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_one_self_contained_file(exported: Exported, quant: str) -> None:
     names = sorted(path.name for path in exported(quant).iterdir())
@@ -119,6 +120,7 @@ def test_quantized_tensors_are_bit_identical_to_our_own(export_to: ExportTo, sma
     assert found["blk.0.ffn_up.weight"][0] == QUANTS[quant]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "mse", "gptq"])
 def test_5_bit_blocks_are_q5_0(
     export_to: ExportTo,
@@ -228,6 +230,7 @@ def test_context(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Non
     assert metadata(export_to(small_checkpoint, "gguf", "int8", context=40))["openelm.context_length"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_same_bytes_twice(exported: Exported, small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     again = export_to(small_checkpoint, "gguf", quant)

@@ -73,6 +73,7 @@ def sentencepiece_tokenize() -> Tokenize:
     return lambda text: [processor.bos_id(), *processor.encode(text)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["", "a", "two  spaces", " lead", "trail ", "naïve café — 日本語 🙂", "\n\ttab\r\n", "</s><s><unk> x", "1,234.5"]
 )
@@ -91,6 +92,7 @@ def test_any_text(llama_cpp_tokenize: Tokenize, sentencepiece_tokenize: Tokenize
     assert llama_cpp_tokenize(text) == sentencepiece_tokenize(text)
 
 
+@pytest.mark.slow
 def test_pieces_are_sentencepieces(tiny: Checkpoint, export_to: ExportTo) -> None:
     found = metadata(export_to(tiny, "gguf", "int8"))
     processor = sentencepiece.SentencePieceProcessor(str(MODEL))
@@ -167,6 +169,7 @@ def test_a_vocabulary_without_the_leading_space_is_marked(tmp_path: Path) -> Non
     assert written(SentencePieceTokenizer(path), 4096, tmp_path / "x.gguf")["tokenizer.ggml.add_space_prefix"] is False
 
 
+@pytest.mark.slow
 def test_special_ids(copy: Path, tmp_path: Path, tiny: Checkpoint) -> None:
     """What ends a text: end of text, of turn, of message; and what else the files beside say."""
     tokens = ["<|im_start|>", "<|im_end|>", "<stop>", "<pad>"]

@@ -152,6 +152,7 @@ def legacy(path: Path, config: OpenELMConfig) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["imatrix.dat", "imatrix.gguf", "imatrix"])
 def test_the_former_binary_form(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, name: str) -> None:
     path = legacy(tmp_path / name, small_checkpoint.config)
@@ -188,6 +189,7 @@ def test_no_use_for_other_quantizations(quant: str, tmp_path: Path) -> None:
         target.recipe(quant)
 
 
+@pytest.mark.slow
 def test_the_embedding_may_have_an_entry(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
     tensors = tensors_for(small_checkpoint.config)
     without = export_to(small_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "without.gguf", tensors)})

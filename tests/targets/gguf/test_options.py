@@ -37,6 +37,7 @@ def test_split_files_are_llama_cpps_own(tiny: Checkpoint, export_to: ExportTo, l
     assert [path.read_bytes() for path in found] == [path.read_bytes() for path in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["1", "100K", "600k", "1000000"])
 def test_split_artifacts_run(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, size: str) -> None:
     """A limit smaller than a tensor gives that tensor a file of its own."""
@@ -62,6 +63,7 @@ def test_sizes_that_are_none(small_checkpoint: MemoryCheckpoint, export_to: Expo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "text"),
     [

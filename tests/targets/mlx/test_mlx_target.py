@@ -43,6 +43,7 @@ def exported(small_artifact: SmallArtifact) -> Exported:
     return partial(small_artifact, "mlx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", MlxTarget.quants)
 def test_every_tensor_holds_the_numbers_of_its_scheme(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     """Dequantized by mlx: the codec's own numbers, bit for bit; biases of asymmetric ones are rounded to fp16."""
@@ -61,6 +62,7 @@ def test_every_tensor_holds_the_numbers_of_its_scheme(small_checkpoint: MemoryCh
             assert np.abs(found[name] - expected).max() <= bound, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", MlxTarget.quants)
 def test_bits_per_weight_are_those_of_the_file(exported: Exported, small_config: OpenELMConfig, quant: str) -> None:
     folder = exported(quant)
@@ -86,6 +88,7 @@ def test_config(exported: Exported, small_config: OpenELMConfig) -> None:
     assert config(exported("mxfp4"))["quantization"]["mode"] == "mxfp4"
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_mixes_modules(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     rules = {"ffn.down": "mxfp4", "attention.out": "fp16", "attention.qkv": "int6-block64", "embedding": "int5-block32"}
@@ -123,6 +126,7 @@ def test_bits_per_weight_mixes_integers_between_4_and_8(small_checkpoint: Memory
     assert (again / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["100K", "1", "1G"])
 def test_shards(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, exported: Exported, size: str) -> None:
     folder = export_to(small_checkpoint, "mlx", "int4", settings={"max_shard_size": size})
@@ -166,6 +170,7 @@ def inflated(config: OpenELMConfig, factor: float, seed: int = 0) -> MemoryCheck
     return checkpoint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"normalize_qk_projections": False}, {"share_input_output_layers": False}],
@@ -190,6 +195,7 @@ def test_alpha_changes_nothing(small_config: OpenELMConfig, tmp_path: Path, opti
     assert kl(expected, results["large"][1]).mean() < {"fp16": 1e-5, "int8": 2e-3, "int4": 0.4}[quant]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int8", "int4", "mxfp4"])
 def test_scales_below_the_normal_range_of_fp16(
     small_checkpoint: MemoryCheckpoint, exported: Exported, export_to: ExportTo, quant: str
@@ -299,6 +305,7 @@ def test_weights_at_the_end_of_fp16(small_checkpoint: MemoryCheckpoint, tmp_path
     assert not (tmp_path / "artifact").exists()
 
 
+@pytest.mark.slow
 def test_logits_of_every_quantization(small_checkpoint: MemoryCheckpoint, exported: Exported) -> None:
     """The runtime computes with the stored numbers in fp32: the float64 reference on the dequantized ones agrees."""
     ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, 40)

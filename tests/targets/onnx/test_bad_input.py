@@ -41,6 +41,7 @@ def call(session: onnxruntime.InferenceSession, ids: Any, total: int | None = No
     return logits
 
 
+@pytest.mark.slow
 def test_what_it_does_answer(session: onnxruntime.InferenceSession) -> None:
     assert call(session, np.arange(CONTEXT)[None]).shape == (1, 1, VOCABULARY)
     assert call(session, [[1], [VOCABULARY - 1]], CONTEXT).shape == (2, 1, VOCABULARY)

@@ -65,6 +65,7 @@ def rows(lengths: list[int], small_checkpoint: MemoryCheckpoint) -> list[NDArray
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("keep", [None, 0, 1, 3])
 def test_padding(folder: Path, small_checkpoint: MemoryCheckpoint, expected: Any, side: str, keep: int | None) -> None:

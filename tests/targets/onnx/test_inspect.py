@@ -28,6 +28,7 @@ SCHEMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ops", "quant"), SCHEMES)
 def test_tensors(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, small_config: OpenELMConfig, ops: str, quant: str) -> None:
     folder = export_to(small_checkpoint, "onnx", quant, settings={"ops": ops})

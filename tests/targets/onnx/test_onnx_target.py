@@ -62,6 +62,7 @@ def logits_of(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 # The folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_folder(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     folder = exported(quant)
@@ -82,6 +83,7 @@ def test_folder(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: s
     assert (folder / "tokenizer.model").read_bytes() == small_checkpoint.tokenizer_path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_same_bytes_twice(exported: Exported, small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     first, second = exported(quant), export_to(small_checkpoint, "onnx", quant)
@@ -178,6 +180,7 @@ def wide_checkpoint(config: OpenELMConfig, **options: Any) -> MemoryCheckpoint:
     return random_checkpoint(replace(config, model_dim=384, head_dim=128, ffn_dim_divisor=128, **options), seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTIZED)
 @pytest.mark.parametrize("tied", [True, False])
 def test_dequantized_weights_are_ours(small_config: OpenELMConfig, export_to: ExportTo, quant: str, tied: bool) -> None:
@@ -192,6 +195,7 @@ def test_dequantized_weights_are_ours(small_config: OpenELMConfig, export_to: Ex
         assert np.array_equal(found[name], tensor.dequantize().numpy()), name
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_divide_into_blocks_stay_floats(small_config: OpenELMConfig, export_to: ExportTo) -> None:
     checkpoint = random_checkpoint(replace(small_config, model_dim=176, head_dim=16, ffn_dim_divisor=16))
     folder = export_to(checkpoint, "onnx", "int4")
@@ -227,6 +231,7 @@ def test_logits(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: s
     check_logits(quant, small_checkpoint, exported(quant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTIZED)
 def test_logits_are_those_of_the_quantized_weights(small_config: OpenELMConfig, export_to: ExportTo, quant: str) -> None:
     """What remains is the rounding of activations to 8 bits inside the products."""
@@ -242,6 +247,7 @@ def stored_bits(config: OpenELMConfig, quant: str) -> float:
     return resolve(find_target("onnx").recipe(quant), config).bits_per_weight * config.parameter_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ops", ["fast", "standard"])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_weights_take_the_space_of_their_codes_and_scales(tiny: Checkpoint, export_to: ExportTo, quant: str, ops: str) -> None:
@@ -298,6 +304,7 @@ def test_a_recipe_with_a_block_that_the_engine_lacks(small_checkpoint: MemoryChe
 # Options of the model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -315,6 +322,7 @@ def test_options_of_the_model(small_config: OpenELMConfig, export_to: ExportTo, 
     check_logits(quant, checkpoint, export_to(checkpoint, "onnx", quant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("calibrate", ["auto", "none"])
 def test_inflated_residual_stream_in_fp16(small_config: OpenELMConfig, export_to: ExportTo, tied: bool, calibrate: str) -> None:
@@ -368,6 +376,7 @@ np.save(sys.argv[3], np.concatenate(logits))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_plain_onnxruntime(exported: Exported, small_checkpoint: MemoryCheckpoint, tmp_path: Path, quant: str) -> None:
     ids = token_ids(60, small_checkpoint.config)

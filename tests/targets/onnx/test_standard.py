@@ -44,6 +44,7 @@ def load(folder: Path, *, data: bool = False) -> onnx.ModelProto:
     return onnx.load(next(folder.glob("onnx/*.onnx")), load_external_data=data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_only_operators_of_onnx(exported: Exported, quant: str) -> None:
     path = next(exported(quant).glob("onnx/*.onnx"))
@@ -78,6 +79,7 @@ def dequantized(model: onnx.ModelProto) -> Weights:
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int4", "int4-asym", "int4-all", "int8"])
 def test_weights_are_those_of_the_fast_form(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     def export(ops: str) -> Path:
@@ -102,6 +104,7 @@ def test_logits_in_onnxruntime(exported: Exported, small_checkpoint: MemoryCheck
         assert kl(expected, found).mean() < LIMITS[quant]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["fp32", *QUANTIZED])
 def test_tiny_in_the_reference_evaluator(tiny: Checkpoint, export_to: ExportTo, quant: str) -> None:
     folder = export_to(tiny, "onnx", quant, context=64, settings={"ops": "standard"})

@@ -52,6 +52,7 @@ def variant(config: OpenELMConfig, **changes: object) -> MemoryCheckpoint:
     return random_checkpoint(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_the_contract_of_swift_transformers(package: PackageOf, small_config: OpenELMConfig, quant: str) -> None:
     """Names, element types and ranges, as its LanguageModel.swift reads them."""
@@ -79,6 +80,7 @@ def test_the_contract_of_swift_transformers(package: PackageOf, small_config: Op
     assert all(feature.shortDescription for feature in (*description.input, *description.state, *description.output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "expected"), [("OpenELM-450M-Instruct", "apple/OpenELM-450M-Instruct"), ("mine", "mine")])
 def test_metadata(name: str, expected: str, small_config: OpenELMConfig, export_to: ExportTo) -> None:
     checkpoint = random_checkpoint(small_config)
@@ -99,6 +101,7 @@ def test_attention_is_fused_and_projections_are_linear(package: PackageOf, small
     assert counts == {"scaled_dot_product_attention": layers, "linear": 4 * layers + 1, "conv": 0, "matmul": 0, "softmax": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     found = package(quant)
@@ -143,6 +146,7 @@ def test_wide_matrices_stay_whole(small_config: OpenELMConfig, package: PackageO
     CoreMLTarget(device="gpu").check(dataclasses.replace(small_config, ffn_multipliers=100.0), 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"normalize_qk_projections": False}, {"share_input_output_layers": False}, {"ffn_with_glu": False}, {"num_gqa_groups": 1}],
@@ -153,12 +157,14 @@ def test_options_of_the_configuration(small_config: OpenELMConfig, export_to: Ex
     export_to(variant(small_config, **changes), "coreml", "fp16", settings=GPU, verify=True)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_does_not_fit_its_scheme_stays_fp16(small_config: OpenELMConfig, export_to: ExportTo) -> None:
     config = dataclasses.replace(small_config, model_dim=200, qkv_multipliers=0.96, ffn_multipliers=0.96)
     artifact = export_to(random_checkpoint(config), "coreml", "int4", settings=GPU, verify=True)
     assert Package(artifact).operation("main", "transformer_layers_0_attn_qkv_proj_weight").type == "const"
 
 
+@pytest.mark.slow
 def test_coremltools_parses_and_type_checks_the_whole_program(package: PackageOf) -> None:
     from coremltools.converters.mil.frontend.milproto.load import load
 
@@ -174,6 +180,7 @@ def test_the_package_survives_loading_and_saving(small_checkpoint: MemoryCheckpo
     np.testing.assert_array_equal(open_artifact(tmp_path / "saved.mlpackage").logits(ids), open_artifact(found.path).logits(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int4", pytest.param("lut4", marks=pytest.mark.slow)])
 def test_same_inputs_same_bytes(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     first = export_to(small_checkpoint, "coreml", quant, settings=GPU)

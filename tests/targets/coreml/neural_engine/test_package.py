@@ -72,6 +72,7 @@ def variant(config: OpenELMConfig, **changes: object) -> MemoryCheckpoint:
     return random_checkpoint(dataclasses.replace(config, **changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_functions_states_and_shapes(package: PackageOf, small_config: OpenELMConfig, quant: str) -> None:
     spec = package(quant).spec
@@ -97,11 +98,13 @@ def test_functions_states_and_shapes(package: PackageOf, small_config: OpenELMCo
         assert spec.mlProgram.functions[function.name].opset == "CoreML8"
 
 
+@pytest.mark.slow
 def test_a_short_context_shortens_prefill(package: PackageOf) -> None:
     functions = {function.name: function for function in package("fp16", context=32).spec.description.functions}
     assert list(functions["prefill"].input[0].type.multiArrayType.shape) == [1, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quant", "settings"), [*((quant, {}) for quant in QUANTS), ("fp16", {"kv": "io"}), ("fp16", {"argmax": True})])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_obeys_the_rules_of_the_neural_engine(
@@ -117,6 +120,7 @@ def test_obeys_the_rules_of_the_neural_engine(
                 assert max(size, default=1) <= 16384, (op.type, output.name, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, small_checkpoint: MemoryCheckpoint, quant: str) -> None:
     found = package(quant)
@@ -156,6 +160,7 @@ def test_the_recipes_give_what_they_say(package: PackageOf) -> None:
     assert kinds("lut8", projection) == ("UINT8", (192, 192, 1, 1), (1, 1, 1, 1, 256, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
 def test_the_functions_share_one_copy_of_every_weight(
     package: PackageOf, small_checkpoint: MemoryCheckpoint, wide_checkpoint: MemoryCheckpoint, quant: str
@@ -197,6 +202,7 @@ def test_metadata(package: PackageOf, small_config: OpenELMConfig) -> None:
     assert (metadata["elmexport.kv"], metadata["elmexport.outputs"]) == ("state", "logits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"normalize_qk_projections": False}, {"share_input_output_layers": False}, {"ffn_with_glu": False}, {"num_gqa_groups": 1}],
@@ -209,6 +215,7 @@ def test_options_of_the_configuration(package: PackageOf, small_config: OpenELMC
         assert found.weight("prefill", spec.name).shape == spec.shape
 
 
+@pytest.mark.slow
 def test_a_tensor_that_does_not_fit_its_scheme_stays_fp16(small_config: OpenELMConfig, export_to: ExportTo) -> None:
     config = dataclasses.replace(small_config, model_dim=200, qkv_multipliers=0.96, ffn_multipliers=0.96)
     artifact = export_to(random_checkpoint(config), "coreml", "int4", weights=WeightOptions(calibrate="none"))
@@ -217,6 +224,7 @@ def test_a_tensor_that_does_not_fit_its_scheme_stays_fp16(small_config: OpenELMC
     assert "transformer.layers.0.attn.qkv_proj.weight" in {entry["tensor"] for entry in manifest["fallbacks"]}
 
 
+@pytest.mark.slow
 def test_coremltools_parses_and_type_checks_the_whole_program(package: PackageOf, wide_checkpoint: MemoryCheckpoint) -> None:
     from coremltools.converters.mil.frontend.milproto.load import load
 
@@ -227,6 +235,7 @@ def test_coremltools_parses_and_type_checks_the_whole_program(package: PackageOf
             assert set(program.functions) == set(FUNCTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int4", "lut4", *(pytest.param(quant, marks=pytest.mark.slow) for quant in ("lut6", "lut8"))])
 def test_same_inputs_same_bytes(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, quant: str) -> None:
     first = export_to(small_checkpoint, "coreml", quant)
@@ -262,6 +271,7 @@ def test_other_forms_have_the_same_bytes_and_survive_coremltools(
     assert [saved.greedy(range(1, count)) for count in (2, 40, 100)] == [original.greedy(range(1, count)) for count in (2, 40, 100)]
 
 
+@pytest.mark.slow
 def test_features_of_the_other_forms(package: PackageOf, small_config: OpenELMConfig) -> None:
     heads = sum(layer.kv_heads for layer in small_config.layers)
     for settings in ({"kv": "io", "prefill": 96}, {"argmax": True}):
@@ -286,6 +296,7 @@ def digests(artifact: Path) -> dict[str, str]:
     return {path.relative_to(artifact).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
+@pytest.mark.slow
 def test_files_of_the_artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
     artifact = export_to(small_checkpoint, "coreml", "int8")
     assert {path.name for path in artifact.iterdir()} == {
