@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -175,9 +173,9 @@ def _chosen(tokenizer: str | None, folder: Path | None) -> Path | None:
     if tokenizer is None:
         return None if folder is None else _tokenizer_in(folder)
     path = Path(tokenizer).expanduser()
-    if os.path.isfile(path):  # false too for what can be no name of a file
-        return path
-    if os.path.isdir(path):
+    if _exists(path, "--tokenizer", tokenizer):
+        if path.is_file():
+            return path
         found = _tokenizer_in(path)
         if found is None:
             raise ElmExportError(f"--tokenizer {tokenizer}: the folder holds neither {' nor '.join(TOKENIZER_FILES)}")
@@ -227,9 +225,8 @@ def _local_path(model: str) -> Path | None:
         ElmExportError: it is neither.
     """
     path = Path(model).expanduser()
-    with suppress(OSError):  # no name that a file can have
-        if path.exists():
-            return path
+    if _exists(path, "--model", model):
+        return path
     if _HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".pt":
         return None
     if "/" in model or path.suffix in (".pt", ".safetensors"):
@@ -241,6 +238,14 @@ def _local_path(model: str) -> Path | None:
     raise ElmExportError(
         f"unknown model {model!r}.{hint} Known: {_aliases()}; or give a hub id (owner/name), a local folder, or a CoreNet .pt file"
     )
+
+
+def _exists(path: Path, option: str, value: str) -> bool:
+    """Whether `path`, which `option` gave as `value`, is there. Raises ElmExportError where the file system refuses the name."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ElmExportError(f"{option} {value}: {error.strerror}; give a path that can exist") from None
 
 
 def _aliases() -> str:

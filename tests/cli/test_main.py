@@ -147,8 +147,7 @@ def test_an_error_is_one_line_and_its_code(run: Run, monkeypatch: pytest.MonkeyP
 def test_a_name_that_the_file_system_refuses(run: Run, command: str) -> None:
     outcome = run(*command.format("x" * 300).split())
     assert outcome.code == 2
-    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
-    assert any(words in outcome.err for words in ("name too long", "unknown model", "no such file")), outcome.err
+    assert outcome.err.startswith("error: ") and "name too long" in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
