@@ -36,7 +36,6 @@ from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
 from elmexport.quantization.recipes import Recipe, load_recipe, resolve
 from elmexport.target import Checked, ExportJob, Target, Written, find_target, wider_formats
-from elmexport.weights import Role
 
 RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
 
@@ -240,8 +239,7 @@ def _alpha(statistics: Statistics | None, checkpoint: Checkpoint) -> tuple[float
     if statistics is None or statistics.residual_peak is None:
         return DEFAULT_ALPHA, Calibration("default", None, 0)
     # The stream of a token that the text does not have starts at its row of the embedding, however large that is.
-    table = next(spec.name for spec in checkpoint.specs.values() if spec.role is Role.EMBEDDING)
-    largest = max(abs(float(end)) for end in checkpoint.tensor(table).aminmax())
+    largest = max(abs(float(end)) for end in checkpoint.tensor(checkpoint.embedding_name).aminmax())
     peak, facts = rounded(max(statistics.residual_peak, largest)), statistics.facts
     return choose_alpha(peak), Calibration("measured", facts.text, facts.tokens, peak)
 

@@ -24,7 +24,7 @@ from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles
 from elmexport.errors import ElmExportError, listed
 from elmexport.models import config_from_dict, find_family
 from elmexport.models.base import ModelConfig
-from elmexport.weights import Role, WeightSpec
+from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -164,8 +164,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def __init__(self, base: Checkpoint, adapter: Adapter, source: Source) -> None:
         self._base, self._adapter = base, adapter
-        embedding = next(spec.name for spec in base.specs.values() if spec.role is Role.EMBEDDING)
-        head, tied = base.config.head_name, base.config.dims.tied
+        head, embedding, tied = base.config.head_name, base.embedding_name, base.config.dims.tied
         unties = tied and (embedding in adapter.updates or head in adapter.updates or self._differs(head, embedding))
         config = config_from_dict({**base.config.to_dict(), base.config.tied_key: False}) if unties else base.config
         super().__init__(config, source, base.tokenizer_path)

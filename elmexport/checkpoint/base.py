@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from elmexport.checkpoint.mismatch import Mismatch
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
-from elmexport.weights import WeightSpec
+from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +49,11 @@ class Checkpoint(ABC):
     def specs(self) -> dict[str, WeightSpec]:
         """Every tensor of the model by name, in forward order."""
         return {spec.name: spec for spec in self.config.weights()}
+
+    @property
+    def embedding_name(self) -> str:
+        """The name of the token embedding's tensor."""
+        return next(name for name, spec in self.specs.items() if spec.role is Role.EMBEDDING)
 
     @abstractmethod
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,6 @@ from elmexport.checkpoint.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFiles
 from elmexport.errors import ElmExportError, listed
 from elmexport.models import find_family
 from elmexport.models.base import ModelConfig
-from elmexport.weights import Role
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +65,7 @@ class StoredCheckpoint(Checkpoint):
         """As `Checkpoint.check`; a tied model that stores its head all the same passes if the head is the embedding up to rounding."""
         head = self.config.head_name
         if self.config.dims.tied and head in self._shapes:
-            if self._shapes[head] == self._shapes.get(self._embedding):
+            if self._shapes[head] == self._shapes.get(self.embedding_name):
                 self._drop_equal_head(head)
             else:
                 self._unknown = (*self._unknown, self._stored[head])
@@ -94,10 +93,6 @@ class StoredCheckpoint(Checkpoint):
             digest.update(tensor.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @property
-    def _embedding(self) -> str:
-        return next(name for name, spec in self.specs.items() if spec.role is Role.EMBEDDING)
-
     def _without_buffers(self, unknown: tuple[str, ...]) -> tuple[str, ...]:
         """`unknown` without tables and counters that are no weights, of which a note tells."""
         facts = self._files.facts
@@ -120,7 +115,7 @@ class StoredCheckpoint(Checkpoint):
     def _crop(self) -> None:
         """Leave out the rows by which training code padded the vocabulary."""
         cropped = []
-        for name in (self._embedding, self.config.head_name):
+        for name in (self.embedding_name, self.config.head_name):
             rows, wanted = (self._shapes.get(name) or (0,))[0], self.config.dims.vocab_size
             if is_padded(rows, wanted):
                 self._shapes[name] = (wanted, *self._shapes[name][1:])
@@ -137,16 +132,16 @@ class StoredCheckpoint(Checkpoint):
         # describe two models, and guessing which one was meant would be wrong half of the time.
         import torch
 
-        stored, embedding = self.read(head), self.read(self._embedding)
+        stored, embedding = self.read(head), self.read(self.embedding_name)
         if not (stored.dtype == embedding.dtype and torch.equal(stored, embedding)):
             if not equal_but_for_rounding(stored, embedding):
                 raise ElmExportError(
                     f"{self.source.name}: config.json says that the output layer shares the embedding ({self.config.tied_key} is true), but the "
-                    f"weights hold a {self._stored[head]} that differs from {self._stored[self._embedding]}; set {self.config.tied_key} to false "
+                    f"weights hold a {self._stored[head]} that differs from {self._stored[self.embedding_name]}; set {self.config.tied_key} to false "
                     "if the stored head is the right one, else remove it from the weights"
                 )
             self.notes.append(
-                f"{self._stored[head]} ({_dtype(stored)}) is {self._stored[self._embedding]} ({_dtype(embedding)}) but for rounding; "
+                f"{self._stored[head]} ({_dtype(stored)}) is {self._stored[self.embedding_name]} ({_dtype(embedding)}) but for rounding; "
                 "the model shares the two, and the embedding was taken"
             )
         del self._shapes[head]

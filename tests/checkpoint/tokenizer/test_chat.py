@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from elmexport.checkpoint.tokenizer import ModelIds, Span, Tokenizer, load_token
 from elmexport.checkpoint.tokenizer.chat import user_turn
 from elmexport.checkpoint.tokenizer.clients import write_tokenizer_files
 from elmexport.errors import ElmExportError
+from elmexport.export import export
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
 from tests.checkpoint.tokenizer.vocabularies import LLAMA3, QWEN2, byte_level, change, in_gguf, write_json
@@ -104,6 +106,16 @@ def test_in_gguf(maker: str, tmp_path: Path) -> None:
     assert found.chat_template == CHATML
     for said in (*SAID, INJECTED):
         assert found.encode_spans(user_turn(found, said)) == tokenizer.encode_spans(user_turn(tokenizer, said))
+
+
+@pytest.mark.parametrize("target", ["onnx", "coreml", "mlx"])
+def test_in_the_other_formats(target: str, tmp_path: Path) -> None:
+    """A template beside the weights is in the artifact's tokenizer_config.json, where transformers reads it."""
+    model = shutil.copytree(TINY_FOLDER, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(CHATML)
+    export(str(model), target, out=tmp_path / "out", verify=False)
+    folder = next((tmp_path / "out").rglob("tokenizer_config.json")).parent
+    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == CHATML
 
 
 def test_spans_are_one_text(tokenizer: Tokenizer) -> None:
