@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from elmexport.errors import ElmExportError
+from elmexport.export import export
 from elmexport.runtimes import open_artifact
 
 pytestmark = pytest.mark.slow
@@ -72,5 +73,5 @@ def test_kill(target: str, tmp_path: Path) -> None:
         with pytest.raises(ElmExportError):
             open_artifact(path)
 
-    subprocess.run([*command, "--no-verify"], check=True, capture_output=True)  # the next one cleans up
+    export("tiny", target, "int4", out=out, verify=False)  # the next one cleans up
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]

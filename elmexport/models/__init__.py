@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,9 +112,16 @@ def _as_list(value: Any) -> list[Any]:
 def trace(config: ModelConfig, context: int | None = None) -> Graph:
     """The graph of one forward pass of a model over a KV cache of `context` tokens (the context it was trained on where None).
 
+    A graph does not change, so equal configurations share one: calibration, reference pass and export of a model ask for it in turn.
+
     Raises:
         ElmExportError: `context` is not in 1 … `dims.max_context`.
     """
+    return _trace(config, config.dims.context if context is None else context)
+
+
+@lru_cache(maxsize=16)
+def _trace(config: ModelConfig, context: int) -> Graph:
     from elmexport.graph.trace import trace_module
 
     return trace_module(config.module, config.dims, config.weights(), context, prefix=config.name_prefix)

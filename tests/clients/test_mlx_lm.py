@@ -1,15 +1,13 @@
 """Checkpoints and MLX artifacts that we write, opened by mlx-lm, which has its own OpenELM: the same logits as numpy's, and as our runtimes'.
 
-mlx-lm runs in a process of its own, with nothing of ours imported.
+mlx-lm runs in one process of its own, with nothing of ours imported.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +25,7 @@ from elmexport.checkpoint.save import save_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
+from tests.clients.interpreter import Interpreter
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import kl, log_probs, reference_logits
@@ -55,12 +54,17 @@ assert not any(name.split(".")[0] in ("elmexport", "targets", "tests") for name 
 """
 
 
-def mlx_logits(folder: Path, ids: NDArray[np.int64], *, decode: int = 4, wide: bool = False) -> NDArray[np.float32]:
+@pytest.fixture(scope="module")
+def mlx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    interpreter = Interpreter(tmp_path_factory.mktemp("mlx-lm") / "stderr.txt")
+    yield interpreter
+    interpreter.close()
+
+
+def mlx_logits(mlx: Interpreter, folder: Path, ids: NDArray[np.int64], *, decode: int = 4, wide: bool = False) -> NDArray[np.float32]:
     """Logits by mlx-lm: a prefill, then `decode` tokens one by one; computed as stored, or all in fp32 where `wide`."""
     np.save(folder / "ids.npy", ids)
-    arguments = [folder, folder / "ids.npy", len(ids) - decode, folder / "logits.npy", wide]
-    done = subprocess.run([sys.executable, "-c", CLIENT, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    mlx.run(CLIENT, folder, folder / "ids.npy", str(len(ids) - decode), folder / "logits.npy", str(wide), folder=folder)
     return np.load(folder / "logits.npy")
 
 
@@ -68,19 +72,19 @@ def arrays(checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
     return {name: checkpoint.tensor(name).float().numpy() for name in checkpoint.specs}
 
 
-def check(folder: Path, checkpoint: Checkpoint, **save_options: Any) -> None:
+def check(mlx: Interpreter, folder: Path, checkpoint: Checkpoint, **save_options: Any) -> None:
     """Save in float32, compare three implementations on the saved folder."""
     weights = arrays(checkpoint)
     save_checkpoint(folder, checkpoint.config, {name: torch.from_numpy(array) for name, array in weights.items()}, **save_options)
     ids = np.random.default_rng(1).integers(0, checkpoint.config.vocab_size, 48)
     expected = reference_logits(checkpoint.config, weights, ids)
-    for found in (mlx_logits(folder, ids), open_artifact(folder).logits(ids)):
+    for found in (mlx_logits(mlx, folder, ids), open_artifact(folder).logits(ids)):
         assert np.abs(log_probs(found) - log_probs(expected)).max() < 1e-4
         assert kl(expected, found).max() < 1e-9
 
 
-def test_tiny(tiny: Checkpoint, tmp_path: Path) -> None:
-    check(tmp_path, tiny)
+def test_tiny(mlx: Interpreter, tiny: Checkpoint, tmp_path: Path) -> None:
+    check(mlx, tmp_path, tiny)
 
 
 @pytest.mark.parametrize(
@@ -88,22 +92,22 @@ def test_tiny(tiny: Checkpoint, tmp_path: Path) -> None:
     [{}, {"normalize_qk_projections": False}, {"share_input_output_layers": False}, {"qkv_multipliers": 1.0, "ffn_multipliers": 2.0}],
     ids=["odd-heads", "no-qk-norm", "untied", "uniform"],
 )
-def test_random_weights(small_config: Any, options: dict[str, Any], tmp_path: Path) -> None:
-    check(tmp_path, random_checkpoint(replace(small_config, **options), seed=3))
+def test_random_weights(mlx: Interpreter, small_config: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    check(mlx, tmp_path, random_checkpoint(replace(small_config, **options), seed=3))
 
 
-def test_sharded(small_config: Any, tmp_path: Path) -> None:
-    check(tmp_path, random_checkpoint(small_config), shards=3)
+def test_sharded(mlx: Interpreter, small_config: Any, tmp_path: Path) -> None:
+    check(mlx, tmp_path, random_checkpoint(small_config), shards=3)
 
 
-def test_bfloat16(small_config: Any, tmp_path: Path) -> None:
+def test_bfloat16(mlx: Interpreter, small_config: Any, tmp_path: Path) -> None:
     """As the published checkpoints are stored. mlx-lm computes in bfloat16 then, so it can only agree to its 8 bits."""
     checkpoint = random_checkpoint(small_config)
     save_checkpoint(tmp_path, small_config, {name: torch.from_numpy(array).bfloat16() for name, array in checkpoint.arrays.items()})
     ids = np.random.default_rng(1).integers(0, small_config.vocab_size, 48)
     expected = reference_logits(small_config, arrays(open_checkpoint(str(tmp_path))), ids)
     assert kl(expected, open_artifact(tmp_path).logits(ids)).max() < 1e-9
-    assert kl(expected, mlx_logits(tmp_path, ids)).mean() < 0.01
+    assert kl(expected, mlx_logits(mlx, tmp_path, ids)).mean() < 0.01
 
 
 # Artifacts, their folders unchanged.
@@ -133,7 +137,7 @@ served = ModelProvider(Options(chat_template="", trust_remote_code=False))
 served.load(folder)
 print("RESULT", json.dumps({
     "ids": tokenizer.encode(prompt),
-    "text": generate(model, tokenizer, prompt, max_tokens=24),
+    "text": generate(model, tokenizer, prompt, max_tokens=12),
     "perplexity": perplexity,
     "loglikelihood": lm.loglikelihood([request])[0][0],
     "served": served.model.model_type,
@@ -144,29 +148,27 @@ assert not any(name.split(".")[0] in ("elmexport", "targets", "tests") for name 
 PROMPT = "Once upon a"
 
 
-def by_mlx_lm(program: str, *arguments: str | Path, folder: Path) -> Any:
-    """What `program` prints after RESULT, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.rpartition("RESULT")[2])
+def result(printed: str) -> Any:
+    """What a program printed after RESULT."""
+    return json.loads(printed.rpartition("RESULT")[2])
 
 
 @pytest.fixture(scope="module")
 def prose(tiny: Checkpoint) -> NDArray[np.int64]:
-    """Tokens of the bundled text."""
+    """Tokens of the bundled text; few, for MLX multiplies quantized matrices at a hundredth of the speed on CPUs."""
     assert tiny.tokenizer_path is not None
     text = (files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8")
-    return np.array(load_tokenizer(tiny.tokenizer_path).encode(text)[:48])
+    return np.array(load_tokenizer(tiny.tokenizer_path).encode(text)[:24])
 
 
 @pytest.mark.parametrize("quant", ["int4", "bf16"])
 def test_load_generate_perplexity_evaluate_and_server(
-    tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path
+    mlx: Interpreter, tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path
 ) -> None:
     folder = export_to(tiny, "mlx", quant)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     np.save(tmp_path / "ids.npy", prose)
-    found = by_mlx_lm(EVERYTHING, folder, tmp_path / "ids.npy", PROMPT, folder=tmp_path)
+    found = result(mlx.run(EVERYTHING, folder, tmp_path / "ids.npy", PROMPT, folder=tmp_path))
     runtime = open_artifact(folder)
     assert tiny.tokenizer_path is not None
     tokenizer = load_tokenizer(tiny.tokenizer_path)
@@ -182,22 +184,24 @@ def test_load_generate_perplexity_evaluate_and_server(
 
 
 @pytest.mark.parametrize("quant", ["int4", "int3", "mxfp4", "fp16"])
-def test_logits_are_ours(tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path) -> None:
+def test_logits_are_ours(
+    mlx: Interpreter, tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], quant: str, tmp_path: Path
+) -> None:
     """In fp32, in which our runtime computes on CPUs, to the order of sums; in fp16, as mlx-lm does by itself, to its rounding."""
     folder = shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "artifact")
     logits = open_artifact(folder).logits(prose)
-    assert np.abs(log_probs(logits) - log_probs(mlx_logits(folder, prose, wide=True))).max() < 1e-3
-    assert kl(logits, mlx_logits(folder, prose)).mean() < 2e-4
+    assert np.abs(log_probs(logits) - log_probs(mlx_logits(mlx, folder, prose, wide=True))).max() < 1e-3
+    assert kl(logits, mlx_logits(mlx, folder, prose)).mean() < 2e-4
 
 
 @pytest.mark.parametrize(
     "options", [{"normalize_qk_projections": False}, {"share_input_output_layers": False}], ids=["no-qk-norm", "untied"]
 )
-def test_logits_of_other_shapes(small_config: Any, export_to: ExportTo, options: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_of_other_shapes(mlx: Interpreter, small_config: Any, export_to: ExportTo, options: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = random_checkpoint(replace(small_config, **options), seed=3)
     folder = shutil.copytree(export_to(checkpoint, "mlx", "fp16"), tmp_path / "artifact")
     ids = np.random.default_rng(1).integers(0, small_config.vocab_size, 48)
-    assert kl(reference_logits(checkpoint.config, checkpoint.arrays, ids), mlx_logits(folder, ids)).max() < 1e-3
+    assert kl(reference_logits(checkpoint.config, checkpoint.arrays, ids), mlx_logits(mlx, folder, ids)).max() < 1e-3
 
 
 def greedy(folder: Path, prompt: Sequence[int], tokens: int) -> list[int]:
@@ -220,14 +224,16 @@ print("RESULT", json.dumps([int(token) for token, _ in steps]))
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a"])
-def test_greedy_tokens_are_those_of_the_other_formats(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, prompt: str) -> None:
+def test_greedy_tokens_are_those_of_the_other_formats(
+    mlx: Interpreter, tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, prompt: str
+) -> None:
     assert tiny.tokenizer_path is not None
     ids = load_tokenizer(tiny.tokenizer_path).encode(prompt)
     folder = export_to(tiny, "mlx", "int4")
-    found = by_mlx_lm(GREEDY, folder, json.dumps(ids), "24", folder=tmp_path)
-    assert found == greedy(folder, ids, 24)
+    found = result(mlx.run(GREEDY, folder, json.dumps(ids), "16", folder=tmp_path))
+    assert found == greedy(folder, ids, 16)
     for target in ("onnx", "coreml", "gguf"):
-        assert greedy(export_to(tiny, target, "int4"), ids, 24) == found, target
+        assert greedy(export_to(tiny, target, "int4"), ids, 16) == found, target
 
 
 # mlx-lm's own conversion.
@@ -268,16 +274,18 @@ def saved(checkpoint: Checkpoint, export_to: ExportTo, folder: Path) -> Path:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_files_are_as_large_as_mlx_lms_own(
-    tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, quant: str, options: dict[str, Any]
+    mlx: Interpreter, tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, quant: str, options: dict[str, Any]
 ) -> None:
     source = saved(tiny, export_to, tmp_path / "source")
-    theirs = by_mlx_lm(CONVERT, source, tmp_path / "theirs", json.dumps(options), folder=tmp_path)
+    theirs = result(mlx.run(CONVERT, source, tmp_path / "theirs", json.dumps(options), folder=tmp_path))
     ours = sum(path.stat().st_size for path in export_to(tiny, "mlx", quant).glob("*.safetensors"))
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.parametrize("quant", ["fp16", "int4"])
-def test_an_inflated_stream(tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], tmp_path: Path, quant: str) -> None:
+def test_an_inflated_stream(
+    mlx: Interpreter, tiny: Checkpoint, export_to: ExportTo, prose: NDArray[np.int64], tmp_path: Path, quant: str
+) -> None:
     """The residual stream of `tiny` times 2^14, its logits the same: in fp16 mlx-lm's own conversion gives NaN, ours what the model says."""
     large = MemoryCheckpoint(tiny.config, arrays(tiny), tokenizer_path=tiny.tokenizer_path)
     for name, spec in large.specs.items():
@@ -287,11 +295,11 @@ def test_an_inflated_stream(tiny: Checkpoint, export_to: ExportTo, prose: NDArra
             large.arrays[name] /= np.float32(2**14)
     source = saved(large, export_to, tmp_path / "source")
     options = {"dtype": "float16"} if quant == "fp16" else {"quantize": True, "q_bits": 4, "q_group_size": 32, "dtype": "float16"}
-    by_mlx_lm(CONVERT, source, tmp_path / "theirs", json.dumps(options), folder=tmp_path)
-    assert np.isnan(mlx_logits(tmp_path / "theirs", prose)).any()
+    mlx.run(CONVERT, source, tmp_path / "theirs", json.dumps(options), folder=tmp_path)
+    assert np.isnan(mlx_logits(mlx, tmp_path / "theirs", prose)).any()
     folder = shutil.copytree(export_to(large, "mlx", quant), tmp_path / "ours")
     assert Artifact.open(folder).manifest.alpha < 2**-3
-    stored = mlx_logits(folder, prose)
-    assert kl(mlx_logits(shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "plain"), prose), stored).mean() < 1e-3
+    stored = mlx_logits(mlx, folder, prose)
+    assert kl(mlx_logits(mlx, shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "plain"), prose), stored).mean() < 1e-3
     if quant == "fp16":
         assert kl(reference_logits(tiny.config, arrays(tiny), prose), stored).mean() < 1e-3

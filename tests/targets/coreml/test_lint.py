@@ -21,6 +21,7 @@ from elmexport.models import known_models
 from targets.coreml.lint import LintResult, lint
 from targets.coreml.rules import RULES, Severity
 from tests.conftest import ExportTo
+from tests.memory_checkpoint import MemoryCheckpoint
 from tests.mil.packages import function, write_package
 from tests.targets.coreml.hollow import hollow_package
 
@@ -70,7 +71,7 @@ def test_our_form_of_the_trained_model_has_no_finding(tiny: Checkpoint, export_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"kv": "io"}, {"argmax": True}, {"prefill": 512}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"kv": "io", "argmax": True, "prefill": 512}], ids=str)
 @pytest.mark.parametrize(("size", "quant"), [("270M", "int4"), ("3B", "int4"), ("1.1B", "fp16")])
 def test_our_form_of_every_size_has_no_finding(
     size: str, quant: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -88,14 +89,15 @@ def test_the_form_for_gpus_has_findings(tiny: Checkpoint, export_to: ExportTo) -
 
 
 @pytest.mark.slow
-def test_the_stock_route_has_findings(tiny: Checkpoint, tmp_path: Path) -> None:
-    export_stock(tiny, tmp_path / "stock.mlpackage", prefill=32, context=64)
+def test_the_stock_route_has_findings(small_checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    config = small_checkpoint.config
+    export_stock(small_checkpoint, tmp_path / "stock.mlpackage", prefill=32, context=64)
     result = lint(tmp_path / "stock.mlpackage")
     assert {"NE006", "NE102", "NE104"} <= rules(result)
     assert result.failed
     linear = [finding for finding in result.findings if finding.operation == "linear" and finding.function == "prefill"]
-    assert len(linear) == 4 * tiny.config.num_transformer_layers + 1
-    assert {finding.shape for finding in linear} >= {(1, 32, tiny.config.vocab_size)}
+    assert len(linear) == 4 * config.num_transformer_layers + 1
+    assert {finding.shape for finding in linear} >= {(1, 32, config.vocab_size)}
 
 
 # Rules, one by one --------------------------------------------------------------------------------------------------------------------

@@ -35,10 +35,10 @@ PackageOf = Callable[..., Package]
 @pytest.fixture(scope="module")
 def package(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> PackageOf:
     """`package(quant, checkpoint)`, each made once; without calibration, so alpha is 1/32."""
-    made: dict[str, Package] = {}
+    made: dict[tuple[str, Checkpoint | None], Package] = {}
 
     def call(quant: str, checkpoint: Checkpoint | None = None) -> Package:
-        key = f"{quant} {id(checkpoint)}"
+        key = (quant, checkpoint)
         if key not in made:
             made[key] = Package(
                 export_to(checkpoint or small_checkpoint, "coreml", quant, settings=GPU, weights=WeightOptions(calibrate="none"))

@@ -47,10 +47,10 @@ PackageOf = Callable[..., Package]
 @pytest.fixture(scope="module")
 def package(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> PackageOf:
     """`package(quant, checkpoint, **options)`, each made once; without calibration, so alpha is 1/32."""
-    made: dict[str, Package] = {}
+    made: dict[tuple[str, Checkpoint | None, str], Package] = {}
 
     def call(quant: str, checkpoint: Checkpoint | None = None, **options: object) -> Package:
-        key = f"{quant} {id(checkpoint)} {options}"
+        key = (quant, checkpoint, str(options))
         if key not in made:
             made[key] = Package(
                 export_to(checkpoint or small_checkpoint, "coreml", quant, weights=WeightOptions(calibrate="none"), **options)
