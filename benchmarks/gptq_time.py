@@ -24,7 +24,7 @@ COLUMNS = {
     **{f"{stage} cpu s": f"{{{stage}_s:.0f}}" for stage in STAGES},
     "peak MiB": "{peak_mib:.0f}",
 }
-# The stages are functions of `calibration.sequential`; each is timed where it is called, the solution apart from the products.
+# The stages are functions of `calibration.sequential`; each is timed where it is called.
 CODE = """
 import json, sys, time
 from collections import Counter
@@ -49,8 +49,9 @@ def timed(stage, function):
     return call
 
 sequential._run = timed("forward", sequential._run)
-sequential._target = timed("products", sequential._target)
-sequential._solve = timed("solve", sequential._solve)
+sequential._moments = timed("products", sequential._moments)
+sequential.fit = timed("solve", sequential.fit)
+sequential.choose_damping = timed("solve", sequential.choose_damping)
 sequential.gptq = timed("round", sequential.gptq)
 checkpoint = open_checkpoint(sys.argv[1], random_weights=0, tokenizer="none")
 plan = resolve(find_target("gguf").recipe("int4"), checkpoint.config)
@@ -58,7 +59,6 @@ start = time.process_time()
 for _ in sequential.quantize_in_order(checkpoint, plan, make_sample(checkpoint, tokens=int(sys.argv[2])), SilentProgress()):
     pass
 total = time.process_time() - start
-spent["products"] -= spent["solve"]
 spent["other"] = total - sum(spent.values())
 print(json.dumps(spent))
 """

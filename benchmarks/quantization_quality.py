@@ -1,6 +1,7 @@
-"""What each way of quantizing `tiny` costs, beside llama.cpp's, at true bits per weight: one table (Markdown, JSON) and one plot (SVG).
+"""What each way of quantizing a model costs, beside llama.cpp's, at true bits per weight: one table (Markdown, JSON) and one plot (SVG).
 
 python benchmarks/quantization_quality.py --text heldout.txt wiki.test.raw --llama-cpp BUILD/bin --out docs/quality
+python benchmarks/quantization_quality.py --model DIR --text wiki.test.raw novels.txt code.py --schemes int4-block32 --methods rtn gptq --out real
 
 All rows are weights only, in one float32 forward pass: what llama.cpp wrote is read back with gguf and dequantized, so that no engine's
 own rounding of activations is in the figures. Calibration reads the bundled calibration text, 32,768 tokens, for imatrix too. --text
@@ -27,7 +28,9 @@ from torch import Tensor
 from calibration.allocate import allocate, candidates, with_gain
 from calibration.awq import awq_folds
 from calibration.calibrate import make_sample
+from calibration.calibrated import distilled_weights
 from calibration.collect import collect
+from calibration.dequantized import Dequantized
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
 from calibration.methods.gptq import GPTQ
@@ -36,6 +39,7 @@ from calibration.sequential import quantize_in_order
 from calibration.statistics import Statistics, mean_square_of
 from calibration.table import quantize_table
 from calibration.text import Sample, bundled_text, calibration_text, sample_windows
+from calibration.weight_set import StoredWeights
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -51,7 +55,20 @@ from elmexport.target import find_target
 from elmexport.weights import Role, WeightSpec
 
 WINDOW = 256
+BATCH = 4096  # tokens whose logits are in memory at once
 SCHEMES = ("int4-block32", "int4-block128", "lut4-group8")
+METHODS = (
+    "rtn",
+    "mse",
+    "mse, statistics",
+    "awq",
+    "mse, 128 tokens",
+    "gptq, statistics",
+    "awq+gptq, statistics",
+    "gptq",
+    "awq+gptq",
+    "distill",
+)
 LLAMA_CPP = ("Q4_0", "Q4_0+imatrix", "IQ4_XS+imatrix", "Q4_K_S", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q8_0")
 MIXED = (4.5, 4.9, 5.1, 5.36, 6.0)
 GGUF_NAMES = {
@@ -76,14 +93,15 @@ class Entry:
 class Judge:
     """The model on held-out windows."""
 
-    def __init__(self, checkpoint: Checkpoint, texts: list[Path], windows: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, texts: list[Path], windows: int, window: int) -> None:
         assert checkpoint.tokenizer_path is not None
         tokenizer = load_tokenizer(checkpoint.tokenizer_path)
         self.checkpoint = checkpoint
-        self.stages = layer_stages(trace(checkpoint.config, WINDOW))
+        self.stages = layer_stages(trace(checkpoint.config, window))
+        self.batch = max(1, BATCH // window)
         self.ids = {
             path.stem: torch.from_numpy(
-                sample_windows(tokenizer, [path.read_text(encoding="utf-8")], path.name, tokens=windows * WINDOW, window=WINDOW).ids
+                sample_windows(tokenizer, [path.read_text(encoding="utf-8")], path.name, tokens=windows * window, window=window).ids
             )
             for path in texts
         }
@@ -94,7 +112,7 @@ class Judge:
         found = {}
         for name, ids in self.ids.items():
             kl, change, agree = [], [], []
-            for batch, p, q in zip(ids.split(16), self.reference[name], self._log_probabilities(ids, weights), strict=True):
+            for batch, p, q in zip(ids.split(self.batch), self.reference[name], self._log_probabilities(ids, weights), strict=True):
                 kl.append((p.exp() * (p - q)).sum(-1).mean(-1))
                 next_ids = batch[:, 1:, None]
                 change.append((p[:, :-1].gather(-1, next_ids) - q[:, :-1].gather(-1, next_ids)).mean())
@@ -113,14 +131,14 @@ class Judge:
             return weights[spec.name] if spec.name in weights else self.checkpoint.tensor(spec.name)
 
         loaded = [stage.load(get) for stage in self.stages]
-        for batch in ids.split(16):
+        for batch in ids.split(self.batch):
             x: Tensor = batch
             for stage in loaded:
                 x = stage(x)
             yield x.log_softmax(-1)
 
 
-def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iterator[Entry]:
+def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes: list[str], chosen: list[str]) -> Iterator[Entry]:
     int4 = find_target("gguf").recipe("int4")
     assert checkpoint.tokenizer_path is not None
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
@@ -154,6 +172,11 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
         norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role.is_norm}
         return norms | {spec.name: q.dequantize() for spec, q in quantize_in_order(model, plan, sample, SilentProgress())}
 
+    def distilled(plan: Plan) -> dict[str, Tensor]:
+        with torch.inference_mode(False):
+            weights = StoredWeights(checkpoint, plan, distilled_weights(checkpoint, plan, sample, SilentProgress()))
+        return dict(Dequantized(weights).items())
+
     def methods(plan: Plan) -> dict[str, Callable[[], dict[str, Tensor]]]:
         folded = FoldedCheckpoint(checkpoint, awq_folds(checkpoint, lambda spec: plan.schemes[spec.name], statistics))
         return {
@@ -170,13 +193,16 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics) -> Iter
             "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: by_hessian(w, s, k, moments(folded, s).hessian)),
             "gptq": lambda: in_order(checkpoint, plan),
             "awq+gptq": lambda: in_order(folded, plan),
+            "distill": lambda: distilled(plan),
         }
 
-    for scheme in SCHEMES:
+    for scheme in schemes:
         plan = plan_of(scheme)
         for method, make in methods(plan).items():
-            if method != "rtn" or not scheme.startswith("lut"):
+            if method in chosen and (method != "rtn" or not scheme.startswith("lut")):
                 yield Entry(f"{scheme} {method}", "elmexport", scheme, method, plan.bits_per_weight, make())
+    if "mixed" not in chosen:
+        return
     target = find_target("onnx")
     short = sample_windows(tokenizer, [bundled_text()], "prose", tokens=1024, window=WINDOW)
     offered = candidates(target, checkpoint.specs.values())
@@ -268,21 +294,25 @@ def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help="a checkpoint, as for exports (default tiny)")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES, metavar="SCHEME", help=f"of the matrices (default {' '.join(SCHEMES)})")
+    parser.add_argument("--methods", nargs="+", default=(*METHODS, "mixed"), metavar="METHOD", help=f"of {', '.join((*METHODS, 'mixed'))}")
+    parser.add_argument("--window", type=int, default=WINDOW, help=f"tokens that are read together (default {WINDOW})")
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="texts to measure on")
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="folder with llama-quantize and llama-imatrix")
-    parser.add_argument("--windows", type=int, default=64, help=f"of {WINDOW} tokens, of each text (default 64)")
+    parser.add_argument("--windows", type=int, default=64, help="of each text (default 64)")
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration text (default 32768)")
     parser.add_argument("--out", type=Path, required=True, metavar="STEM", help="writes STEM.md, STEM.json, STEM.svg")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-        checkpoint = open_checkpoint("tiny")
-        judge = Judge(checkpoint, given.text, given.windows)
+        checkpoint = open_checkpoint(given.model)
+        judge = Judge(checkpoint, given.text, given.windows, given.window)
         sample = make_sample(checkpoint, tokens=given.tokens)
         statistics = collect(checkpoint, sample, hessian=True)
         entries = list(llama_cpp(checkpoint, given.llama_cpp, Path(folder))) if given.llama_cpp else []
         start = time.perf_counter()
-        for entry in chain(entries, ours(checkpoint, sample, statistics)):
+        for entry in chain(entries, ours(checkpoint, sample, statistics, given.schemes, given.methods)):
             figures = judge.figures(entry.weights)
             facts = {key: getattr(entry, key) for key in ("name", "kind", "scheme", "method", "bits_per_weight")}
             rows.append({**facts, "figures": figures})
@@ -293,7 +323,10 @@ def main() -> int:
             )
     texts = list(judge.ids)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.with_suffix(".json").write_text(json.dumps({"tokens": given.tokens, "windows": given.windows, "rows": rows}, indent=1) + "\n")
+    given.out.with_suffix(".json").write_text(
+        json.dumps({"model": given.model, "tokens": given.tokens, "windows": given.windows, "window": given.window, "rows": rows}, indent=1)
+        + "\n"
+    )
     given.out.with_suffix(".md").write_text(markdown(rows, texts))
     plot(rows, texts, given.out.with_suffix(".svg"))
     print(markdown(rows, texts))

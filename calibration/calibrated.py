@@ -1,4 +1,4 @@
-"""GPTQ of a whole model into a weight set, computed once for a model, plan, method and text, then found in the cache.
+"""GPTQ of a whole model, and distillation, into a weight set: computed once for a model, plan, method and text, then found in the cache.
 
 Exports of one model to several formats so hold the same codes.
 """
@@ -9,18 +9,20 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from calibration.distill import HELD_OUT, distill, split
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Moments, Statistics
 from calibration.table import quantize_table
 from calibration.text import Sample
-from calibration.weight_set import FORMAT, WeightFacts, WeightSet, quantized_schemes, weight_writer
+from calibration.weight_set import FORMAT, StoredWeights, WeightFacts, WeightSet, WeightWriter, quantized_schemes, weight_writer
 from elmexport import __version__
 from elmexport.cache import cache_folder
 from elmexport.checkpoint.base import Checkpoint
@@ -55,42 +57,90 @@ def gptq_weights(
     Raises:
         ElmExportError: statistics without Hessians, weights that do not fit their schemes, or a cache that cannot be written.
     """
-    sequential = isinstance(source, Sample)
+    if isinstance(source, Statistics) and not source.facts.hessian:
+        raise ElmExportError(
+            "the statistics hold no Hessians, which gptq needs; make them with `elmexport calibrate --hessian`, or give a text to --calibrate"
+        )
+    facts = _facts(checkpoint, plan, source, method)
+    if fold is not None:
+        facts = replace(facts, folded=tuple(name for name, spec in checkpoint.specs.items() if _is_foldable(spec)))
+
+    def fill(writer: WeightWriter) -> None:
+        model = checkpoint if fold is None else fold()
+        if isinstance(source, Sample):
+            tensors = quantize_in_order(model, plan, source, progress, writer.damped)
+        else:
+            tensors = _from_statistics(model, plan, moments_of(model, source), progress, writer.damped)
+        for name in facts.folded:
+            writer.add_norm(name, model.tensor(name).to(torch.float32))
+        for spec, quantized in tensors:
+            writer.add(spec, quantized)
+
+    path = _path(facts)
+    return WeightSet.load(path) if path.is_file() else _written(path, facts, checkpoint, fill)
+
+
+def distilled_weights(checkpoint: Checkpoint, plan: Plan, sample: Sample, progress: Progress) -> WeightSet:
+    """Compute the weights of `checkpoint` under `plan` by GPTQ on most of the windows of `sample`, then by `distill`; or take them out of the cache.
+
+    Raises:
+        ElmExportError: a text of too few windows to hold some out, or see `gptq_weights`.
+    """
+    train, held = split(sample)
+    if not len(held.ids):
+        raise ElmExportError(
+            f"the calibration text gives {len(sample.ids)} windows of {sample.window} tokens; distillation needs at least {HELD_OUT}, "
+            "to hold some out: give more text to --calibrate, or choose --method gptq"
+        )
+    facts = _facts(checkpoint, plan, sample, "distill")
+    path = _path(facts)
+    if path.is_file():
+        return WeightSet.load(path)
+    start = gptq_weights(checkpoint, plan, train, progress)
+    found = distill(checkpoint, StoredWeights(checkpoint, plan, start), train, held, progress)
+    facts = replace(facts, folded=tuple(found.norms), distilled={"before": found.before, "after": found.after, "steps": found.steps})
+
+    def fill(writer: WeightWriter) -> None:
+        for name, damping in start.damped().items():
+            writer.damped(checkpoint.specs[name], damping)
+        for name, norm in found.norms.items():
+            writer.add_norm(name, norm)
+        for name in facts.schemes:
+            spec = checkpoint.specs[name]
+            writer.add(spec, found.tensors.get(name) or start.get(spec))
+
+    return _written(path, facts, checkpoint, fill)
+
+
+def _facts(checkpoint: Checkpoint, plan: Plan, source: Sample | Statistics, method: str) -> WeightFacts:
     if isinstance(source, Statistics):
-        if not source.facts.hessian:
-            raise ElmExportError(
-                "the statistics hold no Hessians, which gptq needs; make them with `elmexport calibrate --hessian`, or give a text to --calibrate"
-            )
         text, digest, tokens = source.facts.text, source.facts.text_sha256, source.facts.tokens
     else:
         text, digest, tokens = source.words, source.sha256, source.tokens
-    facts = WeightFacts(
+    return WeightFacts(
         model=checkpoint.source.name,
         identity=checkpoint.identity(),
         schemes=quantized_schemes(plan),
-        folded=() if fold is None else tuple(name for name, spec in checkpoint.specs.items() if _is_foldable(spec)),
+        folded=(),
         method=method,
-        sequential=sequential,
+        sequential=isinstance(source, Sample),
         text=text,
         text_sha256=digest,
         tokens=tokens,
         elmexport=__version__,
     )
-    key = [FORMAT, facts.identity, facts.schemes, facts.method, sequential, digest, tokens, __version__]
-    path = cache_folder() / "weights" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
-    if path.is_file():
-        return WeightSet.load(path)
-    model = checkpoint if fold is None else fold()
+
+
+def _path(facts: WeightFacts) -> Path:
+    """Place of a weight set in the cache, by what it is computed from."""
+    key = [FORMAT, facts.identity, facts.schemes, facts.method, facts.sequential, facts.text_sha256, facts.tokens, __version__]
+    return cache_folder() / "weights" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+
+
+def _written(path: Path, facts: WeightFacts, checkpoint: Checkpoint, fill: Callable[[WeightWriter], None]) -> WeightSet:
     try:
         with weight_writer(path, facts, checkpoint.specs) as writer:
-            if isinstance(source, Sample):
-                tensors = quantize_in_order(model, plan, source, progress, writer.damped)
-            else:
-                tensors = _from_statistics(model, plan, moments_of(model, source), progress, writer.damped)
-            for name in facts.folded:
-                writer.add_norm(name, model.tensor(name).to(torch.float32))
-            for spec, quantized in tensors:
-                writer.add(spec, quantized)
+            fill(writer)
     except OSError as error:
         raise ElmExportError(
             f"cannot write {path}: {error.strerror or error}; free space, or choose another folder with the environment variable ELMEXPORT_CACHE"

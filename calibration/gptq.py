@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from calibration.held_out import DEFAULT_PART
 from elmexport.errors import ElmExportError
 from elmexport.quantization.codec import Quantized
 from elmexport.quantization.grids import Grid
@@ -30,7 +31,7 @@ Damped = Callable[[float], None]  # called with a damping that had to be raised
 
 
 def gptq(
-    weight: Tensor, scheme: CodedScheme, hessian: Tensor, *, damping: float = 0.01, rounds: int = 1, damped: Damped | None = None
+    weight: Tensor, scheme: CodedScheme, hessian: Tensor, *, damping: float = DEFAULT_PART, rounds: int = 1, damped: Damped | None = None
 ) -> Quantized:
     """Compute the GPTQ codes of one matrix: `weight` `[out, in]`, any float dtype, in `scheme`, with `hessian` `[in, in]`.
 

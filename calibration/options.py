@@ -47,6 +47,8 @@ class WeightOptions:
             raise ElmExportError("--weights-from brings the codes; leave --method, --tokens, --bits-per-weight and --max-drop out")
         if self.calibrate == "none" and method.needs_text:
             raise ElmExportError(f"--method {self.method} is calibrated; leave --calibrate none out, or choose --method {DEFAULT}")
+        if isinstance(self.calibrate, Path) and not method.takes_statistics and not self.reads_text:
+            raise ElmExportError(f"--method {self.method} runs the model on a text; give a text file to --calibrate, or leave it out")
         if self.tokens is not None and not self.reads_text:
             raise ElmExportError("--tokens is how much of a calibration text to read, and none is read here; leave it out")
         if self.save_weights_to is not None and not method.makes_weight_set:

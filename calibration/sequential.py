@@ -4,7 +4,7 @@ Two copies of the calibration text go through the model side by side, one throug
 far. A linear layer's Hessian comes from the quantized copy, which is what it will read; and the matrix that is quantized is not W but the
 one that, from the quantized copy, gives best what W gives from the exact one (least squares, in the spirit of Qronos, Zhang et al. 2025, and
 GPTAQ, Li et al. 2025). Where the output is added to the residual stream, the error that the stream has gathered is part of what is to be
-made good.
+made good. How far either goes, half of the text decides by how it judges what the other half fits (`calibration.held_out`).
 
 The graph is cut before every linear layer. Between two cuts live only the activations that later nodes read, for the whole text, and the
 weights of one piece.
@@ -13,13 +13,14 @@ weights of one piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from calibration.gptq import gptq
+from calibration.held_out import DEFAULT_PART, Half, choose_damping, fit, mean_of
 from calibration.second_moments import add_products, mirror
 from calibration.table import head_moments, quantize_table
 from calibration.text import Sample
@@ -35,9 +36,6 @@ from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
-
-# Added to the diagonal of the least-squares problem, as a part of its mean: targets follow what the text shows clearly, not its noise.
-RIDGE = 0.01
 
 Activations = dict[str, Tensor]  # by the graph's names, float32 [sequences, tokens, width]
 
@@ -61,6 +59,7 @@ def quantize_in_order(
         )
     graph, device = trace(checkpoint.config, sample.window), torch_device()
     stages = linear_stages(graph)
+    dampings: dict[Role, float] = {}  # of the matrix before of each role
     exact: Activations = {graph.source: torch.from_numpy(sample.ids)}
     rounded = dict(exact)
     progress.stage(f"quantizing along {sample.tokens:,} tokens", sum(_cost(stage) for stage in stages))
@@ -74,8 +73,16 @@ def quantize_in_order(
                 continue  # a tied head has been quantized as the embedding
             try:
                 if node.op == "linear":
-                    target, hessian = _target(node, weights[spec.name], exact, rounded, _gathered(stage, exact, rounded))
-                    quantized = gptq(target, scheme, hessian, damped=None if damped is None else partial(damped, spec))
+                    gathered = _gathered(stage, exact, rounded)
+                    target = _target(node, weights[spec.name], exact, rounded, gathered, dampings.get(spec.role, DEFAULT_PART))
+                    dampings[spec.role] = target.damping
+                    quantized = gptq(
+                        target.weight,
+                        scheme,
+                        target.hessian,
+                        damping=target.damping,
+                        damped=None if damped is None else partial(damped, spec),
+                    )
                 elif scheme.is_coarse and checkpoint.config.dims.tied:
                     quantized = quantize_table(weights[spec.name], scheme, head_moments(checkpoint, sample, progress))
                 else:
@@ -108,10 +115,46 @@ def _gathered(stage: Stage, exact: Activations, rounded: Activations) -> Callabl
     return None
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What to quantize `[out, in]`, the Hessian `[in, in]` of what it will multiply, and the damping that suits it."""
+
+    weight: Tensor
+    hessian: Tensor
+    damping: float
+
+
 def _target(
-    node: Node, weight: Tensor, exact: Activations, rounded: Activations, gathered: Callable[[slice], Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """The matrix to quantize `[out, in]`, and the Hessian `[in, in]` of what it will multiply."""
+    node: Node,
+    weight: Tensor,
+    exact: Activations,
+    rounded: Activations,
+    gathered: Callable[[slice], Tensor] | None,
+    damping: float = DEFAULT_PART,
+) -> _Target:
+    """Fit the matrix that makes good what its inputs lack; `damping` is where the search for the best begins."""
+    sequences = len(rounded[node.inputs["x"]])
+    middle = sequences // 2
+    halves = [_moments(node, weight, exact, rounded, gathered, *part) for part in ((0, middle), (middle, sequences)) if part[1] > part[0]]
+    hessian = mean_of([half.hessian for half in halves])
+    if hessian.diagonal().mean() == 0:  # the text says nothing of these inputs
+        return _Target(weight, hessian, damping)
+    change = fit(halves)
+    if len(halves) == 2:
+        damping = choose_damping(halves[0].hessian, halves[1].hessian, damping)
+    return _Target(weight if change is None else weight + change, hessian, damping)
+
+
+def _moments(
+    node: Node,
+    weight: Tensor,
+    exact: Activations,
+    rounded: Activations,
+    gathered: Callable[[slice], Tensor] | None,
+    start: int,
+    stop: int,
+) -> Half:
+    """Second moments over the sequences from `start` up to `stop`."""
     before, now = exact[node.inputs["x"]], rounded[node.inputs["x"]]
     (out, width), device = weight.shape, weight.device
     hessian = torch.zeros(width, width, device=device)
@@ -119,7 +162,8 @@ def _target(
     # The part that the weight makes is W E[(before - x) xᵀ]: `narrow` says that this costs less than the products of its outputs.
     narrow = width < (2 * out if gathered is None else out)
     drift = torch.zeros(width, width, device=device) if narrow else None
-    for rows in batches(*now.shape[:2]):
+    for batch in batches(stop - start, now.shape[1]):
+        rows = slice(start + batch.start, start + batch.stop)
         x = now[rows].flatten(0, 1).to(device)
         difference = before[rows].flatten(0, 1).to(device) - x
         lacking = None if gathered is None else gathered(rows).flatten(0, 1).to(device)
@@ -133,24 +177,11 @@ def _target(
             missing.addmm_(lacking.T, x)
     if drift is not None:
         missing.addmm_(weight, drift)
-    tokens = now.shape[0] * now.shape[1]
-    hessian = mirror(hessian.div_(tokens))
-    missing /= tokens
-    if not (torch.isfinite(hessian).all() and torch.isfinite(missing).all()):
+    tokens = (stop - start) * now.shape[1]
+    half = Half(mirror(hessian.div_(tokens)), missing / tokens)
+    if not (torch.isfinite(half.hessian).all() and torch.isfinite(half.missing).all()):
         raise ElmExportError("the activations are not finite in float32; the checkpoint is damaged, download it again")
-    return weight + _solve(hessian, missing), hessian
-
-
-def _solve(hessian: Tensor, missing: Tensor) -> Tensor:
-    """The matrix C `[out, in]` that gives `missing` of inputs with `hessian`, in the sense of ridge regression: C (H + λ) = `missing`."""
-    mean = hessian.diagonal().mean()
-    if mean == 0:  # the text says nothing of these inputs
-        return torch.zeros_like(missing)
-    damped = hessian + RIDGE * mean * torch.eye(len(hessian), device=hessian.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # more accurate, twice as slow
-        factor = torch.linalg.cholesky(damped.cpu().to(torch.float64)).to(hessian.device, torch.float32)
-    return torch.cholesky_solve(missing.T, factor).T
+    return half
 
 
 def _run(loaded: LoadedStage, activations: Activations) -> Activations:

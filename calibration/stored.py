@@ -30,9 +30,13 @@ def prepare_gptq(job: Job, method: str, fold: Callable[[], FoldedCheckpoint] | N
 def prepared_set(checkpoint: Checkpoint, plan: Plan, weights: WeightSet, statistics: Statistics | None = None) -> Prepared:
     """Take the codes of `weights`, which have passed `WeightSet.check`; `statistics` are what they were found with, if that is known."""
     notes = tuple(
-        f"{name}: its Hessian was not positive definite and took {value:g} of its mean diagonal as damping (0.01 is usual); calibrate on more text"
+        f"{name}: its Hessian was not positive definite and took {value:g} of its mean diagonal as damping; calibrate on more text"
         for name, value in weights.damped().items()
     )
+    distilled = weights.facts.distilled
+    if distilled is not None:
+        before, after = distilled["before"], distilled["after"]
+        notes = (f"distilled: KL {before:.4f} → {after:.4f} nats per token on windows held out of the calibration text", *notes)
     return Prepared(StoredWeights(checkpoint, plan, weights), statistics, set_facts(weights.facts), notes)
 
 

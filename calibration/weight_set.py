@@ -39,13 +39,14 @@ class WeightFacts:
     model: str  # display name
     identity: str  # SHA-256 of `Checkpoint.identity`
     schemes: Mapping[str, str]  # by tensor, as recipe files call them; quantized tensors only
-    folded: tuple[str, ...]  # norms that a folding changed, held by the file too
+    folded: tuple[str, ...]  # norms that folding or distillation changed, held by the file too
     method: str
     sequential: bool  # fitted to what the quantized layers before hand on; false: to the statistics of the model as published
     text: str  # what was read, in words
     text_sha256: str  # of the token ids
     tokens: int
     elmexport: str  # version that computed it
+    distilled: Mapping[str, float] | None = None  # KL on held-out windows `before` and `after` distillation, and its `steps`
 
 
 class WeightSet:
@@ -188,6 +189,7 @@ def _facts(path: Path, text: str) -> WeightFacts:
         version = data.pop("format")
         if version > FORMAT:
             raise ElmExportError(f"{path}: weight set of format {version}, this version reads up to {FORMAT}; update elmexport")
+        data = {"distilled": None} | data  # files of before there was such a method
         facts = WeightFacts(**{field.name: data[field.name] for field in fields(WeightFacts)} | {"folded": tuple(data["folded"])})
         for scheme in facts.schemes.values():
             if not isinstance(find_scheme(scheme), CodedScheme):

@@ -22,6 +22,20 @@ from elmexport.models.openelm.config import OpenELMConfig
 from tests.clients import llama_cpp_tools as tools_of_llama_cpp
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
+# The files that take longest, in that order: the others fill the gaps, so that no worker waits for another at the end.
+LONGEST = (
+    *("targets/gguf/test_llama_cpp_parity", "clients/test_onnx_runtimes", "targets/coreml/neural_engine/test_package"),
+    *("targets/coreml/test_lint", "targets/coreml/test_palettized", "evaluation/test_against_lm_eval", "evaluation/test_hub"),
+    *("clients/test_mlx_lm", "targets/coreml/neural_engine/test_chain", "runtimes/test_coreml", "test_readme", "mil/test_foreign"),
+    *("clients/test_bit_identity", "test_interrupted_export", "targets/onnx/test_onnx_target", "test_toy_format", "checkpoint/test_hub"),
+    *("runtimes/test_continuations", "calibration/test_mixed", "test_export", "targets/coreml/test_verify"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 @pytest.fixture(scope="session")
 def tiny() -> Checkpoint:

@@ -12,6 +12,7 @@ METHODS: Mapping[str, str] = {  # in the order in which --help lists them
     "mse": "calibration.methods.mse:MSE",
     "rtn": "calibration.methods.rtn:RTN",
     "gptq": "calibration.methods.gptq:GPTQ",
+    "distill": "calibration.methods.distill:Distill",
     "awq": "calibration.methods.awq:AWQ",
     "awq+gptq": "calibration.methods.awq_gptq:AWQGPTQ",
 }

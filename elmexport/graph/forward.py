@@ -111,8 +111,13 @@ class LoadedStage:
     weights: Mapping[str, Tensor]
     device: torch.device
 
-    def run(self, values: Mapping[str, Tensor], *, observe: Observer | None = None) -> dict[str, Tensor]:
-        """Compute the stage's outputs from its inputs `[sequences, tokens, …]`; every sequence starts at position 0."""
+    def run(
+        self, values: Mapping[str, Tensor], *, observe: Observer | None = None, products: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the stage's outputs from its inputs `[sequences, tokens, …]`; every sequence starts at position 0.
+
+        `products` is the dtype that linear layers multiply in, float32 where None. Autograd sees through all of it.
+        """
         stage, dims = self.stage, self.stage.graph.dims
         sequences, tokens = values[stage.inputs[0]].shape[:2]
 
@@ -121,13 +126,13 @@ class LoadedStage:
             return torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)
 
         own = {name: values[name].to(self.device) for name in stage.inputs}
-        found = _run(stage.nodes, own, lambda spec: self.weights[spec.name], caches, 0, stage.outputs, observe=observe)
+        found = _run(stage.nodes, own, lambda spec: self.weights[spec.name], caches, 0, stage.outputs, observe=observe, products=products)
         return {name: found[name].cpu() for name in stage.outputs}
 
-    def __call__(self, x: Tensor, *, observe: Observer | None = None) -> Tensor:
-        """Compute the one output of a stage that has one input."""
+    def __call__(self, x: Tensor, *, observe: Observer | None = None, products: torch.dtype | None = None) -> Tensor:
+        """Compute the one output of a stage that has one input; see `run`."""
         (source,), (result,) = self.stage.inputs, self.stage.outputs
-        return self.run({source: x}, observe=observe)[result]
+        return self.run({source: x}, observe=observe, products=products)[result]
 
 
 def layer_stages(graph: Graph) -> list[Stage]:
@@ -189,6 +194,7 @@ def _run(
     *,
     last: int | None = None,
     observe: Observer | None = None,
+    products: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Run `nodes` on `values`, activations by name, which are dropped after their last use unless they are `wanted`.
 
@@ -206,7 +212,11 @@ def _run(
             k_cache, v_cache = caches(node.layer)
             out = ops.attention_(x["qkv"], w.get("q_norm"), w.get("k_norm"), k_cache, v_cache, position, **node.attrs)
         else:
-            out = getattr(torch.ops.elmexport, node.op)(**x, **w, **node.attrs)
+            if products is not None and node.op == "linear":
+                x, w = ({name: tensor.to(products) for name, tensor in tensors.items()} for tensors in (x, w))
+            out = ops.EAGER[node.op](**x, **w, **node.attrs)
+            if products is not None:
+                out = out.to(torch.float32)
             if node.weight_scale != 1.0:
                 out = out * node.weight_scale
         if observe is not None:

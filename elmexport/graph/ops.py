@@ -8,13 +8,25 @@ Shapes: `batch` B, `tokens` T, model dimension D, context C (length of the stati
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 NAMESPACE = "elmexport"
 
+EAGER: dict[str, Callable[..., Tensor]] = {}
+"""Eager implementations by the name of the op, attention excepted (`attention_`); autograd sees through them, as it does not through custom ops."""
 
-@torch.library.custom_op(f"{NAMESPACE}::embed", mutates_args=())
+
+def _op(function: Callable[..., Tensor]) -> Any:
+    """Register `function` as the custom op of its name; returns torch's `CustomOpDef`."""
+    EAGER[function.__name__] = function
+    return torch.library.custom_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+
+
+@_op
 def embed(ids: Tensor, table: Tensor) -> Tensor:
     """Look up rows of `table` `[vocab, D]` at `ids` `[B, T]` (int64): `[B, T, D]`."""
     return torch.nn.functional.embedding(ids, table)
@@ -29,7 +41,7 @@ def _normalize(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm", mutates_args=())
+@_op
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm: `x / sqrt(mean(x², last axis) + eps) * weight`; `x` `[..., D]`, `weight` `[D]`."""
     return _normalize(x, weight, eps)
@@ -40,7 +52,7 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear", mutates_args=())
+@_op
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Linear layer: `x @ weightᵀ`; `x` `[..., in]`, `weight` `[out, in]`: `[..., out]`. Every projection, the LM head included."""
     return torch.nn.functional.linear(x, weight)
@@ -51,7 +63,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::swiglu", mutates_args=())
+@_op
 def swiglu(gate_up: Tensor) -> Tensor:
     """SwiGLU: `silu(gate) * up`, the gate being the first half of the last axis: `[..., 2F]` to `[..., F]`."""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -63,7 +75,7 @@ def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::silu", mutates_args=())
+@_op
 def silu(x: Tensor) -> Tensor:
     """SiLU: `x * sigmoid(x)`, the activation of a feed-forward network without a gate (`ffn_with_glu` false)."""
     return torch.nn.functional.silu(x)
@@ -74,7 +86,7 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::add", mutates_args=())
+@_op
 def add(x: Tensor, y: Tensor) -> Tensor:
     """Residual sum of two tensors of one shape."""
     return x + y

@@ -64,6 +64,19 @@ class Quantized(ABC):
     def grid(self) -> Grid:
         """The codes and parameters of a matrix `[out, in]` as GPTQ changes them, beginning with these."""
 
+    @property
+    def parameters(self) -> Tensor | None:
+        """What the values of the codes are linear in, float16: scales or table entries; None where they are not free to change a little."""
+        return None
+
+    def with_parameters(self, parameters: Tensor) -> Self:
+        """The same codes with other `parameters`, of any float dtype, rounded to float16; those that overflow stay as they are."""
+        raise NotImplementedError(f"{self.scheme} has no parameters to change")
+
+    def parameter_gradient(self, gradient: Tensor) -> Tensor:
+        """Gradient by the parameters, float32 in their shape, of what has `gradient` `[…, out, in]` by the values."""
+        raise NotImplementedError(f"{self.scheme} has no parameters to change")
+
 
 class Codec(ABC):
     """Quantization to one scheme of a kind."""
@@ -127,3 +140,9 @@ def fp16_times(values: Tensor, factor: float) -> Tensor | None:
     product = values.to(torch.float32) * factor
     rounded = product.to(torch.float16)
     return rounded if torch.equal(rounded.to(torch.float32), product) else None
+
+
+def finite_fp16(values: Tensor, otherwise: Tensor) -> Tensor:
+    """`values` rounded to float16; those that overflow are taken from `otherwise`."""
+    rounded = values.to(torch.float16)
+    return torch.where(torch.isfinite(rounded), rounded, otherwise)

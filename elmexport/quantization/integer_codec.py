@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.quantization import packed_bits
-from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, fp16_times
+from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, finite_fp16, fp16_times
 from elmexport.quantization.grids import Grid
 from elmexport.quantization.integers import least_squares, round_to_nearest
 from elmexport.quantization.schemes import Integer
@@ -53,6 +53,19 @@ class IntegerTensor(Quantized):
 
     def grid(self) -> IntegerGrid:
         return IntegerGrid(self)
+
+    @property
+    def parameters(self) -> Tensor:
+        return self.scales
+
+    def with_parameters(self, parameters: Tensor) -> IntegerTensor:
+        return replace(self, scales=finite_fp16(parameters, self.scales))
+
+    def parameter_gradient(self, gradient: Tensor) -> Tensor:
+        codes = self.codes.view(*self.scales.shape, -1).to(torch.float32)
+        if self.zeros is not None:
+            codes -= self.zeros[..., None]
+        return codes.mul_(gradient.reshape(codes.shape)).sum(-1)
 
 
 class IntegerCodec(Codec):

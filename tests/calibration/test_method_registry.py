@@ -28,13 +28,14 @@ def test_every_row_is_a_method() -> None:
 
 
 def test_what_the_options_ask_of_them() -> None:
-    assert [name for name in METHODS if find_method(name).needs_text] == ["gptq", "awq", "awq+gptq"]
-    assert [name for name in METHODS if find_method(name).makes_weight_set] == ["gptq", "awq+gptq"]
-    assert all((find_method(name).gain == Gain()) is ("gptq" not in name) for name in METHODS)
+    assert [name for name in METHODS if find_method(name).needs_text] == ["gptq", "distill", "awq", "awq+gptq"]
+    assert [name for name in METHODS if find_method(name).makes_weight_set] == ["gptq", "distill", "awq+gptq"]
+    assert [name for name in METHODS if not find_method(name).takes_statistics] == ["distill"]
+    assert [name for name in METHODS if find_method(name).gain != Gain()] == ["gptq", "distill", "awq+gptq"]
 
 
 def test_an_unknown_one() -> None:
-    with pytest.raises(ElmExportError, match=r"--method magic does not exist; choose mse, rtn, gptq, awq, awq\+gptq"):
+    with pytest.raises(ElmExportError, match=r"--method magic does not exist; choose mse, rtn, gptq, distill, awq, awq\+gptq"):
         find_method("magic")
 
 

@@ -59,7 +59,7 @@ def codes(found: Prepared, name: str = DOWN) -> torch.Tensor:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"method": "magic"}, "--method magic does not exist; choose mse, rtn, gptq, awq"),
+    "unknown method": ({"method": "magic"}, "--method magic does not exist; choose mse, rtn, gptq, distill, awq"),
     "calibrated without calibration": ({"method": "gptq", "calibrate": "none"}, "--method gptq is calibrated; leave --calibrate none out"),
     "tokens of no text": ({"tokens": 5}, "--tokens is how much of a calibration text to read, and none is read here"),
     "tokens of statistics": ({"method": "gptq", "calibrate": Path("a.safetensors"), "tokens": 5}, "none is read here"),
@@ -153,16 +153,18 @@ def test_an_importance_matrix_weights_the_squares(small_checkpoint: MemoryCheckp
 def test_more_damping_than_usual_is_said(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the codes are computed, and when they come from the cache."""
     factor = torch.linalg.cholesky_ex
-    attempts = iter([torch.tensor(1), torch.tensor(1)])  # of the target's least squares, which then take float64, and of GPTQ
+    attempts = iter([torch.tensor(1)])
 
     def failing(matrix: torch.Tensor) -> Any:
         lower, failed = factor(matrix)
         return lower, next(attempts, failed) if matrix.shape[0] == small_checkpoint.specs[DOWN].shape[1] else failed
 
     assert prepared(small_checkpoint, method="gptq", tokens=256).notes == ()
+    monkeypatch.setattr("calibration.sequential.fit", lambda halves: None)
+    monkeypatch.setattr("calibration.sequential.choose_damping", lambda first, second, start: 0.3)
     monkeypatch.setattr("calibration.gptq.torch.linalg.cholesky_ex", failing)
     first = prepared(small_checkpoint, method="gptq", tokens=512)
-    assert len(first.notes) == 1 and "took 0.1 of its mean diagonal as damping" in first.notes[0]
+    assert len(first.notes) == 1 and "took 3 of its mean diagonal as damping" in first.notes[0]
     assert prepared(small_checkpoint, method="gptq", tokens=512).notes == first.notes
 
 

@@ -10,8 +10,9 @@ import torch
 
 from calibration import sequential
 from calibration.calibrate import make_sample
+from calibration.held_out import PARTS
 from calibration.sensitivity import KLEvaluator
-from calibration.sequential import RIDGE, quantize_in_order
+from calibration.sequential import quantize_in_order
 from calibration.text import Sample, bundled_text, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -30,22 +31,33 @@ def plan_of(checkpoint: Checkpoint, *rules: Rule) -> Plan:
     return resolve(recipe, checkpoint.config)
 
 
-def test_the_target_is_the_least_squares_solution(small_checkpoint: MemoryCheckpoint) -> None:
-    """Of what the layer should give, and what the stream lacks, from what the quantized layers hand on."""
+def test_the_target_is_a_least_squares_solution(small_checkpoint: MemoryCheckpoint) -> None:
+    """Of what the layer should give, and what the stream lacks, from what the quantized layers hand on; its ridge is the best held out."""
     generator = torch.Generator().manual_seed(0)
     node = next(node for node in trace(small_checkpoint.config).nodes if node.role is Role.FFN_DOWN)
     weight = torch.randn(6, 10, generator=generator)
     before, lack = torch.randn(4, 32, 10, generator=generator), 0.1 * torch.randn(4, 32, 6, generator=generator)
-    now = before + 0.1 * torch.randn(4, 32, 10, generator=generator)
+    now = 0.9 * before + 0.1 * torch.randn(4, 32, 10, generator=generator)
     name = node.inputs["x"]
-    target, hessian = sequential._target(node, weight, {name: before}, {name: now}, lambda rows: lack[rows])
-    x, y = now.reshape(-1, 10).double().numpy(), (before.reshape(-1, 10) @ weight.T + lack.reshape(-1, 6)).double().numpy()
-    h = x.T @ x / len(x)
-    ridge = RIDGE * np.trace(h) / 10 * np.eye(10)
-    # Ridge regression towards the weight as it was.
-    expected = np.linalg.solve(h + ridge, (x.T @ y / len(x)) + ridge @ weight.double().numpy().T).T
-    np.testing.assert_allclose(hessian.numpy(), h, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(target.numpy(), expected, rtol=1e-3, atol=1e-4)
+    found = sequential._target(node, weight, {name: before}, {name: now}, lambda rows: lack[rows])
+    x = now.reshape(-1, 10).double().numpy()
+    y = (before.reshape(-1, 10) @ weight.T + lack.reshape(-1, 6)).double().numpy()
+    old = weight.double().numpy()
+    np.testing.assert_allclose(found.hessian.numpy(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+    def ridge(rows: slice, part: float) -> np.ndarray:
+        """Ridge regression towards the weight as it was."""
+        h = x[rows].T @ x[rows] / len(x[rows])
+        ridge = part * np.trace(h) / 10 * np.eye(10)
+        return np.linalg.solve(h + ridge, (x[rows].T @ y[rows] / len(x[rows])) + ridge @ old.T).T
+
+    def held_out(part: float) -> float:
+        halves = slice(0, 64), slice(64, 128)
+        return sum(np.square(y[other] - x[other] @ ridge(seen, part).T).sum() for seen, other in (halves, halves[::-1]))
+
+    best = min(PARTS, key=held_out)
+    assert best not in (PARTS[0], PARTS[-1])
+    np.testing.assert_allclose(found.weight.numpy(), ridge(slice(None), best), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -59,7 +71,7 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
     assert all(quantized.scheme == plan.schemes[name] for name, quantized in found.items())
     evaluator = KLEvaluator(checkpoint, Sample(ids, "random"))
     alone = {name: quantize(checkpoint.tensor(name), plan.schemes[name]).dequantize() for name in found}  # type: ignore[call-overload]
-    assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.3 * evaluator.divergence(alone)
+    assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.5 * evaluator.divergence(alone)
 
 
 def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:

@@ -20,6 +20,8 @@ for line in sys.stdin:
         with contextlib.redirect_stdout(printed):
             exec(job["program"], {"__name__": "__main__"})
         answer = {"printed": printed.getvalue()}
+    except SystemExit as end:
+        answer = {"error": f"exit status {end.code}"} if end.code else {"printed": printed.getvalue()}
     except BaseException:
         answer = {"error": traceback.format_exc()}
     answers.write(json.dumps(answer) + "\\n")

@@ -7,6 +7,7 @@ cache folder. `LLAMA_CPP_TOOLS=DIR` names a folder of programs built otherwise, 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients.interpreter import Interpreter
 from tests.clients.kept import kept
 
 PROGRAMS = {  # by the folder of their sources under tools/
@@ -38,6 +40,12 @@ _DRAIN = """struct common_log;
 extern struct common_log * common_log_main();
 extern void common_log_pause(struct common_log * log);
 __attribute__((destructor)) static void drain() { common_log_pause(common_log_main()); }
+"""
+_CONVERT = """
+import runpy, sys
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 _LIBRARIES = ("llama-common", "llama", "ggml", "ggml-cpu", "ggml-base")
 _PARTS = ("common", "conversion", "ggml/include", "gguf-py", "include", "models", "src", "tools", "vendor", CONVERTER)
@@ -56,8 +64,17 @@ class LlamaCppTools:
 
     def convert(self, model: Path, out: Path, outtype: str, *arguments: object) -> Path:
         """Run llama.cpp's converter on the checkpoint folder `model`; `out` is the file, or the folder for the converter to name it in."""
-        _run([sys.executable, self.source / CONVERTER, model, "--outfile", out, "--outtype", outtype, *arguments])
+        words = [self.source / CONVERTER, model, "--outfile", out, "--outtype", outtype, *arguments]
+        _converter().run(_CONVERT, *map(str, words), folder=self.source)
         return out
+
+
+@cache
+def _converter() -> Interpreter:
+    """Process in which the converter runs, for what it imports takes seconds."""
+    interpreter = Interpreter(Path(tempfile.mkdtemp(prefix="converter-")) / "stderr.txt")
+    atexit.register(interpreter.close)
+    return interpreter
 
 
 @cache
