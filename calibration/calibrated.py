@@ -1,4 +1,4 @@
-"""GPTQ of a whole model, and distillation, into a weight set: computed once for a model, plan, method and text, then found in the cache.
+"""Weight sets by GPTQ and distillation: computed once for a model, plan, method and text, then found in the cache.
 
 Exports of one model to several formats so hold the same codes.
 """
@@ -81,7 +81,9 @@ def gptq_weights(
 
 
 def distilled_weights(checkpoint: Checkpoint, plan: Plan, sample: Sample, progress: Progress) -> WeightSet:
-    """Compute the weights of `checkpoint` under `plan` by GPTQ on most of the windows of `sample`, then by `distill`; or take them out of the cache.
+    """Compute the weights of `checkpoint` under `plan` by GPTQ, then `distill`, or take them out of the cache.
+
+    GPTQ and training read the same windows of `sample`, and the rest judges.
 
     Raises:
         ElmExportError: a text of too few windows to hold some out, or see `gptq_weights`.

@@ -1,4 +1,4 @@
-"""End-to-end distillation: the scales, table entries and norms of a quantized model are trained on KL(model || quantized model); codes stay.
+"""Distillation: scales, table entries and norms of a quantized model are trained on KL(model || quantized model); codes stay.
 
 The gradient of the divergence of the logits (on the calibration text, averaged over its tokens) reaches every matrix by backpropagation
 through the quantized model; that of a scale is the sum over its group of codes times gradients. Adam changes each parameter by parts of its

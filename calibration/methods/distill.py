@@ -9,7 +9,7 @@ class Distill(Method):
     """GPTQ, then training of scales and norms."""
 
     name = "distill"
-    words = "gptq, then scales and norms trained on what is lost, in some ten minutes"
+    words = "gptq, then scales and norms trained on what is lost, which pays below 4 bits"
     needs_text = True
     takes_statistics = False
     makes_weight_set = True

@@ -9,7 +9,7 @@ class GPTQ(Method):
     """GPTQ of all matrices, in the order of the layers or from statistics."""
 
     name = "gptq"
-    words = "errors cancel along a calibration text, in minutes, at about a third of the loss"
+    words = "errors cancel along a calibration text, in minutes, at about a quarter of the loss"
     needs_text = True
     makes_weight_set = True
     gain = GPTQ_GAIN

@@ -66,7 +66,7 @@ class Quantized(ABC):
 
     @property
     def parameters(self) -> Tensor | None:
-        """What the values of the codes are linear in, float16: scales or table entries; None where they are not free to change a little."""
+        """Scales or table entries, float16, in which values are linear; None where they are not free to change a little."""
         return None
 
     def with_parameters(self, parameters: Tensor) -> Self:
