@@ -7,7 +7,7 @@ lacks. What is added to a diagonal is a part of its mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 PARTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean diagonal, that may be added to it
 DEFAULT_PART = 0.3  # where a text cannot be halved
 _ROWS = 256  # outputs that judge a ridge
+_PROBES = 64  # random vectors that estimate a trace
 
 
 @dataclass(frozen=True)
@@ -33,38 +34,43 @@ def choose_damping(first: Tensor, second: Tensor, start: float = DEFAULT_PART) -
     damped Hessian U D Uᵀ, so that the error of the matrix has the covariance U⁻ᵀ U⁻¹ and costs tr(U⁻¹ H U⁻ᵀ) under another H. `start` is where
     the search begins: the choice for a matrix like it saves factors.
     """
-    costs: dict[int, float] = {}
-
-    def cost(place: int) -> float:
-        if place not in costs:
-            costs[place] = _expected_error(first, second, PARTS[place]) if 0 <= place < len(PARTS) else math.inf
-        return costs[place]
-
-    place = min(range(len(PARTS)), key=lambda i: abs(math.log(PARTS[i] / start)))
-    while True:  # downhill; the cost has one valley
-        best = min((place, place - 1, place + 1), key=cost)
-        if best == place:
-            return PARTS[place]
-        place = best
+    return _least(lambda part: _expected_error(first, second, part), start)[0]
 
 
-def fit(halves: Sequence[Half]) -> Tensor | None:
+def fit(halves: Sequence[Half], start: float = DEFAULT_PART) -> tuple[Tensor | None, float]:
     """Fit C `[out, in]` that gives what outputs lack from their inputs, by ridge regression; None where it would not hold on other text.
 
-    The ridge is the part of the diagonal with which either half's fit leaves the other half least error. None if that is no less than without.
+    The ridge is the part of the diagonal with which either half's fit leaves the other half least error, searched from `start`; it is returned
+    too. None if the error is no less than without a fit.
     """
     hessian, missing = mean_of([half.hessian for half in halves]), mean_of([half.missing for half in halves])
     if len(halves) < 2:
-        return _ridge(hessian, missing, DEFAULT_PART)
+        return _ridge(hessian, missing, start), start
     rows = torch.linspace(0, len(missing) - 1, min(_ROWS, len(missing)), device=missing.device).long()
-    costs = {part: sum(_left(halves[i], halves[1 - i], rows, part) for i in range(2)) for part in PARTS}
-    part = min(costs, key=lambda part: costs[part])
-    return _ridge(hessian, missing, part) if costs[part] < 0 else None
+    part, cost = _least(lambda part: sum(_left(halves[i], halves[1 - i], rows, part) for i in range(2)), start)
+    return (_ridge(hessian, missing, part) if cost < 0 else None), part
 
 
 def mean_of(moments: Sequence[Tensor]) -> Tensor:
     """Mean of the moments of both halves, which count alike even where one has a window more."""
     return moments[0] if len(moments) == 1 else (moments[0] + moments[1]) / 2
+
+
+def _least(cost: Callable[[float], float], start: float) -> tuple[float, float]:
+    """Find the part of least cost, and that cost, downhill from `start`: costs have one valley."""
+    costs: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if place not in costs:
+            costs[place] = cost(PARTS[place]) if 0 <= place < len(PARTS) else math.inf
+        return costs[place]
+
+    place = min(range(len(PARTS)), key=lambda i: abs(math.log(PARTS[i] / start)))
+    while True:
+        best = min((place, place - 1, place + 1), key=at)
+        if best == place:
+            return PARTS[place], at(place)
+        place = best
 
 
 def _left(seen: Half, other: Half, rows: Tensor, part: float) -> float:
@@ -83,6 +89,7 @@ def _ridge(hessian: Tensor, missing: Tensor, part: float) -> Tensor:
 
 
 def _expected_error(first: Tensor, second: Tensor, part: float) -> float:
+    """Estimate tr(U⁻¹ H U⁻ᵀ), the mean of zᵀ U⁻¹ H U⁻ᵀ z over vectors z of random signs (Hutchinson 1990); the same ones for every part."""
     identity = torch.eye(len(first), device=first.device)
     order = first.diagonal().argsort(descending=True, stable=True)
     damped = first + part * float(first.diagonal().mean()) * identity
@@ -90,5 +97,6 @@ def _expected_error(first: Tensor, second: Tensor, part: float) -> float:
     if failed:
         return math.inf
     upper = lower.flip(0, 1)
-    inverse = torch.linalg.solve_triangular(upper / upper.diagonal(), identity, upper=True, unitriangular=True)
-    return float((inverse @ second[order][:, order] * inverse).sum())
+    signs = torch.randint(2, (len(first), min(_PROBES, len(first))), generator=torch.Generator().manual_seed(0)).to(first) * 2 - 1
+    errors = torch.linalg.solve_triangular((upper / upper.diagonal()).T, signs, upper=False, unitriangular=True)
+    return float((second[order][:, order] @ errors * errors).sum() / signs.shape[1])

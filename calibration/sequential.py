@@ -59,7 +59,7 @@ def quantize_in_order(
         )
     graph, device = trace(checkpoint.config, sample.window), torch_device()
     stages = linear_stages(graph)
-    dampings: dict[Role, float] = {}  # of the matrix before of each role
+    chosen: dict[Role, tuple[float, float]] = {}  # damping and ridge of the matrix before of each role
     exact: Activations = {graph.source: torch.from_numpy(sample.ids)}
     rounded = dict(exact)
     progress.stage(f"quantizing along {sample.tokens:,} tokens", sum(_cost(stage) for stage in stages))
@@ -74,8 +74,9 @@ def quantize_in_order(
             try:
                 if node.op == "linear":
                     gathered = _gathered(stage, exact, rounded)
-                    target = _target(node, weights[spec.name], exact, rounded, gathered, dampings.get(spec.role, DEFAULT_PART))
-                    dampings[spec.role] = target.damping
+                    start = chosen.get(spec.role, (DEFAULT_PART, DEFAULT_PART))
+                    target = _target(node, weights[spec.name], exact, rounded, gathered, *start)
+                    chosen[spec.role] = target.damping, target.ridge
                     quantized = gptq(
                         target.weight,
                         scheme,
@@ -117,11 +118,12 @@ def _gathered(stage: Stage, exact: Activations, rounded: Activations) -> Callabl
 
 @dataclass(frozen=True)
 class _Target:
-    """What to quantize `[out, in]`, the Hessian `[in, in]` of what it will multiply, and the damping that suits it."""
+    """What to quantize `[out, in]`, the Hessian `[in, in]` of what it will multiply, and the damping and the ridge that suit it."""
 
     weight: Tensor
     hessian: Tensor
     damping: float
+    ridge: float
 
 
 def _target(
@@ -131,18 +133,19 @@ def _target(
     rounded: Activations,
     gathered: Callable[[slice], Tensor] | None,
     damping: float = DEFAULT_PART,
+    ridge: float = DEFAULT_PART,
 ) -> _Target:
-    """Fit the matrix that makes good what its inputs lack; `damping` is where the search for the best begins."""
+    """Fit the matrix that makes good what its inputs lack; searches for the best `damping` and `ridge` begin with these."""
     sequences = len(rounded[node.inputs["x"]])
     middle = sequences // 2
     halves = [_moments(node, weight, exact, rounded, gathered, *part) for part in ((0, middle), (middle, sequences)) if part[1] > part[0]]
     hessian = mean_of([half.hessian for half in halves])
     if hessian.diagonal().mean() == 0:  # the text says nothing of these inputs
-        return _Target(weight, hessian, damping)
-    change = fit(halves)
+        return _Target(weight, hessian, damping, ridge)
+    change, ridge = fit(halves, ridge)
     if len(halves) == 2:
         damping = choose_damping(halves[0].hessian, halves[1].hessian, damping)
-    return _Target(weight if change is None else weight + change, hessian, damping)
+    return _Target(weight if change is None else weight + change, hessian, damping, ridge)
 
 
 def _moments(

@@ -160,7 +160,7 @@ def test_more_damping_than_usual_is_said(small_checkpoint: MemoryCheckpoint, mon
         return lower, next(attempts, failed) if matrix.shape[0] == small_checkpoint.specs[DOWN].shape[1] else failed
 
     assert prepared(small_checkpoint, method="gptq", tokens=256).notes == ()
-    monkeypatch.setattr("calibration.sequential.fit", lambda halves: None)
+    monkeypatch.setattr("calibration.sequential.fit", lambda halves, start: (None, start))
     monkeypatch.setattr("calibration.sequential.choose_damping", lambda first, second, start: 0.3)
     monkeypatch.setattr("calibration.gptq.torch.linalg.cholesky_ex", failing)
     first = prepared(small_checkpoint, method="gptq", tokens=512)
