@@ -36,6 +36,7 @@ from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
 
+_CODES = 2  # raised when the same inputs would give other codes, so that the cache does not answer with the former ones
 MomentsOf = Callable[[WeightSpec], Moments | None]
 
 
@@ -135,7 +136,7 @@ def _facts(checkpoint: Checkpoint, plan: Plan, source: Sample | Statistics, meth
 
 def _path(facts: WeightFacts) -> Path:
     """Place of a weight set in the cache, by what it is computed from."""
-    key = [FORMAT, facts.identity, facts.schemes, facts.method, facts.sequential, facts.text_sha256, facts.tokens, __version__]
+    key = [FORMAT, _CODES, facts.identity, facts.schemes, facts.method, facts.sequential, facts.text_sha256, facts.tokens, __version__]
     return cache_folder() / "weights" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
 
 

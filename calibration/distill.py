@@ -122,7 +122,7 @@ class _Student:
             weight = weights.get(spec)
             if spec.role.is_norm:
                 self._parameters[name] = weights.numbers(spec).to(torch.float32).clone()
-            elif isinstance(weight, Quantized) and weight.parameters is not None and _worth_training(weight):
+            elif isinstance(weight, Quantized) and weight.parameters is not None and weight.scheme.is_coarse:
                 self._codes[name] = weight
                 self._parameters[name] = weight.parameters.to(torch.float32)
             else:
@@ -238,11 +238,6 @@ class _Student:
 def _last(streams: Iterable[Tensor]) -> Tensor:
     """The last of `streams`, of which one is in memory at a time."""
     return deque(streams, maxlen=1).pop()
-
-
-def _worth_training(weight: Quantized) -> bool:
-    """Whether a weight loses enough for its scales to matter: 8 bits do not."""
-    return weight.scheme.is_coarse
 
 
 def _shuffled(windows: int, window: int) -> list[Tensor]:

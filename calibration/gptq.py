@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibration.held_out import DEFAULT_PART
+from calibration.second_moments import upper_factor
 from elmexport.errors import ElmExportError
 from elmexport.quantization.codec import Quantized
 from elmexport.quantization.grids import Grid
@@ -129,9 +130,9 @@ def _damped(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor, fl
     order = h.diagonal().argsort(descending=True, stable=True)
     for _ in range(_ATTEMPTS):
         attempt = h + damping * unit
-        lower, failed = torch.linalg.cholesky_ex(attempt[order][:, order].flip(0, 1))
-        if not failed:
-            return attempt, order, lower.flip(0, 1), damping
+        factor = upper_factor(attempt, order)
+        if factor is not None:
+            return attempt, order, factor, damping
         damping *= 10
     raise ElmExportError(
         f"the Hessian is not positive definite, even with {damping / 10:g} of its mean diagonal added; calibrate again, on more text, or choose method 'mse'"

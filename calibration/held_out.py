@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibration.second_moments import upper_factor
+
 PARTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean diagonal, that may be added to it
 DEFAULT_PART = 0.3  # where a text cannot be halved
 _ROWS = 256  # outputs that judge a ridge
@@ -90,13 +92,10 @@ def _ridge(hessian: Tensor, missing: Tensor, part: float) -> Tensor:
 
 def _expected_error(first: Tensor, second: Tensor, part: float) -> float:
     """Estimate tr(U⁻¹ H U⁻ᵀ), the mean of zᵀ U⁻¹ H U⁻ᵀ z over vectors z of random signs (Hutchinson 1990); the same ones for every part."""
-    identity = torch.eye(len(first), device=first.device)
     order = first.diagonal().argsort(descending=True, stable=True)
-    damped = first + part * float(first.diagonal().mean()) * identity
-    lower, failed = torch.linalg.cholesky_ex(damped[order][:, order].flip(0, 1))
-    if failed:
+    upper = upper_factor(first + part * float(first.diagonal().mean()) * torch.eye(len(first), device=first.device), order)
+    if upper is None:
         return math.inf
-    upper = lower.flip(0, 1)
     signs = torch.randint(2, (len(first), min(_PROBES, len(first))), generator=torch.Generator().manual_seed(0)).to(first) * 2 - 1
     errors = torch.linalg.solve_triangular((upper / upper.diagonal()).T, signs, upper=False, unitriangular=True)
     return float((second[order][:, order] @ errors * errors).sum() / signs.shape[1])

@@ -24,3 +24,9 @@ def mirror(sums: Tensor) -> Tensor:
         block.copy_(torch.tril(block) + torch.tril(block, -1).T)
         sums[start:stop, stop:] = sums[stop:, start:stop].T
     return sums
+
+
+def upper_factor(moments: Tensor, order: Tensor) -> Tensor | None:
+    """Factor `moments` `[width, width]`, its channels in `order`, as R Rᵀ, R upper triangular; None where it is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(moments[order][:, order].flip(0, 1))
+    return None if failed else lower.flip(0, 1)

@@ -74,8 +74,8 @@ class Quantized(ABC):
         raise NotImplementedError(f"{self.scheme} has no parameters to change")
 
     def parameter_gradient(self, gradient: Tensor) -> Tensor:
-        """Gradient by the parameters, float32 in their shape, of what has `gradient` `[…, out, in]` by the values."""
-        raise NotImplementedError(f"{self.scheme} has no parameters to change")
+        """Gradient by the parameters of a matrix, float32 in their shape, of what has `gradient` float32 `[out, in]` by the values."""
+        return self.grid().reduce(gradient.t().contiguous()).t()
 
 
 class Codec(ABC):
@@ -140,9 +140,3 @@ def fp16_times(values: Tensor, factor: float) -> Tensor | None:
     product = values.to(torch.float32) * factor
     rounded = product.to(torch.float16)
     return rounded if torch.equal(rounded.to(torch.float32), product) else None
-
-
-def finite_fp16(values: Tensor, otherwise: Tensor) -> Tensor:
-    """`values` rounded to float16; those that overflow are taken from `otherwise`."""
-    rounded = values.to(torch.float16)
-    return torch.where(torch.isfinite(rounded), rounded, otherwise)

@@ -47,5 +47,10 @@ class Grid(ABC):
 
     def fp16(self, parameters: Tensor) -> Tensor:
         """`parameters` rounded to fp16, those that overflow replaced by the present ones."""
-        rounded = parameters.to(torch.float16).to(torch.float32)
-        return torch.where(torch.isfinite(rounded), rounded, self.parameters)
+        return finite_fp16(parameters, self.parameters).to(torch.float32)
+
+
+def finite_fp16(values: Tensor, otherwise: Tensor) -> Tensor:
+    """`values` rounded to float16; those that overflow are taken from `otherwise`."""
+    rounded = values.to(torch.float16)
+    return torch.where(torch.isfinite(rounded), rounded, otherwise)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.quantization import packed_bits
-from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, finite_fp16, fp16_times
-from elmexport.quantization.grids import Grid
+from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, fp16_times
+from elmexport.quantization.grids import Grid, finite_fp16
 from elmexport.quantization.integers import least_squares, round_to_nearest
 from elmexport.quantization.schemes import Integer
 from elmexport.quantization.threads import in_threads
@@ -60,12 +60,6 @@ class IntegerTensor(Quantized):
 
     def with_parameters(self, parameters: Tensor) -> IntegerTensor:
         return replace(self, scales=finite_fp16(parameters, self.scales))
-
-    def parameter_gradient(self, gradient: Tensor) -> Tensor:
-        codes = self.codes.view(*self.scales.shape, -1).to(torch.float32)
-        if self.zeros is not None:
-            codes -= self.zeros[..., None]
-        return codes.mul_(gradient.reshape(codes.shape)).sum(-1)
 
 
 class IntegerCodec(Codec):

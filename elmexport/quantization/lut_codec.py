@@ -10,8 +10,8 @@ from torch import Tensor
 
 from elmexport.errors import ElmExportError
 from elmexport.quantization import packed_bits
-from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, finite_fp16, fp16_times
-from elmexport.quantization.grids import Grid
+from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, fp16_times
+from elmexport.quantization.grids import Grid, finite_fp16
 from elmexport.quantization.kmeans import boundaries, cluster
 from elmexport.quantization.schemes import Lut
 
@@ -51,11 +51,6 @@ class PalettizedTensor(Quantized):
     def with_parameters(self, parameters: Tensor) -> PalettizedTensor:
         # An entry that would pass its neighbour stops there: tables are ascending.
         return replace(self, tables=finite_fp16(parameters, self.tables).cummax(-1).values)
-
-    def parameter_gradient(self, gradient: Tensor) -> Tensor:
-        groups = len(self.tables)
-        sums = torch.zeros(self.tables.shape, dtype=torch.float32, device=gradient.device)
-        return sums.scatter_add_(1, self.codes.view(groups, -1).to(torch.int64), gradient.reshape(groups, -1))
 
 
 class LutCodec(Codec):

@@ -161,10 +161,10 @@ def test_more_damping_than_usual_is_said(small_checkpoint: MemoryCheckpoint, mon
 
     assert prepared(small_checkpoint, method="gptq", tokens=256).notes == ()
     monkeypatch.setattr("calibration.sequential.fit", lambda halves, start: (None, start))
-    monkeypatch.setattr("calibration.sequential.choose_damping", lambda first, second, start: 0.3)
+    monkeypatch.setattr("calibration.sequential.choose_damping", lambda first, second, start: 0.01)
     monkeypatch.setattr("calibration.gptq.torch.linalg.cholesky_ex", failing)
     first = prepared(small_checkpoint, method="gptq", tokens=512)
-    assert len(first.notes) == 1 and "took 3 of its mean diagonal as damping" in first.notes[0]
+    assert len(first.notes) == 1 and "took 0.1 of its mean diagonal as damping" in first.notes[0]
     assert prepared(small_checkpoint, method="gptq", tokens=512).notes == first.notes
 
 
