@@ -6,7 +6,7 @@ counts from the shapes of the tensors, and imports nothing of `elmexport`, nor t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -32,8 +32,16 @@ class Config(Protocol):
     def ffn_with_glu(self) -> bool: ...
 
 
-def reference_logits(config: Config, tensors: Mapping[str, NDArray[np.floating]], ids: Sequence[int] | NDArray[np.integer]) -> Array:
-    """float64 logits `[tokens, vocab]` of `ids` from position 0. `tensors` has Apple's names; an absent `lm_head.weight` means tied."""
+def reference_logits(
+    config: Config,
+    tensors: Mapping[str, NDArray[np.floating]],
+    ids: Sequence[int] | NDArray[np.integer],
+    rounded: Callable[[Array], Array] = lambda x: x,
+) -> Array:
+    """float64 logits `[tokens, vocab]` of `ids` from position 0. `tensors` has Apple's names; an absent `lm_head.weight` means tied.
+
+    `rounded` is what an engine does to the input of each product with a weight, if it does not take it as it is.
+    """
     weights = {name: np.asarray(tensor, dtype=np.float64) for name, tensor in tensors.items()}
     table = weights["transformer.token_embeddings.weight"]
     x = table[np.asarray(ids)]
@@ -41,10 +49,18 @@ def reference_logits(config: Config, tensors: Mapping[str, NDArray[np.floating]]
         layer = {
             name.removeprefix(f"transformer.layers.{i}."): w for name, w in weights.items() if name.startswith(f"transformer.layers.{i}.")
         }
-        x = x + _attention(config, layer, _rms_norm(x, layer["attn_norm.weight"]))
-        x = x + _feed_forward(config, layer, _rms_norm(x, layer["ffn_norm.weight"]))
+        x = x + _attention(config, layer, _rms_norm(x, layer["attn_norm.weight"]), rounded)
+        x = x + _feed_forward(config, layer, _rms_norm(x, layer["ffn_norm.weight"]), rounded)
     x = _rms_norm(x, weights["transformer.norm.weight"])
-    return x @ weights.get("lm_head.weight", table).T
+    return rounded(x) @ weights.get("lm_head.weight", table).T
+
+
+def q8_0(x: Array) -> Array:
+    """Rows `[tokens, width]` as ggml's Q8_0 has them: blocks of 32, the largest magnitude at 127, scales in fp16."""
+    blocks = x.astype(np.float32).reshape(-1, 32)
+    scale = np.abs(blocks).max(1, keepdims=True) / np.float32(127)
+    codes = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+    return (codes * scale.astype(np.float16)).astype(np.float64).reshape(x.shape)
 
 
 def log_probs(logits: NDArray[np.floating]) -> Array:
@@ -75,10 +91,10 @@ def _rope(x: Array, theta: float) -> Array:
     return np.concatenate((turned.real, turned.imag), axis=-1)
 
 
-def _attention(config: Config, layer: Mapping[str, Array], x: Array) -> Array:
+def _attention(config: Config, layer: Mapping[str, Array], x: Array, rounded: Callable[[Array], Array]) -> Array:
     tokens, d, group = len(x), config.head_dim, config.num_gqa_groups
     queries = layer["attn.out_proj.weight"].shape[1] // d
-    heads = (x @ layer["attn.qkv_proj.weight"].T).reshape(tokens, -1, d).swapaxes(0, 1)  # [queries + 2 * keys, tokens, d]
+    heads = (rounded(x) @ layer["attn.qkv_proj.weight"].T).reshape(tokens, -1, d).swapaxes(0, 1)  # [queries + 2 * keys, tokens, d]
     keys = (len(heads) - queries) // 2
     assert queries == keys * group, "the shapes of qkv_proj and out_proj contradict num_gqa_groups"
     q, k, v = heads[:queries], heads[queries : queries + keys], heads[queries + keys :]
@@ -91,14 +107,14 @@ def _attention(config: Config, layer: Mapping[str, Array], x: Array) -> Array:
             score = k[head // group, : t + 1] @ q[head, t] / np.sqrt(d)
             share = np.exp(score - score.max())
             out[t, head] = share @ v[head // group, : t + 1] / share.sum()
-    return out.reshape(tokens, -1) @ layer["attn.out_proj.weight"].T
+    return rounded(out.reshape(tokens, -1)) @ layer["attn.out_proj.weight"].T
 
 
-def _feed_forward(config: Config, layer: Mapping[str, Array], x: Array) -> Array:
-    hidden = x @ layer["ffn.proj_1.weight"].T
+def _feed_forward(config: Config, layer: Mapping[str, Array], x: Array, rounded: Callable[[Array], Array]) -> Array:
+    hidden = rounded(x) @ layer["ffn.proj_1.weight"].T
     if config.ffn_with_glu:
         gate, up = np.split(hidden, 2, axis=-1)
         hidden = _silu(gate) * up
     else:
         hidden = _silu(hidden)
-    return hidden @ layer["ffn.proj_2.weight"].T
+    return rounded(hidden) @ layer["ffn.proj_2.weight"].T

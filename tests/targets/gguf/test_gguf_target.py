@@ -28,7 +28,7 @@ from targets.gguf.metadata import describe, file_name
 from tests.conftest import ExportTo, SmallArtifact
 from tests.graph.test_forward import token_ids
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
-from tests.reference import kl, reference_logits
+from tests.reference import kl, q8_0, reference_logits
 
 QUANTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -129,7 +129,7 @@ def test_5_bit_blocks_are_q5_0(
     monkeypatch: pytest.MonkeyPatch,
     method: Literal["rtn", "mse", "gptq"],
 ) -> None:
-    """Codes and scales as they are, the same from a weight set; llama.cpp computes with them, its activations in 8 bits."""
+    """Codes and scales as they are, the same from a weight set; llama.cpp computes with them and activations in Q8_0."""
     monkeypatch.setenv("ELMEXPORT_CACHE", str(tmp_path / "cache"))
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
@@ -156,8 +156,12 @@ def test_5_bit_blocks_are_q5_0(
                 weight = quantize(small_checkpoint.tensor(ours), find_scheme("int5-block32"), method)
             arrays[ours] = weight.dequantize().numpy()
             assert np.array_equal(value, arrays[ours][rows]), theirs
-    ids = token_ids(40, small_checkpoint.config)
-    assert kl(reference_logits(small_checkpoint.config, arrays, ids), open_artifact(folder).logits(ids)).mean() < 1e-3
+    runtime = open_artifact(folder)
+    prompts = token_ids(60, small_checkpoint.config).reshape(12, 5)
+    losses = [kl(reference_logits(small_checkpoint.config, arrays, ids, rounded=q8_0), runtime.logits(ids)).max() for ids in prompts]
+    # Where an activation lies just between two codes, float32 and float64 take different ones: a few prompts differ, the others agree.
+    assert np.median(losses) < 1e-10
+    assert max(losses) < 2e-3
 
 
 def test_metadata(exported: Exported, small_config: OpenELMConfig) -> None:
