@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Rounded = Callable[[Array], Array]
 
 EPS = 1e-6  # OpenELMRMSNorm's default, which no configuration field overrides
 
@@ -36,7 +37,7 @@ def reference_logits(
     config: Config,
     tensors: Mapping[str, NDArray[np.floating]],
     ids: Sequence[int] | NDArray[np.integer],
-    rounded: Callable[[Array], Array] = lambda x: x,
+    rounded: Rounded = np.asarray,
 ) -> Array:
     """float64 logits `[tokens, vocab]` of `ids` from position 0. `tensors` has Apple's names; an absent `lm_head.weight` means tied.
 
@@ -91,7 +92,7 @@ def _rope(x: Array, theta: float) -> Array:
     return np.concatenate((turned.real, turned.imag), axis=-1)
 
 
-def _attention(config: Config, layer: Mapping[str, Array], x: Array, rounded: Callable[[Array], Array]) -> Array:
+def _attention(config: Config, layer: Mapping[str, Array], x: Array, rounded: Rounded = np.asarray) -> Array:
     tokens, d, group = len(x), config.head_dim, config.num_gqa_groups
     queries = layer["attn.out_proj.weight"].shape[1] // d
     heads = (rounded(x) @ layer["attn.qkv_proj.weight"].T).reshape(tokens, -1, d).swapaxes(0, 1)  # [queries + 2 * keys, tokens, d]
@@ -110,7 +111,7 @@ def _attention(config: Config, layer: Mapping[str, Array], x: Array, rounded: Ca
     return rounded(out.reshape(tokens, -1)) @ layer["attn.out_proj.weight"].T
 
 
-def _feed_forward(config: Config, layer: Mapping[str, Array], x: Array, rounded: Callable[[Array], Array]) -> Array:
+def _feed_forward(config: Config, layer: Mapping[str, Array], x: Array, rounded: Rounded = np.asarray) -> Array:
     hidden = rounded(x) @ layer["ffn.proj_1.weight"].T
     if config.ffn_with_glu:
         gate, up = np.split(hidden, 2, axis=-1)
