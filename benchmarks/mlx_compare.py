@@ -32,7 +32,7 @@ import sys, shutil
 from pathlib import Path
 import numpy as np
 import torch
-from calibration.text import calibration_text, sample_windows
+from calibration.text import bundled_text, sample_windows
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ save_checkpoint(folder, checkpoint.config, {name: checkpoint.read(name).to(torch
 artifact = export_checkpoint(checkpoint, "mlx", "fp16", out=folder.with_name("companions"), verify=False).path
 for path in artifact.glob("*token*"):
     shutil.copyfile(path, folder / path.name)
-sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [calibration_text()], "calibration text", tokens=tokens, window=window)
+sample = sample_windows(load_tokenizer(checkpoint.tokenizer_path), [bundled_text("calibration")], "calibration text", tokens=tokens, window=window)
 np.save(folder / "calibration.npy", np.asarray(sample.ids))
 print(checkpoint.config.parameter_count)
 """

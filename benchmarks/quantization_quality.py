@@ -38,7 +38,7 @@ from calibration.sensitivity import KLEvaluator, sensitivities
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Statistics, mean_square_of
 from calibration.table import quantize_table
-from calibration.text import Sample, bundled_text, calibration_text, sample_windows
+from calibration.text import Sample, bundled_text, sample_windows
 from calibration.weight_set import StoredWeights
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
@@ -204,7 +204,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
     if "mixed" not in chosen:
         return
     target = find_target("onnx")
-    short = sample_windows(tokenizer, [bundled_text()], "prose", tokens=1024, window=WINDOW)
+    short = sample_windows(tokenizer, [bundled_text("weighting")], "prose", tokens=1024, window=WINDOW)
     offered = candidates(target, checkpoint.specs.values())
     measured = sensitivities(checkpoint, offered, short, KLEvaluator(checkpoint, short), SilentProgress())
     for bits in MIXED:
@@ -221,7 +221,7 @@ def llama_cpp(checkpoint: Checkpoint, tools: Path, folder: Path) -> Iterator[Ent
 
     (source,) = export_checkpoint(checkpoint, "gguf", "fp16", out=folder / "fp16", verify=False).path.glob("*.gguf")
     text, imatrix = folder / "calibration.txt", folder / "imatrix.gguf"
-    text.write_text(calibration_text(), encoding="utf-8")
+    text.write_text(bundled_text("calibration"), encoding="utf-8")
     _call(tools / "llama-imatrix", "-m", source, "-f", text, "-o", imatrix, "-c", WINDOW, "-t", 2)
     for name in LLAMA_CPP:
         kind, _, weighted = name.partition("+")

@@ -13,25 +13,29 @@ from math import ceil
 
 import numpy as np
 
+from calibration.collect import collect
 from calibration.costs import known_sensitivities
-from calibration.method import Gain
+from calibration.gains import FindWeights, Gain, measure_gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
-from calibration.text import bundled_text, random_windows, sample_windows
+from calibration.statistics import mean_square_of
+from calibration.text import bundled_sample
 from elmexport.checkpoint import open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.progress import Progress
 from elmexport.quantization.layers import Between
-from elmexport.quantization.recipes import Recipe, Rule, resolve
+from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
 from elmexport.quantization.schemes import CodedScheme, find_scheme
+from elmexport.quantization.weight_source import CheckpointWeights, WeightSource
 from elmexport.target import Target
 from elmexport.weights import Role, WeightSpec
 
-# A target takes those that it can express: tables are Core ML's, integers of 3, 5 and 6 bits MLX's, and GGUF has 5-bit ones.
+# A target takes those that it can express: tables are Core ML's, integers of 3, 5 and 6 bits MLX's, and GGUF has 5-bit ones and types of its own.
 CANDIDATES = (
     *("int3-block64", "int3-block32", "int4-block128", "int4-block64", "int4-block32", "int5-block64", "int5-block32"),
     *("int6-block64", "int6-block32", "lut6-group64", "lut6-group16", "int8-block32"),
+    *("gguf-q3_k", "gguf-iq4_xs", "gguf-iq4_nl", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k"),
 )
 
 _GRAINS = 20000
@@ -49,10 +53,10 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of each matrix of a model in each scheme that it may have, and what measures the divergence of a choice."""
+    """Costs of each matrix of a model in each scheme that it may have."""
 
     measured: Sequence[Sensitivity]
-    evaluator: KLEvaluator
+    text: str  # that they were measured on, in words
     config: ModelConfig
     base: Recipe  # of which an allocation takes everything but the rules
 
@@ -67,34 +71,43 @@ class Costs:
 
 
 def choose_bits(
-    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, *, gain: Gain, progress: Progress
-) -> tuple[Allocation, KLEvaluator]:
-    """Allocate bits to `checkpoint`; returns what measures the divergence of the choice too.
+    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, find: FindWeights | None, progress: Progress
+) -> tuple[Allocation, str]:
+    """Allocate bits to `checkpoint`; returns which text chose, too. See `measure_costs` for `find`.
 
     Raises:
         ElmExportError: see `allocate`.
     """
     specs = list(checkpoint.specs.values())
     check_budget(specs, candidates(target, specs), base, bits_per_weight)  # before the minutes that measuring takes
-    costs = measure_costs(checkpoint, target, base, gain=gain, progress=progress)
-    return costs.allocate(bits_per_weight), costs.evaluator
+    costs = measure_costs(checkpoint, target, base, find, progress)
+    return costs.allocate(bits_per_weight), costs.text
 
 
-def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, *, gain: Gain, progress: Progress) -> Costs:
-    """Measure what `allocate` needs, for the schemes that `target` can hold. The text is the bundled prose.
+def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, find: FindWeights | None, progress: Progress) -> Costs:
+    """Measure what `allocate` needs, for the schemes that `target` can hold, on the bundled text for choices.
 
-    Costs are measured with scales of least weighted error; `gain` is that of the method which will find the codes.
+    Costs are measured with scales of least weighted error. `find` is the method which will find the codes, if it is another one: trials on
+    a few matrices say what it gains.
     """
     window = min(WINDOW, checkpoint.config.dims.context)
-    tokenizer = open_tokenizer(checkpoint)
-    if tokenizer is None:
-        sample = random_windows(checkpoint.config.dims.vocab_size, checkpoint.config.bos_token_id, tokens=TOKENS, window=window)
-    else:
-        sample = sample_windows(tokenizer, [bundled_text()], "bundled prose", tokens=TOKENS, window=window)
+    tokenizer, config = open_tokenizer(checkpoint), checkpoint.config
+    sample = bundled_sample(tokenizer, config, "choice", tokens=TOKENS, window=window)
+    weighting = bundled_sample(tokenizer, config, "weighting", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
     evaluator = KLEvaluator(checkpoint, sample)
-    measured = known_sensitivities(checkpoint, candidates(target, specs), sample, evaluator, progress)
-    return Costs([with_gain(item, gain) for item in measured], evaluator, checkpoint.config, base)
+    measured = known_sensitivities(checkpoint, candidates(target, specs), weighting, sample, evaluator, progress)
+    if find is not None:
+        progress.stage("measuring what the method gains", 1)
+
+        statistics = collect(checkpoint, weighting, progress=progress)
+
+        def plain(plan: Plan) -> WeightSource:
+            return CheckpointWeights(checkpoint, plan, "mse", mean_square_of(statistics.moments))
+
+        gain = measure_gain(measured, evaluator, config, base, find, plain)
+        measured = [with_gain(item, gain) for item in measured]
+    return Costs(measured, sample.words, config, base)
 
 
 def mixed_name(bits_per_weight: float) -> str:

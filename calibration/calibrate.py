@@ -13,7 +13,7 @@ from typing import TypedDict, Unpack
 
 from calibration.collect import collect
 from calibration.statistics import FORMAT, Statistics
-from calibration.text import Sample, calibration_text, random_windows, read_text, sample_windows
+from calibration.text import Sample, bundled_sample, read_text, sample_windows
 from calibration.work import FolderWork
 from elmexport import __version__
 from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
@@ -100,12 +100,11 @@ def make_sample(
     if tokens < 1:
         raise ElmExportError(f"--tokens is {tokens}; calibration reads at least 1 token ({DEFAULT_TOKENS:,} is the default)")
     tokenizer = open_tokenizer(checkpoint)
+    if not texts:
+        return bundled_sample(tokenizer, config, "calibration", tokens=tokens, window=window)
     if tokenizer is None:
-        if texts:
-            raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read the text with; pass one with --tokenizer PATH")
-        return random_windows(config.dims.vocab_size, config.bos_token_id, tokens=tokens, window=window)
-    words = ", ".join(path.name for path in text) if texts else "bundled calibration text"
-    return sample_windows(tokenizer, texts or [calibration_text()], words, tokens=tokens, window=window)
+        raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read the text with; pass one with --tokenizer PATH")
+    return sample_windows(tokenizer, texts, ", ".join(path.name for path in text), tokens=tokens, window=window)
 
 
 def calibrate_checkpoint(

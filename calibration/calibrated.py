@@ -18,6 +18,7 @@ import torch
 from calibration.distill import HELD_OUT, distill, split
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
+from calibration.method import Prepared
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Moments, Statistics
 from calibration.table import quantize_table
@@ -163,16 +164,26 @@ def moments_of(checkpoint: Checkpoint, statistics: Statistics) -> MomentsOf:
     return get
 
 
-def save_weights(weights: WeightSet, out: Path) -> None:
-    """Copy the file of `weights` to `out`.
+def save_weights(checkpoint: Checkpoint, prepared: Prepared, out: Path) -> None:
+    """Write the codes of `prepared` to the file `out`.
 
     Raises:
         ElmExportError: `out` cannot be written.
     """
+    weights = prepared.weights
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(out) as partial:
-            shutil.copyfile(weights.path, partial)
+        if isinstance(weights, StoredWeights):
+            with complete_file(out) as partial:
+                shutil.copyfile(weights.weight_set.path, partial)
+            return
+        assert prepared.statistics is not None, "codes that took the place of a method's are weighted"
+        facts = _facts(checkpoint, prepared.plan, prepared.statistics, prepared.facts["method"])
+        with weight_writer(out, facts, checkpoint.specs) as writer:
+            for name in facts.schemes:
+                quantized = weights.get(checkpoint.specs[name])
+                assert isinstance(quantized, Quantized)
+                writer.add(checkpoint.specs[name], quantized)
     except OSError as error:
         raise ElmExportError(f"cannot write {out}: {error.strerror or error}; choose another --save-weights") from error
 

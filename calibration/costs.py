@@ -1,4 +1,4 @@
-"""Cache of sensitivities: measured once for a model, a text and a choice of schemes."""
+"""Cache of sensitivities: measured once for a model, two texts and a choice of schemes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from calibration.collect import collect
 from calibration.sensitivity import KLEvaluator, Sensitivity, sensitivities
 from calibration.text import Sample
 from elmexport import __version__
@@ -21,20 +22,27 @@ FORMAT = 1  # of the files; raised when the same measurement would give other fi
 
 
 def known_sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
+    checkpoint: Checkpoint,
+    candidates: Mapping[str, Sequence[CodedScheme]],
+    weighting: Sample,
+    sample: Sample,
+    evaluator: KLEvaluator,
+    progress: Progress,
 ) -> list[Sensitivity]:
     """Measure `sensitivities`, or take them out of the cache if they have been measured before.
+
+    Errors are weighted by `weighting`; `evaluator` reads `sample`.
 
     Raises:
         ElmExportError: the cache cannot be written.
     """
     names = {name: [scheme.recipe_name for scheme in schemes] for name, schemes in candidates.items()}
-    key = json.dumps([FORMAT, __version__, checkpoint.identity(), sample.sha256, names])
+    key = json.dumps([FORMAT, __version__, checkpoint.identity(), weighting.sha256, sample.sha256, names])
     path = cache_folder() / "sensitivities" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     known = _read(path, checkpoint, names)
     if known is not None:
         return known
-    found = sensitivities(checkpoint, candidates, sample, evaluator, progress)
+    found = sensitivities(checkpoint, candidates, collect(checkpoint, weighting, progress=progress), evaluator, progress)
     document = {item.spec.name: {scheme.recipe_name: kl for scheme, kl in item.kl.items()} for item in found}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

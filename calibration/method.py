@@ -20,17 +20,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Gain:
-    """Part of the divergence of rounding by least weighted error that a method leaves; it predicts what a choice of bits will cost."""
-
-    linear: float = 1.0  # of a layer's matrix
-    table: float = 1.0  # of an embedding in few bits
-
-
-GPTQ_GAIN = Gain(linear=0.33, table=0.7)  # about as in `tiny`, docs/quantization-results.md
-
-
-@dataclass(frozen=True)
 class Job:
     """Work for a method: a model, the schemes of its tensors, and what there is to calibrate with."""
 
@@ -63,7 +52,6 @@ class Method(ABC):
     needs_text: ClassVar[bool] = False  # or statistics: it cannot do without
     takes_statistics: ClassVar[bool] = True  # in the place of a text
     makes_weight_set: ClassVar[bool] = False  # its codes are kept in a file, which other formats can take
-    gain: ClassVar[Gain] = Gain()
 
     @abstractmethod
     def prepare(self, job: Job) -> Prepared:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, Literal
 
-from calibration.allocate import Allocation, Costs, choose_bits, drop_name, measure_costs
-from calibration.dequantized import Dequantized, DequantizedCheckpoint
+from calibration.allocate import Allocation, choose_bits, drop_name, measure_costs
+from calibration.dequantized import DequantizedCheckpoint
 from calibration.facts import rounded
-from calibration.method import Gain, Prepared
-from calibration.sensitivity import KLEvaluator
+from calibration.gains import FindWeights
+from calibration.guard import held_out_loss
+from calibration.method import Prepared
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.progress import Progress
@@ -35,20 +36,50 @@ class AccuracyDrop:
     detectable: float | None  # the smallest that so many items could show
 
 
-MeasureDrop = Callable[[Checkpoint, str], AccuracyDrop]
-"""Measures the accuracy that a model with other weights loses; the words are shown meanwhile."""
+Half = Literal["search", "report"]
+"""Which half of the items of a task: those that a choice is made on, or those that it is reported on."""
+
+MeasureDrop = Callable[[Checkpoint, Half, str], AccuracyDrop]
+"""Measures the accuracy that a model with other weights loses on half of the items; the words are shown meanwhile."""
 
 
-def of_size(
-    checkpoint: Checkpoint, target: Target, base: Recipe, bits_per_weight: float, prepare: Prepare, *, gain: Gain, progress: Progress
-) -> Prepared:
+@dataclass(frozen=True)
+class Search:
+    """Inputs of a choice of bits: the model, the target that will hold it, and how weights are found.
+
+    `find` finds those of a trial, see `measure_costs`; `try_out` those of a candidate, `finish` those of the choice.
+    """
+
+    checkpoint: Checkpoint
+    target: Target
+    base: Recipe
+    find: FindWeights | None
+    try_out: Prepare
+    finish: Prepare
+    progress: Progress
+
+    def described(self, recipe: Recipe, asked: dict[str, Any], allocation: Allocation, text: str) -> Prepared:
+        """The weights of the choice, with the prediction and what was measured among their facts."""
+        prepared = self.finish(recipe)
+        measured = prepared.facts.get("held_out") or held_out_loss(self.checkpoint, prepared.weights)
+        costs = {
+            **asked,
+            "predicted_kl": rounded(allocation.predicted_kl),
+            "predicted_on": text,
+            "measured_kl": measured["kl"],
+            "text": measured["text"],
+        }
+        return replace(prepared, facts={**prepared.facts, "allocation": costs})
+
+
+def of_size(search: Search, bits_per_weight: float) -> Prepared:
     """Choose the mix of least predicted divergence within `bits_per_weight`; the facts give the predicted cost and the measured one.
 
     Raises:
         ElmExportError: see `choose_bits`.
     """
-    allocation, evaluator = choose_bits(checkpoint, target, base, bits_per_weight, gain=gain, progress=progress)
-    return _described(prepare(allocation.recipe), {"asked": bits_per_weight}, allocation, evaluator)
+    allocation, text = choose_bits(search.checkpoint, search.target, search.base, bits_per_weight, search.find, search.progress)
+    return search.described(allocation.recipe, {"asked": bits_per_weight}, allocation, text)
 
 
 @dataclass(frozen=True)
@@ -58,49 +89,51 @@ class _Trial:
     cost: AccuracyDrop
 
 
-def within_drop(
-    checkpoint: Checkpoint,
-    target: Target,
-    base: Recipe,
-    max_drop: float,
-    prepare: Prepare,
-    measure: MeasureDrop,
-    *,
-    gain: Gain,
-    progress: Progress,
-) -> Prepared:
+def within_drop(search: Search, max_drop: float, measure: MeasureDrop) -> Prepared:
     """Choose the smallest mix that loses at most `max_drop` percentage points of accuracy, as `measure` finds.
 
-    Sizes are `STEP` apart, and each mix is the one of least predicted divergence at its size; bisection tries about five of them. What
-    counts is the drop that was measured, as with the gate of the same name. The facts have it, its interval, and every trial.
+    Sizes are `STEP` apart, and each mix is the one of least predicted divergence at its size; bisection tries about five of them. Half of
+    the items choose; what the choice loses on the other half is in the facts, with its interval and every trial, and in a note if it is
+    more than `max_drop`.
 
     Raises:
         ElmExportError: not even the widest mix loses so little.
     """
-    costs = measure_costs(checkpoint, target, base, gain=gain, progress=progress)
+    costs = measure_costs(search.checkpoint, search.target, search.base, search.find, search.progress)
     sizes = _sizes(*costs.sizes())
     trials: list[_Trial] = []
 
     def passes(size: float) -> bool:
-        trials.append(_try(checkpoint, measure, costs, size, prepare))
+        allocation = costs.allocate(size)
+        trials.append(_Trial(size, allocation, _drop(search, search.try_out(allocation.recipe), measure, "search")))
         return trials[-1].cost.drop <= max_drop
 
     size = smallest(sizes, passes)
     if size is None:
         raise ElmExportError(_unreachable(max_drop, trials[-1]))
     chosen = next(trial for trial in trials if trial.size == size)
-    recipe = replace(chosen.allocation.recipe, name=drop_name(max_drop))
-    cost = chosen.cost
+    prepared = search.described(
+        replace(chosen.allocation.recipe, name=drop_name(max_drop)), {"max_drop": max_drop}, chosen.allocation, costs.text
+    )
+    cost = _drop(search, prepared, measure, "report")
     facts = {
-        "max_drop": max_drop,
+        **prepared.facts["allocation"],
         "task": cost.task,
+        "searched_items": chosen.cost.items,
         "items": cost.items,
         "drop": rounded(cost.drop),
         "drop_interval": None if cost.interval is None else [rounded(end) for end in cost.interval],
         "detectable_drop": None if cost.detectable is None else rounded(cost.detectable),
         "trials": [{"bits_per_weight": rounded(trial.allocation.bits_per_weight), "drop": rounded(trial.cost.drop)} for trial in trials],
     }
-    return _described(prepare(recipe), facts, chosen.allocation, costs.evaluator)
+    notes = prepared.notes
+    if cost.drop > max_drop:
+        notes = (
+            *notes,
+            f"chosen to lose at most {max_drop:g} points of accuracy, as it does on the {chosen.cost.items} items that chose; on {cost.items} others "
+            f"it loses {cost.drop:.2f}. So few items cannot tell such drops apart: see the interval in the manifest",
+        )
+    return replace(prepared, facts={**prepared.facts, "allocation": facts}, notes=notes)
 
 
 def _sizes(least: float, most: float) -> list[float]:
@@ -128,11 +161,9 @@ def smallest(sizes: Sequence[float], passes: Callable[[float], bool]) -> float |
     return sizes[good] if good and (good < len(sizes) - 1 or passes(sizes[good])) else None
 
 
-def _try(checkpoint: Checkpoint, measure: MeasureDrop, costs: Costs, size: float, prepare: Prepare) -> _Trial:
-    allocation = costs.allocate(size)
-    weights = prepare(allocation.recipe).weights
-    cost = measure(DequantizedCheckpoint(checkpoint, weights), f"{allocation.bits_per_weight:.2f} bits per weight")
-    return _Trial(size, allocation, cost)
+def _drop(search: Search, prepared: Prepared, measure: MeasureDrop, half: Half) -> AccuracyDrop:
+    words = f"{prepared.plan.bits_per_weight:.2f} bits per weight"
+    return measure(DequantizedCheckpoint(search.checkpoint, prepared.weights), half, words)
 
 
 def _unreachable(max_drop: float, widest: _Trial) -> str:
@@ -142,10 +173,3 @@ def _unreachable(max_drop: float, widest: _Trial) -> str:
         f"each) accuracy on {cost.task} falls by {cost.drop:.2f} points ({cost.items} items, so {100 / cost.items:.2g} points for each); "
         "allow more, choose --method gptq, or export with --quant fp16"
     )
-
-
-def _described(prepared: Prepared, asked: dict[str, Any], allocation: Allocation, evaluator: KLEvaluator) -> Prepared:
-    """`prepared` with the prediction and what was measured among its facts."""
-    measured = rounded(evaluator.divergence(Dequantized(prepared.weights)))
-    costs = {**asked, "predicted_kl": rounded(allocation.predicted_kl), "measured_kl": measured, "text": "bundled prose"}
-    return replace(prepared, facts={**prepared.facts, "allocation": costs})

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from calibration.calibrated import save_weights
+from calibration.guard import not_worse_than_mse
 from calibration.inputs import Inputs
 from calibration.method import Job, Prepared
 from calibration.methods import DEFAULT
-from calibration.mixed import MeasureDrop, of_size, within_drop
+from calibration.mixed import MeasureDrop, Search, of_size, within_drop
 from calibration.options import WeightOptions
 from calibration.statistics import Statistics
 from calibration.stored import read_set
-from calibration.weight_set import StoredWeights
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.progress import Progress
 from elmexport.quantization.ggml import GgmlType
+from elmexport.quantization.ggml_coded import coded
 from elmexport.quantization.recipes import Plan, Recipe, resolve
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.target import Target
+
+TRIAL_TOKENS = 4096  # of the calibration text, for trials that say what a method gains
 
 
 def prepare(
@@ -44,26 +49,47 @@ def prepare(
     method = options.find_method()
     inputs = Inputs(checkpoint, options, progress, importance)
 
+    def job(plan: Plan, inputs: Inputs) -> Job:
+        return Job(checkpoint, plan, inputs, progress, short_pass if options.calibrate == "auto" else None)
+
+    def find(plan: Plan) -> WeightSource:
+        few = replace(options, tokens=min(TRIAL_TOKENS, options.tokens or TRIAL_TOKENS)) if options.reads_text else options
+        return method.prepare(job(plan, Inputs(checkpoint, few, progress, importance))).weights
+
     def under(chosen: Recipe) -> Prepared:
+        if options.method != DEFAULT or options.weights_from is not None:
+            chosen = _with_codes_of_ours(chosen)
         plan = resolve(chosen, checkpoint.config)
         check_schemes(target, checkpoint, plan)
-        if options.method != DEFAULT and any(isinstance(scheme, GgmlType) for scheme in plan.schemes.values()):
-            raise ElmExportError(f"--quant {chosen.name} leaves the codes to ggml's own quantizer; leave --method out, see --imatrix")
         if options.weights_from is not None:
             return read_set(checkpoint, plan, options.weights_from)
-        return method.prepare(Job(checkpoint, plan, inputs, progress, short_pass if options.calibrate == "auto" else None))
+        return method.prepare(job(plan, inputs))
 
+    def finish(chosen: Recipe) -> Prepared:
+        prepared = under(chosen)
+        if not method.needs_text or options.weights_from is not None:
+            return prepared
+        return not_worse_than_mse(replace(job(prepared.plan, inputs), short_pass=short_pass), prepared)
+
+    search = Search(checkpoint, target, recipe, find if method.needs_text else None, under, finish, progress)
     if options.max_drop is not None:
         assert measure_drop is not None
-        prepared = within_drop(checkpoint, target, recipe, options.max_drop, under, measure_drop, gain=method.gain, progress=progress)
+        prepared = within_drop(search, options.max_drop, measure_drop)
     elif options.bits_per_weight is not None:
-        prepared = of_size(checkpoint, target, recipe, options.bits_per_weight, under, gain=method.gain, progress=progress)
+        prepared = of_size(search, options.bits_per_weight)
     else:
-        prepared = under(recipe)
+        prepared = finish(recipe)
     if options.save_weights_to is not None:
-        assert isinstance(prepared.weights, StoredWeights)
-        save_weights(prepared.weights.weight_set, options.save_weights_to)
+        save_weights(checkpoint, prepared, options.save_weights_to)
     return prepared
+
+
+def _with_codes_of_ours(recipe: Recipe) -> Recipe:
+    """The recipe with this project's schemes in the place of those whose codes only ggml's own quantizer finds; files hold the same types."""
+    return replace(
+        recipe,
+        rules=tuple(replace(rule, scheme=coded(rule.scheme)) if isinstance(rule.scheme, GgmlType) else rule for rule in recipe.rules),
+    )
 
 
 def check_schemes(target: Target, checkpoint: Checkpoint, plan: Plan) -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibration.collect import collect
+from calibration.statistics import Statistics
 from calibration.table import EMBEDDING_PART
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
@@ -40,10 +40,16 @@ class Sensitivity:
 
 @torch.inference_mode()
 def sensitivities(
-    checkpoint: Checkpoint, candidates: Mapping[str, Sequence[CodedScheme]], sample: Sample, evaluator: KLEvaluator, progress: Progress
+    checkpoint: Checkpoint,
+    candidates: Mapping[str, Sequence[CodedScheme]],
+    statistics: Statistics,
+    evaluator: KLEvaluator,
+    progress: Progress,
 ) -> list[Sensitivity]:
-    """Measure the sensitivity of every matrix that `candidates` names, for the schemes that it gives; `evaluator` reads `sample`."""
-    statistics = collect(checkpoint, sample, progress=progress)
+    """Measure the sensitivity of every matrix that `candidates` names, for the schemes that it gives.
+
+    `statistics` weight errors, and should be of another text than the one that `evaluator` reads.
+    """
     specs = [spec for spec in checkpoint.specs.values() if spec.name in candidates]
     progress.stage("measuring what each matrix costs", len(specs))
     found = []

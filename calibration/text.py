@@ -1,4 +1,4 @@
-"""Calibration text: public-domain prose that ships, or the user's own, cut into windows of tokens."""
+"""Texts that ship, each for one use, and the user's own calibration text, cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -8,17 +8,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.models.base import ModelConfig
 
-# The opening of "The Spy" (J. F. Cooper, 1821): in the public domain, and not among the books that `tiny` was trained on.
-BUNDLED = "prose.txt"
-# Excerpts of nine books in the public domain, among those that `tiny` was trained on; docs/calibration.md names them.
-CALIBRATION = "calibration.txt"
+Use = Literal["calibration", "weighting", "self-check", "choice", "held-out"]
+"""What a bundled text is for. No two have a sentence in common, and none has one with the evaluation's (`elmexport.evaluation`):
+
+- "calibration": codes are fitted to it; docs/calibration.md says what it holds;
+- "weighting": weights the errors of "mse"; the opening of "The Spy" (J. F. Cooper, 1821), in the public domain;
+- "self-check": the finished artifact is compared with the model on it;
+- "choice": says what each matrix costs, and so which scheme it gets;
+- "held-out": measures what codes that were fitted, or bits that were chosen, lose.
+
+The last three were written for this project.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,14 +51,14 @@ class Sample:
         return hashlib.sha256(f"{self.ids.shape}".encode() + self.ids.astype("<i8").tobytes()).hexdigest()
 
 
-def bundled_text() -> str:
-    """Read the bundled text of the self-check."""
-    return _shipped(BUNDLED)
+def bundled_text(use: Use) -> str:
+    """Read the bundled text for `use`."""
+    return files("calibration").joinpath("texts", f"{use}.txt").read_text(encoding="utf-8")
 
 
-def calibration_text() -> str:
-    """Read the bundled calibration text."""
-    return _shipped(CALIBRATION)
+def bundled_words(use: Use) -> str:
+    """Describe the bundled text for `use` in manifests and reports."""
+    return f"bundled {use} text"
 
 
 def read_text(path: Path, option: str = "--text") -> str:
@@ -103,15 +112,22 @@ def random_windows(vocab_size: int, bos_id: int | None, *, tokens: int, window: 
     return Sample(ids, "pseudo-random ids")
 
 
-def sample_ids(tokenizer: Tokenizer | None, vocab_size: int, count: int) -> tuple[NDArray[np.int64], str]:
+def bundled_sample(tokenizer: Tokenizer | None, config: ModelConfig, use: Use, *, tokens: int, window: int) -> Sample:
+    """Sample the bundled text for `use`, see `sample_windows`; without a tokenizer, ids drawn uniformly, others for each use."""
+    if tokenizer is None:
+        return random_windows(config.dims.vocab_size, config.bos_token_id, tokens=tokens, window=window, seed=_seed(use))
+    return sample_windows(tokenizer, [bundled_text(use)], bundled_words(use), tokens=tokens, window=window)
+
+
+def sample_ids(tokenizer: Tokenizer | None, vocab_size: int, use: Use, count: int) -> tuple[NDArray[np.int64], str]:
     """Take `count` token ids to feed a model, int64; returns what they are in words, too.
 
-    The start of the bundled text after BOS; without a tokenizer, ids drawn uniformly with a fixed seed.
+    The start of the bundled text for `use` after BOS; without a tokenizer, ids drawn uniformly with a fixed seed.
     """
     if tokenizer is None:
-        return np.random.Generator(np.random.PCG64(0)).integers(0, vocab_size, count), "pseudo-random ids"
-    return np.array(tokenizer.encode(bundled_text())[:count], dtype=np.int64), "bundled prose"
+        return np.random.Generator(np.random.PCG64(_seed(use))).integers(0, vocab_size, count), "pseudo-random ids"
+    return np.array(tokenizer.encode(bundled_text(use))[:count], dtype=np.int64), bundled_words(use)
 
 
-def _shipped(name: str) -> str:
-    return files("calibration").joinpath("texts", name).read_text(encoding="utf-8")
+def _seed(use: Use) -> int:
+    return get_args(Use).index(use)

@@ -84,14 +84,25 @@ class AllocationFacts(Section, frozen=True, kw_only=True):
     asked: float | UnsetType = UNSET  # bits per weight
     max_drop: float | UnsetType = UNSET
     task: str | UnsetType = UNSET
-    items: Count | UnsetType = UNSET
+    searched_items: Count | UnsetType = UNSET  # that chose; `trials` are of these
+    items: Count | UnsetType = UNSET  # others, which `drop` to `detectable_drop` are of
     drop: float | UnsetType = UNSET
     drop_interval: tuple[float, float] | UnsetType | None = UNSET  # 95 %
     detectable_drop: float | UnsetType | None = UNSET
     trials: tuple[Trial, ...] | UnsetType = UNSET
     predicted_kl: float
+    predicted_on: str | UnsetType = UNSET  # the text that chose
     measured_kl: float
+    text: str  # another, that `measured_kl` is of
+
+
+class HeldOut(Section, frozen=True, kw_only=True, omit_defaults=True):
+    """Loss of the weights on a text that no codes were fitted to."""
+
     text: str
+    tokens: Count
+    kl: float  # nats per token, weights only
+    mse_kl: float  # what codes by `mse` would lose
 
 
 class Quantization(Section, frozen=True, omit_defaults=True):
@@ -107,6 +118,7 @@ class Quantization(Section, frozen=True, omit_defaults=True):
     rule: tuple[RuleFacts, ...]
     method: str
     calibration: CalibrationText | None  # None: it read nothing
+    held_out: HeldOut | None = None  # of calibrated codes
     allocation: AllocationFacts | None = None
 
 

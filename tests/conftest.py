@@ -71,7 +71,7 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("tokenizer")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(files("calibration") / "texts" / "prose.txt"),
+        input=str(files("calibration") / "texts" / "weighting.txt"),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=512,
         model_type="bpe",

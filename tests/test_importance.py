@@ -13,7 +13,7 @@ from gguf import GGUFReader
 
 from calibration.collect import collect
 from calibration.statistics import Statistics
-from calibration.text import Sample, calibration_text
+from calibration.text import Sample, bundled_text
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
@@ -113,7 +113,7 @@ def same_chunks(tiny: Checkpoint) -> Sample:
     """The chunks of `llama-imatrix`: consecutive tokens, BOS in the place of each chunk's first."""
     assert tiny.tokenizer_path is not None
     tokenizer = load_tokenizer(tiny.tokenizer_path)
-    ids = np.array(tokenizer.encode(calibration_text()))[: 16 * CHUNK].reshape(16, CHUNK)
+    ids = np.array(tokenizer.encode(bundled_text("calibration")))[: 16 * CHUNK].reshape(16, CHUNK)
     ids[:, 0] = tokenizer.bos_id
     return Sample(ids, "calibration.txt")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.method import GPTQ_GAIN, Job, Method, Prepared
+from calibration.method import Job, Method, Prepared
 
 
 class AWQGPTQ(Method):
@@ -12,7 +12,6 @@ class AWQGPTQ(Method):
     words = "both"
     needs_text = True
     makes_weight_set = True
-    gain = GPTQ_GAIN
 
     def prepare(self, job: Job) -> Prepared:
         from calibration.awq import awq_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.method import GPTQ_GAIN, Job, Method, Prepared
+from calibration.method import Job, Method, Prepared
 
 
 class Distill(Method):
@@ -13,7 +13,6 @@ class Distill(Method):
     needs_text = True
     takes_statistics = False
     makes_weight_set = True
-    gain = GPTQ_GAIN
 
     def prepare(self, job: Job) -> Prepared:
         from calibration.calibrated import distilled_weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.method import GPTQ_GAIN, Job, Method, Prepared
+from calibration.method import Job, Method, Prepared
 
 
 class GPTQ(Method):
@@ -12,7 +12,6 @@ class GPTQ(Method):
     words = "errors cancel along a calibration text, in minutes, at about a quarter of the loss"
     needs_text = True
     makes_weight_set = True
-    gain = GPTQ_GAIN
 
     def prepare(self, job: Job) -> Prepared:
         from calibration.stored import prepare_gptq

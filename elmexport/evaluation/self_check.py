@@ -32,21 +32,20 @@ DECODED = 8  # of these, fed one at a time to cover the decode path
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """The model itself on a short text: float32 logits `[tokens, vocab]` for `ids`, and statistics (mean squares, the residual peak)."""
+    """The model itself on two short texts: float32 logits `[tokens, vocab]` for `ids`, described by `text`, and statistics of the other.
+
+    Statistics (mean squares, the residual peak) weight the errors of quantization, so what is compared must be another text.
+    """
 
     ids: NDArray[np.int64]
+    text: str
     logits: NDArray[np.float32]
     statistics: Statistics
     head: str  # the tensor of the output layer, as the checkpoint's files call it
 
-    @property
-    def text(self) -> str:
-        """Description of the ids, in words."""
-        return self.statistics.facts.text
-
 
 class _Observer:
-    """Observer of the residual stream and of the inputs of linear layers."""
+    """Observer of the residual stream and of the inputs of linear layers, of the first sequence."""
 
     def __init__(self, graph: Graph) -> None:
         self.peak = ResidualPeak()
@@ -54,15 +53,17 @@ class _Observer:
         self._read = set(graph.linear_inputs.values())
 
     def __call__(self, node: Node, out: torch.Tensor) -> None:
-        self.peak(node, out)
+        self.peak(node, out[:1])
         if node.outputs[0] in self._read:
-            self.mean_squares[node.outputs[0]] = out.flatten(0, -2).square().cpu().mean(0, dtype=torch.float64).to(torch.float32)
+            self.mean_squares[node.outputs[0]] = out[:1].flatten(0, -2).square().cpu().mean(0, dtype=torch.float64).to(torch.float32)
 
 
 @torch.inference_mode()
 def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | None, progress: Progress) -> ReferenceRun:
-    """Run the checkpoint in float32 on the bundled text, its weights streamed through `graph` one tensor at a time."""
-    ids, text = sample_ids(tokenizer, checkpoint.config.dims.vocab_size, min(TOKENS, graph.context))
+    """Run the checkpoint in float32 on the bundled texts, its weights streamed through `graph` one tensor at a time."""
+    vocab_size, count = checkpoint.config.dims.vocab_size, min(TOKENS, graph.context)
+    weighting, words = sample_ids(tokenizer, vocab_size, "weighting", count)
+    ids, text = sample_ids(tokenizer, vocab_size, "self-check", count)
     observer = _Observer(graph)
     progress.stage("reference pass", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
 
@@ -70,17 +71,17 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
         progress.advance(spec.size)
         return checkpoint.tensor(spec.name)
 
-    caches = KVCaches(graph, context=len(ids), device=torch_device())
-    logits = forward(graph, weight, torch.from_numpy(ids)[None], 0, caches, observe=observer)
+    caches = KVCaches(graph, batch=2, context=count, device=torch_device())
+    logits = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)[1]
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"
         )
-    sample = Sample(ids[None], text)
+    sample = Sample(weighting[None], words)
     facts = Facts(
         model=checkpoint.source.name,
         identity=checkpoint.identity(),
-        text=text,
+        text=words,
         text_sha256=sample.sha256,
         tokens=sample.tokens,
         window=sample.window,
@@ -91,7 +92,7 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
     )
     tensors = {f"{activation}.{MEAN_SQUARE}": square for activation, square in observer.mean_squares.items()}
     head = next(node.weights["weight"].name for node in graph.nodes if node.role is Role.LM_HEAD)
-    return ReferenceRun(ids, logits[0].numpy(), Statistics(facts, tensors), checkpoint.stored_name(head))
+    return ReferenceRun(ids, text, logits.numpy(), Statistics(facts, tensors), checkpoint.stored_name(head))
 
 
 def self_check(

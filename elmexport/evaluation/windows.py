@@ -64,7 +64,7 @@ def text_windows(
     if path is None:
         name = "bundled prose"
         if tokenizer is None:
-            ids, name = sample_ids(None, vocab_size, min(limit, 4 * WINDOW))
+            ids, name = sample_ids(None, vocab_size, "held-out", min(limit, 4 * WINDOW))
         else:
             ids = np.array(tokenizer.encode(evaluation_text()), dtype=np.int64)
     else:
@@ -88,8 +88,8 @@ def text_windows(
 
 
 def evaluation_text() -> str:
-    """The bundled text: excerpts of "The Spy" (J. F. Cooper, 1821), "The First Men in the Moon" (H. G. Wells, 1901), "A Connecticut Yankee in
-    King Arthur's Court" (Mark Twain, 1889) and "Moll Flanders" (D. Defoe, 1722). In the public domain, none of them among the books that `tiny`
-    was trained on or that the bundled calibration text comes from.
+    """The bundled text: excerpts of "The First Men in the Moon" (H. G. Wells, 1901), "A Connecticut Yankee in King Arthur's Court" (Mark Twain,
+    1889) and "Moll Flanders" (D. Defoe, 1722). In the public domain, none of them among the books that `tiny` was trained on, nor among
+    those that calibration's texts come from.
     """
     return files(__package__).joinpath("texts", "prose.txt").read_text(encoding="utf-8")

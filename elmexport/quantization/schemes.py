@@ -27,6 +27,7 @@ KINDS: Mapping[str, str] = {
     "lut": "elmexport.quantization.schemes:Lut",
     "mxfp": "elmexport.quantization.mxfp4:Mxfp4",
     "ggml": "elmexport.quantization.ggml:GgmlType",
+    "gguf": "elmexport.quantization.ggml_coded:GgmlCoded",
 }
 
 

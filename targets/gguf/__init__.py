@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.quantization.ggml import GgmlType
+from elmexport.quantization.ggml_coded import GgmlCoded
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import Scheme
 from elmexport.target import ExportJob, Target, option
@@ -79,7 +80,8 @@ class GgufTarget(Target):
 
         if scheme in TYPES:
             return None
-        return f"stores {', '.join(known.recipe_name for known in TYPES if not isinstance(known, GgmlType))}, and ggml's own types"
+        plain = (known.recipe_name for known in TYPES if not isinstance(known, GgmlType | GgmlCoded))
+        return f"stores {', '.join(plain)}, and ggml's own types"
 
     def check(self, config: ModelConfig, context: int) -> None:
         from targets.gguf.families import architecture

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.quantization.ggml import GGML_TYPES
+from elmexport.quantization.ggml_coded import GGML_CODED
 from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ TYPES: Mapping[Scheme, str] = {
     Integer(5, PerBlock(BLOCK)): "Q5_0",
     Integer(4, PerBlock(BLOCK)): "Q4_0",
     **{kind: kind.name for kind in GGML_TYPES},
+    **{kind: kind.name for kind in GGML_CODED},
 }
 
 
@@ -34,11 +36,15 @@ def pack(weight: Tensor | Quantized) -> NDArray[np.uint8]:
     """The bytes of `weight`, one row of the result for each row `[out, bytes]` (`[bytes]` for a vector)."""
     import torch
 
+    from elmexport.quantization.ggml_codec import BlockTensor
     from elmexport.quantization.integer_codec import IntegerTensor
+    from targets.gguf.block_packing import pack_blocks
 
     if isinstance(weight, torch.Tensor):
         plain: NDArray[np.uint8] = weight.contiguous().view(torch.uint8).numpy()
         return plain
+    if isinstance(weight, BlockTensor):
+        return pack_blocks(weight)
     assert isinstance(weight, IntegerTensor), f"GGUF has no place for {weight.scheme}"
     codes, scales = weight.codes.numpy(), weight.scales.numpy()
     blocks = codes.reshape(-1, BLOCK)

@@ -9,7 +9,6 @@ import pytest
 from scipy.optimize import linprog
 
 from calibration.allocate import allocate, candidates, choose_bits
-from calibration.method import Gain
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import Sample
 from elmexport.errors import ElmExportError
@@ -77,8 +76,8 @@ def test_the_recipe_can_be_written_and_read(small_checkpoint: MemoryCheckpoint, 
 
 
 def test_too_small_a_size_is_refused_before_any_work(small_checkpoint: MemoryCheckpoint) -> None:
-    with pytest.raises(ElmExportError, match=r"--bits-per-weight 2 is less than the narrowest .* ask for 5\.\d\d or more"):
-        choose_bits(small_checkpoint, find_target("gguf"), BASE, 2.0, gain=Gain(), progress=SilentProgress())
+    with pytest.raises(ElmExportError, match=r"--bits-per-weight 2 is less than the narrowest .* ask for 4\.\d\d or more"):
+        choose_bits(small_checkpoint, find_target("gguf"), BASE, 2.0, None, SilentProgress())
 
 
 def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpoint) -> None:
@@ -86,7 +85,7 @@ def test_candidates_are_what_the_format_can_hold(small_checkpoint: MemoryCheckpo
         target: set().union(*candidates(find_target(target), small_checkpoint.specs.values()).values())
         for target in ("gguf", "onnx", "mlx", "coreml")
     }
-    assert names["gguf"] == {find_scheme(name) for name in ("int4-block32", "int5-block32", "int8-block32")}
+    assert names["gguf"] == {find_scheme(name) for name in ("int4-block32", "int5-block32", "int8-block32", "gguf-iq4_nl")}  # rows of 96
     assert names["onnx"] == {find_scheme(name) for name in ("int4-block128", "int4-block64", "int4-block32", "int8-block32")}
     assert names["mlx"] == {
         *(find_scheme(f"int{bits}-block{size}") for bits in (3, 4, 5, 6) for size in (32, 64)),

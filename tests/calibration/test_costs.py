@@ -28,7 +28,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def measure(checkpoint: MemoryCheckpoint, schemes: tuple[str, ...] = ("int4-block32", "int8-block32"), seed: int = 0) -> list[Sensitivity]:
     sample = Sample(np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, (2, 32)), "random")
     kinds = tuple(scheme for name in schemes if isinstance(scheme := find_scheme(name), Integer))
-    return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), sample, KLEvaluator(checkpoint, sample), SilentProgress())
+    weighting = Sample(np.random.default_rng(99).integers(0, checkpoint.config.vocab_size, (1, 32)), "random")
+    evaluator = KLEvaluator(checkpoint, sample)
+    return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), weighting, sample, evaluator, SilentProgress())
 
 
 @pytest.mark.slow

@@ -135,7 +135,9 @@ def test_windows_that_judge_are_not_trained_on() -> None:
 def prose(tiny: Checkpoint) -> KLEvaluator:
     """On the bundled prose, which neither `tiny` nor the calibration has read."""
     assert tiny.tokenizer_path is not None
-    return KLEvaluator(tiny, sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=2048, window=256))
+    return KLEvaluator(
+        tiny, sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text("weighting")], "prose", tokens=2048, window=256)
+    )
 
 
 @pytest.mark.slow

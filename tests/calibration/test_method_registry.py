@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from calibration.facts import method_facts
-from calibration.method import Gain, Job, Method, Prepared
+from calibration.method import Job, Method, Prepared
 from calibration.methods import DEFAULT, METHODS, find_method, methods_help
 from calibration.options import WeightOptions
 from calibration.preparation import prepare
@@ -31,7 +31,6 @@ def test_what_the_options_ask_of_them() -> None:
     assert [name for name in METHODS if find_method(name).needs_text] == ["gptq", "distill", "awq", "awq+gptq"]
     assert [name for name in METHODS if find_method(name).makes_weight_set] == ["gptq", "distill", "awq+gptq"]
     assert [name for name in METHODS if not find_method(name).takes_statistics] == ["distill"]
-    assert [name for name in METHODS if find_method(name).gain != Gain()] == ["gptq", "distill", "awq+gptq"]
 
 
 def test_an_unknown_one() -> None:

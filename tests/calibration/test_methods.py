@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from calibration.gptq import gptq, output_error
-from calibration.text import calibration_text
+from calibration.text import bundled_text
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.graph.forward import KVCaches, forward
@@ -34,7 +34,7 @@ class Trained:
         self.weights = {name: checkpoint.tensor(name).to(torch.float32) for name in checkpoint.specs}
         self.linears = [node for node in self.graph.nodes if node.op == "linear" and node.layer is not None]
         assert checkpoint.tokenizer_path is not None
-        ids = load_tokenizer(checkpoint.tokenizer_path).encode(calibration_text())
+        ids = load_tokenizer(checkpoint.tokenizer_path).encode(bundled_text("calibration"))
         assert len(ids) > 20 * TOKENS
         windows = torch.tensor(ids[: 20 * TOKENS]).view(20, TOKENS)
         self.hessians: dict[str, Tensor] = {}

@@ -91,7 +91,7 @@ def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint:
 def test_gptq_below_mse_below_rtn_on_text_that_was_not_used(tiny: Checkpoint) -> None:
     """In divergence on the bundled prose, which neither `tiny` nor the calibration has read; the margins catch a method that degrades."""
     assert tiny.tokenizer_path is not None
-    prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=1280, window=256)
+    prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text("weighting")], "prose", tokens=1280, window=256)
     evaluator = KLEvaluator(tiny, prose)
     plan = resolve(find_target("gguf").recipe("int4"), tiny.config)
     schemes = {name: scheme for name, scheme in plan.schemes.items() if isinstance(scheme, CodedScheme)}

@@ -40,7 +40,7 @@ def test_what_the_head_reads(small_checkpoint: MemoryCheckpoint, monkeypatch: py
 def test_a_quarter_of_the_bits_cost_half_as_much(tiny: Checkpoint, name: str, margin: float) -> None:
     """In divergence on prose that neither `tiny` nor the calibration has read, the table alone quantized."""
     assert tiny.tokenizer_path is not None
-    prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text()], "prose", tokens=1280, window=256)
+    prose = sample_windows(load_tokenizer(tiny.tokenizer_path), [bundled_text("weighting")], "prose", tokens=1280, window=256)
     evaluator, scheme, weight = KLEvaluator(tiny, prose), find_scheme(name), tiny.tensor(TABLE)
     assert isinstance(scheme, Integer)
     hessian = head_moments(tiny, make_sample(tiny, tokens=4096), SilentProgress())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
+from itertools import combinations
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from calibration.text import bundled_text, calibration_text, random_windows, read_text, sample_windows
+from calibration.text import Use, bundled_text, random_windows, read_text, sample_windows
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from elmexport.errors import ElmExportError
+from elmexport.evaluation.windows import evaluation_text
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +26,14 @@ def tokenizer(tiny: Checkpoint) -> Tokenizer:
 
 def test_the_bundled_text_is_enough(tokenizer: Tokenizer) -> None:
     """Llama's vocabulary of 32,000 needs fewer tokens than tiny's of 4096, at most as many as there are four characters each."""
-    text = calibration_text()
+    text = bundled_text("calibration")
     assert len(text) > 5 * 32768
     assert len(tokenizer.encode(text)) > 32768
-    assert bundled_text()[:1000] not in text  # the self-check reads another one
+    assert bundled_text("weighting")[:1000] not in text  # the self-check reads another one
 
 
 def test_windows(tokenizer: Tokenizer) -> None:
-    text = calibration_text()
+    text = bundled_text("calibration")
     ids = np.array(tokenizer.encode(text, bos=False))
     sample = sample_windows(tokenizer, [text], "words", tokens=5000, window=128)
     assert sample.ids.shape == (40, 128) and sample.ids.dtype == np.int64  # 39.06 windows, rounded up
@@ -48,7 +53,7 @@ def _find(ids: np.ndarray, row: np.ndarray) -> int:  # type: ignore[type-arg]
 
 
 def test_deterministic_by_seed(tokenizer: Tokenizer) -> None:
-    samples = [sample_windows(tokenizer, [calibration_text()], "w", tokens=1024, window=64, seed=seed) for seed in (0, 0, 1)]
+    samples = [sample_windows(tokenizer, [bundled_text("calibration")], "w", tokens=1024, window=64, seed=seed) for seed in (0, 0, 1)]
     assert samples[0].sha256 == samples[1].sha256 != samples[2].sha256
     assert not np.array_equal(samples[0].ids, samples[2].ids)
 
@@ -80,3 +85,21 @@ def test_read_text(tmp_path: Path) -> None:
             read_text(path)
     with pytest.raises(ElmExportError, match=r"cannot read .*nowhere: No such file"):
         read_text(tmp_path / "nowhere")
+
+
+def test_no_two_texts_that_ship_have_a_sentence_in_common() -> None:
+    """What is fitted, chosen, checked, judged and evaluated on are different texts."""
+    texts = {use: " ".join(bundled_text(use).split()) for use in get_args(Use)}
+    texts["evaluation"] = " ".join(evaluation_text().split())
+    texts["cloze"] = " ".join(" ".join((row["context"], *row["choices"])) for row in cloze_rows())
+    for (name, text), (other, against) in combinations(texts.items(), 2):
+        if {name, other} == {"evaluation", "cloze"}:
+            continue  # both judge
+        pieces = {text[start : start + 40] for start in range(len(text) - 40)}
+        shared = [against[start : start + 40] for start in range(len(against) - 40) if against[start : start + 40] in pieces]
+        assert not shared, (name, other, shared[:3])
+
+
+def cloze_rows() -> list[dict[str, Any]]:
+    path = files("elmexport.evaluation.tasks") / "cloze.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

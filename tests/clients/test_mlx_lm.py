@@ -157,7 +157,7 @@ def result(printed: str) -> Any:
 def prose(tiny: Checkpoint) -> NDArray[np.int64]:
     """Tokens of the bundled text; few, for MLX multiplies quantized matrices at a hundredth of the speed on CPUs."""
     assert tiny.tokenizer_path is not None
-    text = (files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8")
+    text = (files("calibration") / "texts" / "weighting.txt").read_text(encoding="utf-8")
     return np.array(load_tokenizer(tiny.tokenizer_path).encode(text)[:24])
 
 

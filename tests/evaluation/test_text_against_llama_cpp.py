@@ -57,7 +57,7 @@ def test_figures_are_those_of_llama_perplexity(base: str, tiny: Checkpoint, expo
     tools = llama_cpp_tools()
     reference, artifact = export_to(tiny, "gguf", base), export_to(tiny, "gguf", "q4_0")
     text, kept = tmp_path / "prose.txt", tmp_path / "base.kld"
-    text.write_text(bundled_text(), encoding="utf-8")
+    text.write_text(bundled_text("weighting"), encoding="utf-8")
     alike = ["-c", WINDOW, "-b", WINDOW, "-ub", WINDOW, "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", 2, "--kl-divergence-base", kept]
     tools.run("llama-perplexity", "-m", *reference.glob("*.gguf"), "-f", text, *alike)
     printed = tools.run("llama-perplexity", "-m", *artifact.glob("*.gguf"), "--kl-divergence", *alike)

@@ -16,7 +16,7 @@ from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
 from tests.checkpoint.tokenizer.vocabularies import GPT2, LLAMA3, QWEN2, byte_level, in_gguf, sentencepiece_model
 from tests.conftest import ExportTo
 
-TEXTS = ["", " ", "Once upon a time", "  two spaces", "café, naïve", "日本語 🦙", "a\nb\tc", "</s> <s>", bundled_text()[:2000]]
+TEXTS = ["", " ", "Once upon a time", "  two spaces", "café, naïve", "日本語 🦙", "a\nb\tc", "</s> <s>", bundled_text("weighting")[:2000]]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from elmexport.checkpoint.tokenizer import Tokenizer
 
-PROSE = files("calibration") / "texts" / "prose.txt"
+PROSE = files("calibration") / "texts" / "weighting.txt"
 HEX = "<0x0123456789ABCDEF>"  # the characters of a byte spelled out
 # As the models' files have them.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -129,7 +129,7 @@ def llama_cpps_imatrix(files: LlamaCppFiles) -> Path:
     path = files.folder / "imatrix.gguf"
     if not path.exists():
         text = files.folder / "text.txt"
-        text.write_text(bundled_text(), encoding="utf-8")
+        text.write_text(bundled_text("weighting"), encoding="utf-8")
         files.tools.run("llama-imatrix", "-m", files.file("fp32"), "-f", text, "-o", path, "-c", 64, "--chunks", 4, "-t", 2)
     return path
 
@@ -159,7 +159,7 @@ def test_perplexity_to_the_last_digit(their_files: Callable[[str], LlamaCppFiles
     """As `llama-perplexity` prints it, KL divergence from F16 included."""
     files = their_files("tiny")
     text, base = files.folder / "prose.txt", files.folder / "base.kld"
-    text.write_text(bundled_text(), encoding="utf-8")
+    text.write_text(bundled_text("weighting"), encoding="utf-8")
 
     def measure(model: Path, *arguments: object) -> list[str]:
         out = files.tools.run("llama-perplexity", "-m", model, "-f", text, "-c", 128, "--chunks", 4, "-t", 2, *arguments)

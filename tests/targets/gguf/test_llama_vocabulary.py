@@ -87,7 +87,7 @@ def vocabulary(checkpoint: MemoryCheckpoint, export_to: ExportTo) -> Iterator[ob
     lib.llama_model_free(model)
 
 
-@pytest.mark.parametrize("text", [*TEXTS, bundled_text()], ids=[*map(str, range(len(TEXTS))), "prose"])
+@pytest.mark.parametrize("text", [*TEXTS, bundled_text("weighting")], ids=[*map(str, range(len(TEXTS))), "prose"])
 def test_tokens_are_sentencepieces(vocabulary: object, tokenizer: Path, text: str) -> None:
     import llama_cpp as lib
 
