@@ -25,16 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration.allocate import allocate, candidates, with_gain
+from calibration.allocate import measure_costs
 from calibration.awq import awq_folds
 from calibration.calibrate import make_sample
-from calibration.calibrated import distilled_weights
+from calibration.calibrated import distilled_weights, gptq_weights
 from calibration.collect import collect
 from calibration.dequantized import Dequantized
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
-from calibration.methods.gptq import GPTQ
-from calibration.sensitivity import KLEvaluator, sensitivities
+from calibration.preparation import TRIAL_TOKENS, with_own_codes
 from calibration.sequential import quantize_in_order
 from calibration.statistics import Statistics, mean_square_of
 from calibration.table import quantize_table
@@ -51,6 +50,7 @@ from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
 from elmexport.quantization.schemes import CodedScheme, Float, find_scheme
+from elmexport.quantization.weight_source import WeightSource
 from elmexport.target import find_target
 from elmexport.weights import Role, WeightSpec
 
@@ -69,8 +69,11 @@ METHODS = (
     "awq+gptq",
     "distill",
 )
-LLAMA_CPP = ("Q4_0", "Q4_0+imatrix", "IQ4_XS+imatrix", "Q4_K_S", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q8_0")
-MIXED = (4.5, 4.9, 5.1, 5.36, 6.0)
+LLAMA_CPP = (
+    *("Q4_0", "Q4_0+imatrix", "Q3_K_M", "Q3_K_M+imatrix", "IQ4_XS", "IQ4_XS+imatrix", "IQ4_NL+imatrix"),
+    *("Q4_K_S", "Q4_K_S+imatrix", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_S+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q6_K+imatrix", "Q8_0"),
+)
+MIXED = (4.5, 4.9, 5.1, 5.36, 6.0, 6.6)
 GGUF_NAMES = {
     "attn.qkv_proj": ("attn_qkv",),
     "attn.out_proj": ("attn_output",),
@@ -144,7 +147,11 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
     reference = reference_pass(checkpoint, trace(checkpoint.config), tokenizer, SilentProgress())
 
+    gguf = find_target("gguf")
+
     def plan_of(scheme: str) -> Plan:
+        if scheme in gguf.quants:  # a recipe of llama.cpp's, with codes of ours
+            return resolve(with_own_codes(gguf.recipe(scheme)), checkpoint.config)
         rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(scheme)))
         return resolve(Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
 
@@ -203,14 +210,15 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
                 yield Entry(f"{scheme} {method}", "elmexport", scheme, method, plan.bits_per_weight, make())
     if "mixed" not in chosen:
         return
-    target = find_target("onnx")
-    short = sample_windows(tokenizer, [bundled_text("weighting")], "prose", tokens=1024, window=WINDOW)
-    offered = candidates(target, checkpoint.specs.values())
-    measured = sensitivities(checkpoint, offered, short, KLEvaluator(checkpoint, short), SilentProgress())
-    for bits in MIXED:
-        for method in ("mse, 128 tokens", "gptq"):
-            items = [with_gain(item, GPTQ.gain) for item in measured] if method == "gptq" else measured
-            plan = resolve(allocate(items, checkpoint.config, int4, bits).recipe, checkpoint.config)
+
+    def trial(plan: Plan) -> WeightSource:
+        few = make_sample(checkpoint, tokens=TRIAL_TOKENS)
+        return StoredWeights(checkpoint, plan, gptq_weights(checkpoint, plan, few, SilentProgress()))
+
+    for method, find in (("mse, 128 tokens", None), ("gptq", trial)):
+        costs = measure_costs(checkpoint, gguf, int4, find, SilentProgress())
+        for bits in MIXED:
+            plan = resolve(costs.allocate(bits).recipe, checkpoint.config)
             name = f"--bits-per-weight {bits:g} {method}"
             yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(plan)[method]())
 
@@ -295,7 +303,13 @@ def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a checkpoint, as for exports (default tiny)")
-    parser.add_argument("--schemes", nargs="+", default=SCHEMES, metavar="SCHEME", help=f"of the matrices (default {' '.join(SCHEMES)})")
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        default=SCHEMES,
+        metavar="SCHEME",
+        help=f"of the matrices, or a recipe of GGUF's (default {' '.join(SCHEMES)})",
+    )
     parser.add_argument("--methods", nargs="+", default=(*METHODS, "mixed"), metavar="METHOD", help=f"of {', '.join((*METHODS, 'mixed'))}")
     parser.add_argument("--window", type=int, default=WINDOW, help=f"tokens that are read together (default {WINDOW})")
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="texts to measure on")

@@ -58,7 +58,7 @@ def prepare(
 
     def under(chosen: Recipe) -> Prepared:
         if options.method != DEFAULT or options.weights_from is not None:
-            chosen = _with_codes_of_ours(chosen)
+            chosen = with_own_codes(chosen)
         plan = resolve(chosen, checkpoint.config)
         check_schemes(target, checkpoint, plan)
         if options.weights_from is not None:
@@ -84,7 +84,7 @@ def prepare(
     return prepared
 
 
-def _with_codes_of_ours(recipe: Recipe) -> Recipe:
+def with_own_codes(recipe: Recipe) -> Recipe:
     """The recipe with this project's schemes in the place of those whose codes only ggml's own quantizer finds; files hold the same types."""
     return replace(
         recipe,

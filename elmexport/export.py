@@ -26,6 +26,7 @@ from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokeni
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyError
 from elmexport.evaluation.self_check import ReferenceRun, check_texts, reference_pass, self_check
+from elmexport.evaluation.step_up import measure_step_up
 from elmexport.evaluation.task_drop import TaskDrop
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
@@ -34,7 +35,8 @@ from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Q
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
-from elmexport.quantization.recipes import Recipe, load_recipe, resolve
+from elmexport.quantization.recipes import Plan, Recipe, load_recipe, resolve
+from elmexport.quantization.schemes import Float
 from elmexport.target import Checked, ExportJob, Target, Written, find_target, wider_formats
 
 RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
@@ -182,6 +184,9 @@ def export_checkpoint(
         if verify:
             checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
+            if checked.done and _loses(plan):
+                step = measure_step_up(chosen, plan, checkpoint, graph, reference(), progress)
+                checked = msgspec.structs.replace(checked, step_up=step)
             if checked.done and tokenizer is not None:
                 check_texts(chosen.name, folder, tokenizer, plain=bool(spoken))
         manifest = Manifest(
@@ -232,6 +237,11 @@ def _advice_of(target: Target) -> Iterator[None]:
         yield
     except Fp16RangeError as error:
         raise ElmExportError(f"{error.found}; {wider_formats(target)}") from None
+
+
+def _loses(plan: Plan) -> bool:
+    """Whether something is quantized."""
+    return any(not isinstance(scheme, Float) for scheme in plan.schemes.values())
 
 
 def _alpha(statistics: Statistics | None, checkpoint: Checkpoint) -> tuple[float, Calibration]:

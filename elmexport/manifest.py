@@ -138,6 +138,14 @@ class Calibration(Section, frozen=True, omit_defaults=True):
     residual_peak: float | None = None  # None: not measured
 
 
+class StepUp(Section, frozen=True):
+    """The next wider quantization of the format, and what its weights would lose on the text of the self-check."""
+
+    quant: str
+    bits_per_weight: float
+    kl_mean: float  # nats per token, weights only
+
+
 class SelfCheck(Section, frozen=True, omit_defaults=True):
     """The comparison with the model that ended the export (`text` to `top1_agreement`), or the `reason` why there was none."""
 
@@ -148,6 +156,7 @@ class SelfCheck(Section, frozen=True, omit_defaults=True):
     kl_max: float | None = None
     top1_agreement: float | None = None  # a share
     reason: str | None = None
+    step_up: StepUp | None = None  # where there is a wider one
 
     def __post_init__(self) -> None:
         figures = [figure is not None for figure in (self.text, self.tokens, self.kl_mean, self.kl_max, self.top1_agreement)]

@@ -23,7 +23,7 @@ _CHUNK = 1 << 17  # values searched at a time: small enough for the temporaries 
 class BlockTensor(Quantized):
     """A weight as ggml's blocks hold it; `GgmlCoded` says what a value is.
 
-    `codes` int8 `[…, out, in]`; `scales` and `minima` int16 `[…, out, sub-blocks]`; `d` and `dmin` float16 `[…, out, blocks]` (zero where the
+    `codes` int8 `[…, out, in]`; `scales` and `minima` int8 `[…, out, sub-blocks]`; `d` and `dmin` float16 `[…, out, blocks]` (zero where the
     type has no minimum).
     """
 
@@ -92,7 +92,7 @@ class GgmlCodec(Codec):
         weights = None if importance is None else importance.view(1, blocks, subs, scheme.sub)
         device = x.device
         codes = torch.empty(x.shape, dtype=torch.int8, device=device)
-        scales, minima = (torch.empty(x.shape[:3], dtype=torch.int16, device=device) for _ in range(2))
+        scales, minima = (torch.empty(x.shape[:3], dtype=torch.int8, device=device) for _ in range(2))
         d, dmin = (torch.empty(x.shape[:2], dtype=torch.float16, device=device) for _ in range(2))
         step = max(1, _CHUNK // columns)
 
@@ -124,7 +124,7 @@ class GgmlCodec(Codec):
             "d": Part(torch.float16, (*rest, columns // scheme.block)),
         }
         if scheme.scales is not None:
-            parts["scales"] = Part(torch.int16, (*rest, columns // scheme.sub))
+            parts["scales"] = Part(torch.int8, (*rest, columns // scheme.sub))
         if scheme.has_minimum:
             parts["dmin"] = parts["d"]
         if scheme.minima is not None:
@@ -134,7 +134,7 @@ class GgmlCodec(Codec):
     def from_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> BlockTensor:
         scheme = self.scheme
         codes = (packed_bits.unpack(parts["codes"], scheme.width).to(torch.int8) + (scheme.low or 0)).view(shape)
-        ones = torch.ones((*shape[:-1], shape[-1] // scheme.sub), dtype=torch.int16)
+        ones = torch.ones((*shape[:-1], shape[-1] // scheme.sub), dtype=torch.int8)
         dmin = parts["dmin"] if scheme.has_minimum else torch.zeros_like(parts["d"])
         return BlockTensor(scheme, codes, parts.get("scales", ones), parts.get("minima", ones), parts["d"], dmin)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from elmexport.quantization.ggml import GGML_TYPES, GgmlType
-from elmexport.quantization.schemes import CodedScheme, Integer, PerBlock, Scheme
+from elmexport.quantization.schemes import CodedScheme, Scheme, find_scheme
 
 _PREFIX = "gguf-"
 
@@ -90,11 +90,15 @@ _KINDS: Mapping[str, GgmlCoded] = {
         GgmlCoded("IQ4_XS", 256, 32, 136, 4, None, (-32, 31)),
     )
 }
+_INTEGERS = {"Q4_0": "int4-block32", "Q5_0": "int5-block32", "Q8_0": "int8-block32"}  # which every format has
 GGML_CODED = tuple(_KINDS.values())
 GgmlCoded.FORMS = f"{_PREFIX}q4_k (or {', '.join(name.lower() for name in _KINDS if name != 'Q4_K')})"
 
 
 def coded(kind: GgmlType) -> CodedScheme:
     """The scheme whose codes this project finds, of the same bytes as `kind`."""
-    simple = {"Q4_0": Integer(4, PerBlock(32)), "Q5_0": Integer(5, PerBlock(32)), "Q8_0": Integer(8, PerBlock(32))}
-    return simple.get(kind.name) or _KINDS[kind.name]
+    if kind.name not in _INTEGERS:
+        return _KINDS[kind.name]
+    found = find_scheme(_INTEGERS[kind.name])
+    assert isinstance(found, CodedScheme)
+    return found

@@ -21,7 +21,7 @@ _TURNS = 2  # of codes and whole numbers
 
 @dataclass(frozen=True)
 class Found:
-    """`codes` int8 as `x`, `scales` and `minima` int16 `[blocks, subs]`, `d` and `dmin` float16 `[blocks]`."""
+    """`codes` int8 as `x`, `scales` and `minima` int8 `[blocks, subs]`, `d` and `dmin` float16 `[blocks]`."""
 
     codes: Tensor
     scales: Tensor
@@ -47,8 +47,8 @@ def search(x: Tensor, kind: GgmlCoded, importance: Tensor | None) -> Found:
     better = after < before
     return Found(
         torch.where(better[:, None, None], refined, codes),
-        scales.to(torch.int16),
-        minima.to(torch.int16),
+        scales.to(torch.int8),
+        minima.to(torch.int8),
         torch.where(better, refined_d, d),
         torch.where(better, refined_dmin, dmin),
     )
@@ -96,7 +96,8 @@ def _affine(x: Tensor, kind: GgmlCoded, weight: Tensor) -> tuple[Tensor, Tensor]
         minimum = torch.where(determinant > 0, (once * cross - twice * first) / determinant, -low)
         if kind.minima is not None:  # a whole number times dmin: without a sign
             alone = torch.where(twice > 0, cross / twice, 0.0)
-            scale, minimum = torch.where(minimum < 0, alone, scale), minimum.clamp(min=0)
+            level = (determinant <= 0) & (twice > 0)  # all values alike
+            scale, minimum = torch.where((minimum < 0) | level, alone, scale), torch.where(level, 0.0, minimum.clamp(min=0))
         error = _error(x, weight, codes, scale, minimum)
         better = error < best
         best = torch.where(better, error, best)

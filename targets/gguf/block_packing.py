@@ -18,7 +18,7 @@ Bytes = NDArray[np.uint8]
 
 
 class _Blocks:
-    """Parts of a `BlockTensor`, block by block: `codes` uint8 counted from the lowest, `scales` and `minima` int16."""
+    """Parts of a `BlockTensor`, block by block: `codes` uint8 counted from the lowest, `scales` and `minima` int8."""
 
     def __init__(self, weight: BlockTensor) -> None:
         scheme = weight.scheme
@@ -52,7 +52,7 @@ def _interleaved(codes: Bytes, run: int, width: int) -> Bytes:
     return packed.reshape(len(codes), -1)
 
 
-def _six_bit_pairs(scales: NDArray[np.int16], minima: NDArray[np.int16]) -> Bytes:
+def _six_bit_pairs(scales: NDArray[np.int8], minima: NDArray[np.int8]) -> Bytes:
     """Eight scales and eight minima of six bits in twelve bytes (ggml's get_scale_min_k4)."""
     s, m = scales.astype(np.uint8), minima.astype(np.uint8)
     four, six = np.uint8(4), np.uint8(6)

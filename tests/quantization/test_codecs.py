@@ -44,7 +44,9 @@ NAMES = (
     ),
     *("lut4-group8", "lut4-tensor", "lut6-group4", "lut8-tensor"),
     "mxfp4",
+    *("gguf-q4_1", "gguf-q5_1", "gguf-iq4_nl"),
 )
+KS = ("gguf-q2_k", "gguf-q3_k", "gguf-q4_k", "gguf-q5_k", "gguf-q6_k", "gguf-iq4_xs")  # whose blocks are of 256
 
 
 @given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**32 - 1))
@@ -60,7 +62,12 @@ def test_packed_bits(width: int, rows: int, units: int, seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [(n, shape) for n in NAMES for shape in ((16, 96), (2, 16, 96), (16, 97), (1, 1)) if find_scheme(n).refuses(shape) is None],
+    [
+        (n, shape)
+        for n in (*NAMES, *KS)
+        for shape in ((16, 96), (2, 16, 96), (16, 97), (1, 1), (3, 512))
+        if find_scheme(n).refuses(shape) is None
+    ],
     ids=str,
 )
 def test_stored_parts(name: str, shape: tuple[int, ...]) -> None:

@@ -1,0 +1,59 @@
+"""What the next wider quantization of a format would lose, measured on the text of the self-check without writing an artifact."""
+
+from __future__ import annotations
+
+import torch
+
+from calibration.preparation import with_own_codes
+from calibration.statistics import mean_square_of
+from elmexport.checkpoint.base import Checkpoint
+from elmexport.divergence import divergence
+from elmexport.errors import MissingDependencyError
+from elmexport.evaluation.self_check import ReferenceRun
+from elmexport.graph.device import torch_device
+from elmexport.graph.forward import KVCaches, forward
+from elmexport.graph.ir import Graph
+from elmexport.manifest import StepUp
+from elmexport.progress import Progress
+from elmexport.quantization.recipes import Plan, resolve
+from elmexport.quantization.weight_source import CheckpointWeights
+from elmexport.target import Target
+from elmexport.weights import WeightSpec
+
+_WIDER = 1.05  # times the bits: less is no step
+
+
+def next_wider(target: Target, plan: Plan, checkpoint: Checkpoint) -> tuple[str, Plan] | None:
+    """Find the quantization of `target` with the fewest bits above those of `plan`, its codes by this project; None where there is none."""
+    found: list[tuple[float, str, Plan]] = []
+    for quant in target.quants:
+        try:
+            other = resolve(with_own_codes(target.recipe(quant)), checkpoint.config)
+        except MissingDependencyError:
+            continue
+        refused = any(target.refuses(other.schemes[name], spec.role) for name, spec in checkpoint.specs.items())
+        if other.bits_per_weight > _WIDER * plan.bits_per_weight and not refused:
+            found.append((other.bits_per_weight, quant, other))
+    return min(found, key=lambda entry: entry[0])[1:] if found else None
+
+
+@torch.inference_mode()
+def measure_step_up(
+    target: Target, plan: Plan, checkpoint: Checkpoint, graph: Graph, reference: ReferenceRun, progress: Progress
+) -> StepUp | None:
+    """Measure the KL (nats per token, weights only, scales of least squared error) of `next_wider` on the ids of `reference`."""
+    found = next_wider(target, plan, checkpoint)
+    if found is None:
+        return None
+    quant, wider = found
+    weights = CheckpointWeights(checkpoint, wider, "mse", mean_square_of(reference.statistics.moments))
+    progress.stage(f"trying {quant}", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
+
+    def weight(spec: WeightSpec) -> torch.Tensor:
+        progress.advance(spec.size)
+        stored = weights.get(spec)
+        return stored if isinstance(stored, torch.Tensor) else stored.dequantize()
+
+    caches = KVCaches(graph, context=len(reference.ids), device=torch_device())
+    logits = forward(graph, weight, torch.from_numpy(reference.ids)[None], 0, caches)[0].numpy()
+    return StepUp(quant, round(wider.bits_per_weight, 4), float(f"{divergence(reference.logits, logits).kl_mean:.4g}"))
