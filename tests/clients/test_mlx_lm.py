@@ -204,6 +204,9 @@ def test_logits_of_other_shapes(mlx: Interpreter, small_config: Any, export_to: 
     assert kl(reference_logits(checkpoint.config, checkpoint.arrays, ids), mlx_logits(mlx, folder, ids)).max() < 1e-3
 
 
+TIE = 0.02  # of a logit; those of `tiny` spread over some 20, and fp16 rounds them and the activations before by up to this much
+
+
 def greedy(folder: Path, prompt: Sequence[int], tokens: int) -> list[int]:
     runtime = open_artifact(folder)
     ids = [runtime.greedy(prompt)]
@@ -223,7 +226,19 @@ print("RESULT", json.dumps([int(token) for token, _ in steps]))
 """
 
 
-@pytest.mark.parametrize("prompt", ["Once upon a"])
+def assert_same_but_for_ties(found: Sequence[int], expected: Sequence[int], folder: Path, prompt: Sequence[int], who: str) -> None:
+    """The same tokens, or others from where two stand so close that an engine's own rounding decides: the artifact in float32 tells."""
+    if list(found) == list(expected):
+        return
+    first = next(i for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != theirs)
+    logits = open_artifact(folder).logits(np.array([*prompt, *expected[:first]]))[-1]
+    behind = logits.max() - logits[[found[first], expected[first]]]
+    assert behind.max() < TIE, (
+        f"{who}: token {first} is {found[first]}, expected {expected[first]}; these stand {behind} below the best logit"
+    )
+
+
+@pytest.mark.parametrize("prompt", ["Once upon a", "It was a dark"])
 def test_greedy_tokens_are_those_of_the_other_formats(
     mlx: Interpreter, tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, prompt: str
 ) -> None:
@@ -231,9 +246,10 @@ def test_greedy_tokens_are_those_of_the_other_formats(
     ids = load_tokenizer(tiny.tokenizer_path).encode(prompt)
     folder = export_to(tiny, "mlx", "int4")
     found = result(mlx.run(GREEDY, folder, json.dumps(ids), "16", folder=tmp_path))
-    assert found == greedy(folder, ids, 16)
+    expected = greedy(folder, ids, 16)  # in float32
+    assert_same_but_for_ties(found, expected, folder, ids, "mlx-lm")
     for target in ("onnx", "coreml", "gguf"):
-        assert greedy(export_to(tiny, target, "int4"), ids, 16) == found, target
+        assert_same_but_for_ties(greedy(export_to(tiny, target, "int4"), ids, 16), expected, folder, ids, target)
 
 
 # mlx-lm's own conversion.
