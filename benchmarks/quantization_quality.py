@@ -216,6 +216,8 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
         return StoredWeights(checkpoint, plan, gptq_weights(checkpoint, plan, few, SilentProgress()))
 
     for method, find in (("mse, 128 tokens", None), ("gptq", trial)):
+        if method not in chosen:
+            continue
         costs = measure_costs(checkpoint, gguf, int4, find, SilentProgress())
         for bits in MIXED:
             plan = resolve(costs.allocate(bits).recipe, checkpoint.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +21,19 @@ class Inputs:
     def __init__(self, checkpoint: Checkpoint, options: WeightOptions, progress: Progress, importance: Statistics | None = None) -> None:
         """`importance`: the statistics that the options' importance matrix holds."""
         self._checkpoint, self._options, self._progress, self._importance = checkpoint, options, progress, importance
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """How much of the text the options ask for; None where they leave it open."""
+        return self._options.tokens
+
+    def with_tokens(self, tokens: int) -> Inputs:
+        """The inputs of options that ask for `tokens` of the text."""
+        return Inputs(self._checkpoint, replace(self._options, tokens=tokens), self._progress, self._importance)
+
+    def without_text(self) -> Inputs:
+        """The inputs of options that name no text."""
+        return Inputs(self._checkpoint, WeightOptions(), self._progress)
 
     @cached_property
     def sample(self) -> Sample | None:

@@ -5,6 +5,7 @@ Nothing heavy is imported here: the command line asks every method for its words
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Job:
     inputs: Inputs
     progress: Progress
     short_pass: Callable[[], Statistics] | None = None  # statistics of a few tokens, which cost little; None where they are not wanted
+    minutes: float = math.inf  # that a method which chooses by time may take
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class WeightOptions:
     that every export reads; "none" is nothing; a file is statistics (`.safetensors`), llama.cpp's importance matrix (`.gguf`) or a text.
     `tokens` says how much of a text to read (32,768 where None). `weights_from` is a weight set to take the codes from, `save_weights_to` where
     to keep those found. `bits_per_weight` lets each matrix have the scheme that its sensitivity asks for; `max_drop` finds the smallest such mix
-    that loses at most so many percentage points of accuracy.
+    that loses at most so many percentage points of accuracy. `minutes` is the time that "auto" may choose a method for (10 where None).
     """
 
     method: str = DEFAULT
@@ -32,6 +32,7 @@ class WeightOptions:
     save_weights_to: Path | None = None
     bits_per_weight: float | None = None
     max_drop: float | None = None
+    minutes: float | None = None
 
     def __post_init__(self) -> None:
         """
@@ -45,6 +46,8 @@ class WeightOptions:
             raise ElmExportError(f"--max-drop is {self.max_drop:g}; it is in percentage points of accuracy, from 0 up to 100")
         if self.weights_from is not None and (self.method != DEFAULT or self.tokens is not None or self.mixes):
             raise ElmExportError("--weights-from brings the codes; leave --method, --tokens, --bits-per-weight and --max-drop out")
+        if self.minutes is not None and (self.method != "auto" or not self.minutes > 0):
+            raise ElmExportError(f"--time-budget {self.minutes:g} is in minutes, above 0, and for --method auto, which chooses by it")
         if self.calibrate == "none" and method.needs_text:
             raise ElmExportError(f"--method {self.method} is calibrated; leave --calibrate none out, or choose --method {DEFAULT}")
         if isinstance(self.calibrate, Path) and not method.takes_statistics and not self.reads_text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from calibration.budget import MINUTES
 from calibration.calibrated import save_weights
 from calibration.guard import not_worse_than_mse
 from calibration.inputs import Inputs
@@ -50,11 +51,12 @@ def prepare(
     inputs = Inputs(checkpoint, options, progress, importance)
 
     def job(plan: Plan, inputs: Inputs) -> Job:
-        return Job(checkpoint, plan, inputs, progress, short_pass if options.calibrate == "auto" else None)
+        short = short_pass if options.calibrate == "auto" else None
+        return Job(checkpoint, plan, inputs, progress, short, MINUTES if options.minutes is None else options.minutes)
 
     def find(plan: Plan) -> WeightSource:
-        few = replace(options, tokens=min(TRIAL_TOKENS, options.tokens or TRIAL_TOKENS)) if options.reads_text else options
-        return method.prepare(job(plan, Inputs(checkpoint, few, progress, importance))).weights
+        few = inputs.with_tokens(min(TRIAL_TOKENS, options.tokens or TRIAL_TOKENS)) if options.reads_text else inputs
+        return method.prepare(job(plan, few)).weights
 
     def under(chosen: Recipe) -> Prepared:
         if options.method != DEFAULT or options.weights_from is not None:
@@ -67,7 +69,7 @@ def prepare(
 
     def finish(chosen: Recipe) -> Prepared:
         prepared = under(chosen)
-        if not method.needs_text or options.weights_from is not None:
+        if not method.needs_text or options.weights_from is not None or prepared.facts["method"] == "mse":
             return prepared
         return not_worse_than_mse(replace(job(prepared.plan, inputs), short_pass=short_pass), prepared)
 

@@ -15,6 +15,7 @@ METHODS: Mapping[str, str] = {  # in the order in which --help lists them
     "distill": "calibration.methods.distill:Distill",
     "awq": "calibration.methods.awq:AWQ",
     "awq+gptq": "calibration.methods.awq_gptq:AWQGPTQ",
+    "auto": "calibration.methods.auto:Auto",
 }
 DEFAULT = "mse"
 

@@ -71,6 +71,10 @@ def command(target: type[Target]) -> Callable[..., None]:
                 help="Let each matrix have the scheme that its sensitivity asks for, so many bits a parameter on average; writes recipe.toml into the artifact.",
             ),
         ] = None,
+        time_budget: Annotated[
+            float | None,
+            typer.Option(metavar="MINUTES", help="Time that --method auto may choose a method for. [default: 10]"),
+        ] = None,
         max_drop: Annotated[
             float | None,
             typer.Option(
@@ -118,7 +122,9 @@ def command(target: type[Target]) -> Callable[..., None]:
         from elmexport.artifact import Artifact
         from elmexport.export import export as library_export
 
-        weights = WeightOptions(method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight, max_drop)
+        weights = WeightOptions(
+            method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight, max_drop, time_budget
+        )
         with progress_bar() as progress:
             result = library_export(
                 model,

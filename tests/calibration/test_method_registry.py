@@ -28,9 +28,9 @@ def test_every_row_is_a_method() -> None:
 
 
 def test_what_the_options_ask_of_them() -> None:
-    assert [name for name in METHODS if find_method(name).needs_text] == ["gptq", "distill", "awq", "awq+gptq"]
+    assert [name for name in METHODS if find_method(name).needs_text] == ["gptq", "distill", "awq", "awq+gptq", "auto"]
     assert [name for name in METHODS if find_method(name).makes_weight_set] == ["gptq", "distill", "awq+gptq"]
-    assert [name for name in METHODS if not find_method(name).takes_statistics] == ["distill"]
+    assert [name for name in METHODS if not find_method(name).takes_statistics] == ["distill", "auto"]
 
 
 def test_an_unknown_one() -> None:
