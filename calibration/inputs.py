@@ -24,7 +24,7 @@ class Inputs:
 
     @property
     def asked_tokens(self) -> int | None:
-        """How much of the text the options ask for; None where they leave it open."""
+        """Tokens of the text that the options ask for; None where they leave it open."""
         return self._options.tokens
 
     def with_tokens(self, tokens: int) -> Inputs:

@@ -87,7 +87,7 @@ def prepare(
 
 
 def with_own_codes(recipe: Recipe) -> Recipe:
-    """The recipe with this project's schemes in the place of those whose codes only ggml's own quantizer finds; files hold the same types."""
+    """Replace ggml's types by schemes of the same bytes whose codes this project finds."""
     return replace(
         recipe,
         rules=tuple(replace(rule, scheme=coded(rule.scheme)) if isinstance(rule.scheme, GgmlType) else rule for rule in recipe.rules),

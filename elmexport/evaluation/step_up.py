@@ -1,4 +1,7 @@
-"""What the next wider quantization of a format would lose, measured on the text of the self-check without writing an artifact."""
+"""Loss of the next wider quantization of a format, measured on the text of the self-check.
+
+No artifact is written for it.
+"""
 
 from __future__ import annotations
 
