@@ -37,7 +37,7 @@ def generate(
 
     \b
     Example:
-      elmexport generate tiny-onnx "Once upon a time" --temperature 0.8 --top-p 0.95 --seed 7
+      elmexport generate tiny-onnx "Once upon a time" --temperature 0.8 --seed 7
     """
     from elmexport.runtimes.sampler import Sampling
     from elmexport.runtimes.text import generate_text

@@ -54,7 +54,7 @@ def report(
 
     \b
     Example:
-      elmexport report tiny-onnx tiny-coreml stored.json --limit 100 --out compared.html
+      elmexport report tiny-onnx tiny-coreml stored.json --out compared.html
     """
     from elmexport.evaluation.evaluate import evaluate
     from elmexport.evaluation.report.files import check_output, read_reports, to_json, write_reports

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from elmexport import __version__
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run
 
 COMMANDS = ("onnx", "coreml", "gguf", "mlx", "calibrate", "eval", "report", "bench", "models", "generate", "inspect", "logits")
@@ -77,6 +79,51 @@ def test_help_of_a_command(run: Run, command: str) -> None:
     assert f"  elmexport {command}" in outcome.out.split("Example:")[1]
     for option in OPTIONS[command]:
         assert f"\n  {option} " in outcome.out
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=" ".join)
+def test_help_fits_80_columns(run: Run, command: tuple[str, ...]) -> None:
+    lines = run(*command, "--help").out.splitlines()
+    assert lines and [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("option", ["--model", "--quant"])
+@pytest.mark.parametrize("target", ["onnx", "gguf"])
+def test_an_empty_option(run: Run, target: str, option: str) -> None:
+    outcome = run(target, option, "")
+    outcome.refused("int4" if option == "--quant" else "--model is empty; give one of tiny, 270M")
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("onnx", "--out"),
+        ("coreml", "--method", "gptq", "--save-weights"),
+        ("calibrate", "--out"),
+        ("calibrate", "--imatrix"),
+        ("logits", TINY_FOLDER, "--ids-file", "ids.txt", "--out"),
+        ("report", TINY_FOLDER, "--out"),
+        ("eval", TINY_FOLDER, "--report"),
+        ("eval", TINY_FOLDER, "--junit"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[-1:])),
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    run: Run, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work was begun")
+
+    for name in (
+        "elmexport.export.open_checkpoint",
+        "calibration.calibrate.open_checkpoint",
+        "elmexport.evaluation.evaluate.evaluated_artifact",
+    ):
+        monkeypatch.setattr(name, work)
+    monkeypatch.setattr("elmexport.runtimes.open_artifact", work)
+    Path("ids.txt").write_text("1 2")
+    run(*arguments, "/proc/there.html").refused("cannot write", "/proc")  # where not even root can make a file
 
 
 def test_help_imports_nothing_heavy() -> None:

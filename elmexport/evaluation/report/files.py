@@ -10,7 +10,7 @@ from elmexport.errors import ElmExportError
 from elmexport.evaluation.report.html import html
 from elmexport.evaluation.report.markdown import markdown
 from elmexport.evaluation.results import SCHEMA, Report, read_report
-from elmexport.files import write_text
+from elmexport.files import check_writable, write_text
 
 
 def to_json(reports: Sequence[Report]) -> str:
@@ -55,6 +55,7 @@ def check_output(path: Path) -> None:
         raise ElmExportError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ElmExportError(f"there is no folder {path.parent} to write {path.name} in; create it first")
+    check_writable(path, "place")
 
 
 def write_reports(reports: Sequence[Report], path: Path) -> None:
