@@ -23,6 +23,7 @@ KEPT: Mapping[str, str] = {
     "report": "answers so far are kept; the same command goes on from there",
     "calibrate": "the layers measured so far are kept; the same command goes on from there",
     "bench": "its measurements are not kept; run the command again",
+    "compare": "completions are not kept; run the command again",
     "generate": "the text so far is all there is",
 }
 NOTHING_KEPT = "nothing half-written was left; run the same command again"

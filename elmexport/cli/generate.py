@@ -71,7 +71,7 @@ def generate(
     """
     from elmexport.runtimes.prompts import read_prompts
     from elmexport.runtimes.sampler import Sampling
-    from elmexport.runtimes.text import TextModel, TextOptions
+    from elmexport.runtimes.text import TextOptions, open_text_model
 
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
     options = TextOptions(max_tokens, sampling, tuple(stop or ()), prompt_lookup, ngram_size, num_draft_tokens)
@@ -80,7 +80,7 @@ def generate(
     if json and prompt is None and prompts is None:
         raise ElmExportError("--json prints answers when all are there, which a session is not for; give a prompt or --prompts FILE")
     many = None if prompts is None else read_prompts(prompts)
-    model = TextModel(artifact, tokenizer=tokenizer, draft=draft_model)
+    model = open_text_model(artifact, tokenizer=tokenizer, draft=draft_model)
     try:
         if prompt is None and many is None:
             from elmexport.cli.chat import session

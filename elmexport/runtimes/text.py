@@ -66,38 +66,12 @@ class Completion:
 class TextModel:
     """An artifact that is open with its tokenizer: from text to text."""
 
-    def __init__(self, path: Path, *, tokenizer: Path | None = None, draft: Path | None = None) -> None:
-        """Open the artifact `path`, and the model `draft` that guesses for it.
-
-        `tokenizer` is a tokenizer file, the artifact's own where None.
-
-        Raises:
-            ElmExportError: see `open_artifact` and `artifact_tokenizer`; a draft model of another vocabulary.
-            MissingDependencyError: the engine is not installed.
-        """
-        kind = artifact_kind(path)
-        self.path = path
-        self.tokenizer = artifact_tokenizer(kind, path, tokenizer)
-        self.runtime = open_as(kind, path)
-        self.runtime.prepare_generation()
-        self._draft = None if draft is None else self._open_draft(draft, tokenizer)
-
-    def _open_draft(self, path: Path, tokenizer: Path | None) -> Runtime:
-        kind = artifact_kind(path)
-        other = artifact_tokenizer(kind, path, tokenizer)
-        if not same_tokens(self.tokenizer, other):
-            raise ElmExportError(
-                f"the draft model {path} has another tokenizer than {self.path}, so its guesses would mean other words; use a smaller model of "
-                "the same family, or another quantization of the same model"
-            )
-        runtime = open_as(kind, path)
-        if runtime.vocab_size != self.runtime.vocab_size:
-            raise ElmExportError(
-                f"the draft model {path} has {runtime.vocab_size} tokens, {self.path} has {self.runtime.vocab_size}; use a smaller model of the same "
-                "family, or another quantization of the same model"
-            )
+    def __init__(self, name: str, runtime: Runtime, tokenizer: Tokenizer, draft: Runtime | None = None) -> None:
+        """`name` stands for the artifact in messages. `draft` guesses for `runtime`, with the same tokenizer."""
+        self.name, self.runtime, self.tokenizer, self._draft = name, runtime, tokenizer, draft
         runtime.prepare_generation()
-        return runtime
+        if draft is not None:
+            draft.prepare_generation()
 
     def complete(self, prompt: str, options: TextOptions, write: Callable[[str], None] = lambda text: None) -> Completion:
         """Continue `prompt`, which is read after BOS where the model has one, and hand the text to `write` piece by piece.
@@ -179,6 +153,29 @@ class TextModel:
         self.runtime.close()
         if self._draft is not None:
             self._draft.close()
+
+
+def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: Path | None = None) -> TextModel:
+    """Open the artifact `path`, and the model `draft` that guesses for it.
+
+    `tokenizer` is a tokenizer file, the artifact's own where None.
+
+    Raises:
+        ElmExportError: see `open_artifact` and `artifact_tokenizer`; a draft model of another vocabulary.
+        MissingDependencyError: the engine is not installed.
+    """
+    kind = artifact_kind(path)
+    chosen = artifact_tokenizer(kind, path, tokenizer)
+    if draft is None:
+        return TextModel(path.name, open_as(kind, path), chosen)
+    draft_kind = artifact_kind(draft)
+    fix = "use a smaller model of the same family, or another quantization of the same model"
+    if not same_tokens(chosen, artifact_tokenizer(draft_kind, draft, tokenizer)):
+        raise ElmExportError(f"the draft model {draft} has another tokenizer than {path}, so its guesses would mean other words; {fix}")
+    runtime, other = open_as(kind, path), open_as(draft_kind, draft)
+    if other.vocab_size != runtime.vocab_size:
+        raise ElmExportError(f"the draft model {draft} has {other.vocab_size} tokens, {path} has {runtime.vocab_size}; {fix}")
+    return TextModel(path.name, runtime, chosen, other)
 
 
 class StopStrings:

@@ -246,12 +246,12 @@ def long_chat_model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_session_from_a_pipe(long_chat_model: Path) -> None:
     """A turn a line; each answer is what the same turns give at once."""
     from elmexport.checkpoint.tokenizer.chat import Message, chat_spans
-    from elmexport.runtimes.text import TextModel, TextOptions
+    from elmexport.runtimes.text import TextOptions, open_text_model
 
     command = [sys.executable, "-m", "elmexport", "generate", str(long_chat_model), "--chat", "--max-tokens", "6"]
     done = subprocess.run(command, input="Who is there?\n\nSay <|im_end|> please\n", capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    model, said, out = TextModel(long_chat_model), [], ""
+    model, said, out = open_text_model(long_chat_model), [], ""
     for line in ("Who is there?", "Say <|im_end|> please"):
         said.append(Message("user", line))
         ids = model.tokenizer.encode_spans(chat_spans(model.tokenizer, said))
@@ -265,9 +265,9 @@ def test_a_session_from_a_pipe(long_chat_model: Path) -> None:
 @pytest.mark.slow
 def test_what_no_longer_fits_is_forgotten(long_chat_model: Path) -> None:
     from elmexport.runtimes.chat import Chat
-    from elmexport.runtimes.text import TextModel, TextOptions
+    from elmexport.runtimes.text import TextOptions, open_text_model
 
-    chat, notes = Chat(TextModel(long_chat_model), TextOptions(8)), []
+    chat, notes = Chat(open_text_model(long_chat_model), TextOptions(8)), []
     for _ in range(6):
         chat.say("word " * 45, lambda piece: None, notes.append)
     assert notes[0] == "the oldest turn is forgotten: the context holds 256 tokens" and len(notes) >= 2

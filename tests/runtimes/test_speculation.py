@@ -231,7 +231,7 @@ def test_a_draft_models_cache_follows_the_text() -> None:
 
 
 def test_a_draft_model_with_another_tokenizer(tmp_path: Path) -> None:
-    from elmexport.runtimes.text import TextModel
+    from elmexport.runtimes.text import open_text_model
 
     folder = tmp_path / "other"
     folder.mkdir()
@@ -239,4 +239,4 @@ def test_a_draft_model_with_another_tokenizer(tmp_path: Path) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     with pytest.raises(ElmExportError, match="has another tokenizer than"):
-        TextModel(TINY_FOLDER, draft=folder)
+        open_text_model(TINY_FOLDER, draft=folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from elmexport.errors import ElmExportError
+from elmexport.evaluation.completions import SideBySide
 from elmexport.evaluation.report.html import html
 from elmexport.evaluation.report.markdown import markdown
 from elmexport.evaluation.results import SCHEMA, Report, read_report
@@ -58,11 +59,12 @@ def check_output(path: Path) -> None:
     check_writable(path, "place")
 
 
-def write_reports(reports: Sequence[Report], path: Path) -> None:
-    """Write one report, or a comparison of several, whole or not at all. A file that is there is replaced.
+def write_reports(reports: Sequence[Report], path: Path, said: SideBySide | None = None) -> None:
+    """Write one report, or a comparison of several, whole or not at all. A file that is there is replaced. `said` is a section of a page.
 
     Raises:
         ElmExportError: see `check_output`; or the place cannot be written.
     """
     check_output(path)
-    write_text(path, _FORMS[path.suffix.lower()](reports))
+    form = _FORMS[path.suffix.lower()]
+    write_text(path, html(reports, said) if form is html else form(reports))
