@@ -23,6 +23,7 @@ class Runtime(ABC):
     vocab_size: int
     context: int  # tokens that the cache can hold
     step_tokens: int = 1  # the fewest that are rounded as any larger number is; generation feeds as many, padded
+    smooth: bool = False  # whether tiny differences stay tiny: activations that are rounded to few bits make them jump
     only_greedy: str | None = None  # why there are no logits, only the most likely token; None where there are
 
     def __init__(self) -> None:

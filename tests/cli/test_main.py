@@ -116,7 +116,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
         raise AssertionError("work was begun")
 
     for name in (
-        "elmexport.export.open_checkpoint",
+        "elmexport.exporting.open_checkpoint",
         "calibration.calibrate.open_checkpoint",
         "elmexport.evaluation.evaluate.evaluated_artifact",
     ):
@@ -185,7 +185,7 @@ def test_an_error_is_one_line_and_its_code(run: Run, monkeypatch: pytest.MonkeyP
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("elmexport.export.export", fail)
+    monkeypatch.setattr("elmexport.exporting.export", fail)
     outcome = run("onnx")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", "error: what, allowed, fix\n")
 
@@ -201,7 +201,7 @@ def test_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("elmexport.export.export", interrupt)
+    monkeypatch.setattr("elmexport.exporting.export", interrupt)
     outcome = run("onnx")
     assert outcome.code == 130
     assert "Traceback" not in outcome.err

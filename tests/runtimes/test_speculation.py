@@ -124,6 +124,7 @@ class Noisy(Markov):
     """Rounds otherwise where several tokens are read at once."""
 
     noise = 1e-6
+    smooth = True
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         rows = super()._forward(ids, position, last)
@@ -140,9 +141,10 @@ def test_tokens_about_as_likely_as_others_are_decoded_again() -> None:
     assert generation.speculation is not None and generation.speculation.repeated > 0
 
 
-def test_an_engine_whose_rounding_depends_on_the_number_of_tokens_decodes_plainly() -> None:
+@pytest.mark.parametrize(("noise", "smooth"), [(0.3, True), (1e-6, False)])
+def test_an_engine_whose_rounding_depends_on_the_number_of_tokens_decodes_plainly(noise: float, smooth: bool) -> None:
     runtime = Noisy(2)
-    runtime.noise = 0.3
+    runtime.noise, runtime.smooth = noise, smooth
     plain = tokens(runtime, Sampling(), None)
     generation = generate(runtime, [1, 2, 3], max_tokens=40, sampling=Sampling(), eos_ids=(), drafter=PromptLookup(4, 1))
     assert list(generation) == plain
@@ -168,7 +170,7 @@ def test_bad_counts(count: int, size: int, message: str) -> None:
 
 
 PROMPTS = 100  # of each kind of guesses
-LENGTH = 32
+LENGTH = 24
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +201,7 @@ def test_greedy_is_plain_decoding_in_every_engine(
 ) -> None:
     runtime, small = open_artifact(export_to(tiny, target, quant)), open_artifact(TINY_FOLDER)
     runtime.prepare_generation()
-    some = prompts if share else prompts[:: PROMPTS // 8]  # nothing is guessed there
+    some = prompts if target in ("onnx", "gguf") and share else prompts[::10]  # engines that are slow, or where nothing is guessed
     accepted = drafted = 0
     for ids in some:
         plain = tokens(runtime, Sampling(), None, ids, LENGTH)

@@ -16,7 +16,7 @@ import torch
 from calibration.options import WeightOptions
 from elmexport.artifact import Artifact
 from elmexport.errors import ElmExportError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.inspection import inspect_artifact
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
