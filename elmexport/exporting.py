@@ -22,6 +22,7 @@ from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
+from elmexport.card import write_card
 from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyError
@@ -206,6 +207,7 @@ def export_checkpoint(
             chain=written.chain,
             files={},
         )
+        write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, report
+from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
 from elmexport.errors import ElmExportError
@@ -67,6 +67,7 @@ app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("lint")(lint.lint)
+app.command("push")(push.push)
 app.command("logits")(logits.logits)
 
 

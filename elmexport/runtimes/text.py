@@ -70,8 +70,6 @@ class TextModel:
         """`name` stands for the artifact in messages. `draft` guesses for `runtime`, with the same tokenizer."""
         self.name, self.runtime, self.tokenizer, self._draft = name, runtime, tokenizer, draft
         runtime.prepare_generation()
-        if draft is not None:
-            draft.prepare_generation()
 
     def complete(self, prompt: str, options: TextOptions, write: Callable[[str], None] = lambda text: None) -> Completion:
         """Continue `prompt`, which is read after BOS where the model has one, and hand the text to `write` piece by piece.
@@ -166,16 +164,26 @@ def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: Path | 
     """
     kind = artifact_kind(path)
     chosen = artifact_tokenizer(kind, path, tokenizer)
-    if draft is None:
-        return TextModel(path.name, open_as(kind, path), chosen)
-    draft_kind = artifact_kind(draft)
+    runtime = open_as(kind, path)
+    return TextModel(path.name, runtime, chosen, None if draft is None else open_draft(draft, path, runtime, chosen, tokenizer))
+
+
+def open_draft(draft: Path, path: Path, runtime: Runtime, tokenizer: Tokenizer, given: Path | None = None) -> Runtime:
+    """Open the artifact `draft`, to guess for `path`, which is open with its tokenizer; `given` is a tokenizer's file to take instead of its own.
+
+    Raises:
+        ElmExportError: see `open_artifact`; or another vocabulary.
+        MissingDependencyError: the engine is not installed.
+    """
+    kind = artifact_kind(draft)
     fix = "use a smaller model of the same family, or another quantization of the same model"
-    if not same_tokens(chosen, artifact_tokenizer(draft_kind, draft, tokenizer)):
+    if not same_tokens(tokenizer, artifact_tokenizer(kind, draft, given)):
         raise ElmExportError(f"the draft model {draft} has another tokenizer than {path}, so its guesses would mean other words; {fix}")
-    runtime, other = open_as(kind, path), open_as(draft_kind, draft)
+    other = open_as(kind, draft)
     if other.vocab_size != runtime.vocab_size:
         raise ElmExportError(f"the draft model {draft} has {other.vocab_size} tokens, {path} has {runtime.vocab_size}; {fix}")
-    return TextModel(path.name, runtime, chosen, other)
+    other.prepare_generation()
+    return other
 
 
 class StopStrings:
