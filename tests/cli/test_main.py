@@ -13,7 +13,24 @@ from elmexport.errors import ElmExportError, MissingDependencyError, Verificatio
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run
 
-COMMANDS = ("onnx", "coreml", "gguf", "mlx", "calibrate", "eval", "report", "bench", "models", "generate", "inspect", "logits")
+COMMANDS = (
+    *(
+        "onnx",
+        "coreml",
+        "gguf",
+        "mlx",
+        "calibrate",
+        "eval",
+        "report",
+        "bench",
+        "models",
+        "generate",
+        "compare",
+        "inspect",
+        "push",
+        "logits",
+    ),
+)
 EXPORT = (
     "--model",
     "--quant",
@@ -36,14 +53,19 @@ EXPORT = (
 OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf", "mlx"), EXPORT) | {
     "models": ("--json",),
     "calibrate": ("--model", "--text", "--dataset", "--tokens", "--window", "--hessian", "--out", "--imatrix", "--force", "--json"),
-    "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer", "--chat"),
+    "generate": (
+        *("--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop", "--tokenizer"),
+        *("--prompts", "--prompt-lookup", "--ngram-size", "--draft-model", "--num-draft-tokens", "--chat", "--json"),
+    ),
+    "compare": ("--prompts", "--max-tokens", "--against", "--json"),
+    "push": ("--report", "--private", "--force"),
     "inspect": ("--tensors", "--json"),
     "eval": (
         *("--tasks", "--preset", "--fewshot", "--limit", "--seed", "--against", "--data", "--text", "--text-tokens", "--tokenizer"),
         *("--max-drop", "--max-kl", "--max-ppl-ratio", "--baseline", "--report", "--junit", "--json"),
     ),
     "report": ("--out", "--tasks", "--preset", "--fewshot", "--limit", "--against", "--data", "--text", "--text-tokens", "--json"),
-    "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--json"),
+    "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--prompt-lookup", "--draft-model", "--json"),
     "logits": ("--ids-file", "--out"),
 }
 HEAVY = (
