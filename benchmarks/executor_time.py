@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from elmexport.checkpoint import open_checkpoint
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.coreml import open_runtime
 from elmexport.runtimes.torch import TorchRuntime

@@ -36,7 +36,7 @@ from calibration.text import bundled_text, sample_windows
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from targets.mlx import MlxTarget
 model, folder, tokens, window = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 checkpoint = open_checkpoint(model)

@@ -43,7 +43,7 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.self_check import reference_pass
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.graph.forward import layer_stages
 from elmexport.models import trace
 from elmexport.progress import SilentProgress

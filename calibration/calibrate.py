@@ -19,7 +19,7 @@ from elmexport import __version__
 from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.files import complete_file
+from elmexport.files import check_writable, complete_file
 from elmexport.progress import Progress, SilentProgress
 
 DEFAULT_TOKENS = 32768
@@ -153,3 +153,4 @@ def check_output(out: Path, *, force: bool) -> None:
         raise ElmExportError(f"{out} is a folder; --out is the file to write")
     if out.exists() and not force:
         raise ElmExportError(f"{out} exists already; pass --force to replace it, or choose another --out")
+    check_writable(out)

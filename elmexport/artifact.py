@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from elmexport.errors import ElmExportError
-from elmexport.files import remove_stale, sync_file, temporary_sibling
+from elmexport.files import check_writable, remove_stale, sync_file, temporary_sibling
 from elmexport.formats import find_format
 from elmexport.manifest import FIX, FileFacts, Manifest, read_manifest
 from elmexport.weights import Role
@@ -54,13 +54,14 @@ def artifact_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def check_free(out: Path, *, force: bool) -> None:
-    """Refuse, before any work, an output that would overwrite something.
+    """Refuse, before any work, an output that would overwrite something, or a place that cannot be written.
 
     Raises:
-        ElmExportError: `out` exists and `force` is false, or `out` is something other than an artifact folder, or cannot be looked at.
+        ElmExportError: `out` exists and `force` is false, `out` is something other than an artifact folder, or its place takes no files.
     """
     try:
         _check_free(out, force)
+        check_writable(Path(os.path.realpath(out)))  # behind a link: what is replaced is the folder, not the link to it
     except OSError as error:  # a name too long, a folder closed to this user
         raise ElmExportError(f"cannot write {out}: {error.strerror or error}; choose another --out") from error
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -59,6 +60,23 @@ def write_text(path: Path, text: str) -> None:
             partial.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise ElmExportError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
+
+
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Refuse a place where nothing can be written, before any work: tries it in the nearest folder above `path` that is there.
+
+    Raises:
+        ElmExportError: no folder, or one that takes no file; the message names `option`.
+    """
+    above = path.absolute().parent
+    try:
+        while not above.exists() and above != above.parent:
+            above = above.parent
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ElmExportError(f"cannot write {path}: {reason} ({above}); choose another {option}") from None
 
 
 def temporary_sibling(path: Path, kind: str) -> Path:

@@ -109,6 +109,15 @@ def options(kind: type[Target]) -> Mapping[str, Option]:
     return {field.name: field.metadata["option"] for field in fields(kind) if "option" in field.metadata}
 
 
+@dataclass(frozen=True)
+class Usage:
+    """How one program runs an artifact, for its model card: commands or code, which stand in the artifact's folder."""
+
+    program: str
+    code: str
+    language: str = "bash"
+
+
 class Target(ABC):
     """One output format.
 
@@ -186,6 +195,10 @@ class Target(ABC):
 
     def finish(self, folder: Path, checked: Checked) -> None:  # noqa: B027  (optional: most formats need no more)
         """Add to the artifact what comes of the self-check, after it has passed."""
+
+    def usage(self, files: Sequence[str]) -> Sequence[Usage]:
+        """How programs other than elmexport run an artifact that holds `files`."""
+        return ()
 
     def settings(self) -> dict[str, Setting]:
         """The target's settings for the manifest: plain values, and of a file its name and hash."""

@@ -100,7 +100,7 @@ def export_to(tmp_path_factory: pytest.TempPathFactory) -> ExportTo:
 
     Options are `export_checkpoint`'s; unlike there, `verify` is false unless asked for.
     """
-    from elmexport.export import export_checkpoint
+    from elmexport.exporting import export_checkpoint
 
     def call(checkpoint: Checkpoint, target: str, quant: str, **options: Any) -> Path:
         out = tmp_path_factory.mktemp("export") / f"{checkpoint.source.name}-{target}-{quant}"

@@ -1,5 +1,5 @@
 """A hub on loopback: enough of the Hugging Face HTTP API for `huggingface_hub` to list and download models, and for `datasets` to load
-data sets, through HF_ENDPOINT.
+data sets, through HF_ENDPOINT; and to make repositories and commit files to them.
 
 A data set is a repository whose name begins with "datasets/", as in the addresses of its files. Large files are redirected to a second
 address, as the real hub does with its CDN, and served with Range. There is no Xet.
@@ -7,6 +7,7 @@ address, as the real hub does with its CDN, and served with Range. There is no X
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -14,7 +15,7 @@ import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 REPO = r"((?:datasets/)?[^/]+/[^/]+)"
@@ -45,6 +46,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.cut: dict[str, list[int]] = {}  # by file name: after how many bytes to drop the connection, one entry for each time
         self.broken: set[str] = set()  # file names answered with HTTP 500
+        self.uploads: dict[str, bytes] = {}  # large files on their way into a commit, by SHA-256
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
 
     @property
@@ -99,6 +101,66 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             self._answer()
 
+        def do_PUT(self) -> None:
+            hub.uploads[self.path.rpartition("/")[2]] = self._body()
+            self._send(200, {}, b"")
+
+        def do_POST(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(Request(self.command, path, None))
+            body = self._body()
+            if (self.headers.get("Authorization") or "").removeprefix("Bearer ") not in hub.tokens:
+                return self._error(401)
+            if path == "/api/validate-yaml":
+                return self._json({"errors": [], "warnings": []})
+            if path == "/api/repos/create":
+                return self._create(json.loads(body))
+            action = re.fullmatch(rf"/(?:api/models/)?{REPO}(?:/(preupload|commit)/main|\.git/info/lfs/objects/(batch))", path)
+            if action is None or action[1] not in hub.repos:
+                return self._error(404, "RepoNotFound")
+            if action[2] == "preupload":
+                files = [
+                    {"path": file["path"], "uploadMode": "lfs" if file["size"] >= LARGE else "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+                return self._json({"files": files})
+            if action[3]:
+                objects = [
+                    {**entry, "actions": {"upload": {"href": f"{hub.url}/upload/{entry['oid']}"}}} for entry in json.loads(body)["objects"]
+                ]
+                return self._json({"transfer": "basic", "objects": objects})
+            return self._commit(action[1], [json.loads(line) for line in body.splitlines()])
+
+        def _body(self) -> bytes:
+            if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
+                parts = []
+                while size := int(self.rfile.readline(), 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(parts)
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def _create(self, asked: dict[str, str]) -> None:
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            there = name in hub.repos
+            hub.repos.setdefault(name, Repo({"0" * 40: {}}, {"main": "0" * 40}))
+            document = json.dumps({"url": f"{hub.url}/{name}", "name": name}).encode()
+            self._send(409 if there else 200, {"Content-Type": "application/json"}, document)
+
+        def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+            repo = hub.repos[name]
+            files = dict(repo.commits[repo.branches["main"]])
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    files[value["path"]] = hub.uploads[value["oid"]]
+            commit = hashlib.sha1(b"".join(path.encode() + content for path, content in files.items())).hexdigest()
+            repo.commits[commit], repo.branches["main"] = files, commit
+            self._json({"success": True, "commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit})
+
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(Request(self.command, path, self.headers.get("Range")))
@@ -145,7 +207,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             entries = [entry for entry in _entries(files) if str(entry["path"]).startswith(prefix)]
             if "recursive=true" not in self.path.lower():
                 entries = [entry for entry in entries if "/" not in str(entry["path"])[len(prefix) :]]
-            if not entries:
+            if not entries and folder:
                 return self._error(404, "EntryNotFound")
             return self._json(entries)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from calibration.options import WeightOptions
-from elmexport.export import export
+from elmexport.exporting import export
 
 RECORDED = Path(__file__).with_name("artifact_bytes.json")
 UNRECORDED = ("manifest.json", "verify.py")

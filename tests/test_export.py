@@ -18,7 +18,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.save import save_checkpoint
 from elmexport.cli.main import main
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
-from elmexport.export import export, export_checkpoint
+from elmexport.exporting import export, export_checkpoint
 from elmexport.manifest import RuleFacts, SelfCheck
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.integer_codec import IntegerTensor
@@ -243,7 +243,7 @@ def test_a_large_residual_stream_fits_fp16(
 def test_without_rescaling_a_large_residual_stream_overflows(
     small_checkpoint: MemoryCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("elmexport.export.choose_alpha", lambda peak: 1.0)
+    monkeypatch.setattr("elmexport.exporting.choose_alpha", lambda peak: 1.0)
     with pytest.raises(VerificationError):
         export_checkpoint(inflated(small_checkpoint, 2.0**16), "coreml", "fp16", out=tmp_path / "artifact")
 

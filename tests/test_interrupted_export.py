@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from elmexport.errors import ElmExportError
-from elmexport.export import export
+from elmexport.exporting import export
 from elmexport.runtimes import open_artifact
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ FULL_DISK = """
 import json, resource, signal, sys
 from pathlib import Path
 from elmexport.errors import ElmExportError
-from elmexport.export import export
+from elmexport.exporting import export
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 target, out = sys.argv[1], Path(sys.argv[2])

@@ -4,8 +4,9 @@ Every measurement is a process of its own (`worker`), so that load time and peak
 defines the figures.
 """
 
+from elmexport.bench.guesses import Guesses
 from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, Summary
 from elmexport.bench.rounds import benchmark
 from elmexport.bench.workload import Workload
 
-__all__ = ["ArtifactResult", "Benchmark", "DecodeResult", "Machine", "PrefillResult", "Summary", "Workload", "benchmark"]
+__all__ = ["ArtifactResult", "Benchmark", "DecodeResult", "Guesses", "Machine", "PrefillResult", "Summary", "Workload", "benchmark"]

@@ -52,6 +52,23 @@ class DecodeResult(Struct, frozen=True):
     bandwidth_fraction: float | None
 
 
+class SpeculationResult(Struct, frozen=True):
+    """Speculative decoding of `tokens` of a repetitive text, and plain decoding of the same in the same process, greedily.
+
+    `accepted` and `drafted` are of the last run; `speed_up` the ratio of the medians. `note`: why nothing was guessed.
+    """
+
+    how: str
+    tokens: int
+    tokens_per_s: Summary
+    plain_tokens_per_s: Summary
+    speed_up: float
+    accepted: int
+    drafted: int
+    mean_accepted: float
+    note: str | None
+
+
 class ArtifactResult(Struct, frozen=True):
     """Benchmark of one artifact. Sizes in bytes; `note` says what the figures do not mean."""
 
@@ -68,6 +85,7 @@ class ArtifactResult(Struct, frozen=True):
     prefill: tuple[PrefillResult, ...]
     decode: tuple[DecodeResult, ...]
     note: str | None
+    speculation: SpeculationResult | None = None  # None: not asked for
 
 
 class Machine(Struct, frozen=True):

@@ -8,13 +8,14 @@ import platform
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from elmexport.artifact import MANIFEST, Artifact
-from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, Summary
+from elmexport.bench.guesses import Guesses
+from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, SpeculationResult, Summary
 from elmexport.bench.traffic import Traffic, traffic
 from elmexport.bench.workload import Workload
 from elmexport.cores import VARIABLE, available_cores
@@ -45,12 +46,13 @@ def benchmark(
     repeat: int = REPEAT,
     threads: int | None = None,
     fit: Collection[str] = (),
+    guesses: Guesses | None = None,
     progress: Progress | None = None,
 ) -> Benchmark:
     """Measure `workload` on every artifact of `paths` (folders, or bare model files), `repeat` times.
 
     `threads` that the engines use: all cores that this process may use where None. An artifact whose context is too short for the
-    workload has those parts of it that `fit` names (see `PARTS`) cut to what fits.
+    workload has those parts of it that `fit` names (see `PARTS`) cut to what fits. `guesses`: measure speculative decoding, too.
 
     Raises:
         ElmExportError: a count that makes no sense, nothing that a runtime opens, or a workload beyond a context; the first two, and for
@@ -58,6 +60,8 @@ def benchmark(
         MissingDependencyError: an engine is not installed.
     """
     workload.check()
+    if guesses is not None:
+        guesses.check()
     if repeat < 1:
         raise ElmExportError(f"repeat is {repeat}; it must be 1 or more")
     if threads is not None and threads < 1:
@@ -70,25 +74,29 @@ def benchmark(
     runs: list[list[dict[str, Any]]] = [[] for _ in subjects]
     for _ in range(repeat):
         for subject, done in zip(subjects, runs, strict=True):
-            done.append(_measure(subject.path, workload, fit, threads))
+            done.append(_measure(subject.path, workload, fit, threads, guesses))
             progress.advance(1)
         bandwidths.append(float(_python("elmexport.bench.bandwidth", str(threads), str(_BANDWIDTH_BYTES), threads=threads)))
         progress.advance(1)
-    return Benchmark(_machine(), threads, repeat, Summary.of(bandwidths), summarize(subjects, runs, Summary.of(bandwidths).median))
+    return Benchmark(_machine(), threads, repeat, Summary.of(bandwidths), summarize(subjects, runs, Summary.of(bandwidths).median, guesses))
 
 
-def summarize(subjects: Sequence[_Subject], runs: Sequence[Sequence[dict[str, Any]]], bandwidth: float) -> tuple[ArtifactResult, ...]:
+def summarize(
+    subjects: Sequence[_Subject], runs: Sequence[Sequence[dict[str, Any]]], bandwidth: float, guesses: Guesses | None = None
+) -> tuple[ArtifactResult, ...]:
     """Figures of each subject from its `runs`, answers of the worker; ratios are to the first subject."""
     first: ArtifactResult | None = None
     results: list[ArtifactResult] = []
     for subject, answers in zip(subjects, runs, strict=True):
-        result = _summarize(subject, answers, bandwidth, first)
+        result = _summarize(subject, answers, bandwidth, first, guesses)
         first = first or result
         results.append(result)
     return tuple(results)
 
 
-def _summarize(subject: _Subject, answers: Sequence[dict[str, Any]], bandwidth: float, first: ArtifactResult | None) -> ArtifactResult:
+def _summarize(
+    subject: _Subject, answers: Sequence[dict[str, Any]], bandwidth: float, first: ArtifactResult | None, guesses: Guesses | None
+) -> ArtifactResult:
     facts, generate = answers[0], answers[0]["generate"]
     of_first = {} if first is None else {(0, row.tokens): row.tokens_per_s.median for row in first.prefill}
     of_first |= {} if first is None else {(1, row.depth): row.tokens_per_s.median for row in first.decode if row.tokens == generate}
@@ -121,8 +129,16 @@ def _summarize(subject: _Subject, answers: Sequence[dict[str, Any]], bandwidth: 
         peak_bytes=Summary.of([answer["peak_bytes"] for answer in answers]),
         prefill=tuple(prefill),
         decode=tuple(decode),
+        speculation=None if guesses is None else _speculation(guesses, [answer["speculation"] for answer in answers]),
         note=EXECUTOR_NOTE if facts["engine"] == "mil executor" else None,
     )
+
+
+def _speculation(guesses: Guesses, answers: Sequence[dict[str, Any]]) -> SpeculationResult:
+    rate, plain = (Summary.of([answer["tokens"] / answer[key] for answer in answers]) for key in ("guessed_s", "plain_s"))
+    last = answers[-1]
+    counted = {key: last[key] for key in ("tokens", "accepted", "drafted", "mean_accepted", "note")}
+    return SpeculationResult(how=guesses.words, tokens_per_s=rate, plain_tokens_per_s=plain, speed_up=rate.median / plain.median, **counted)
 
 
 def _subject(path: Path, workload: Workload, fit: Collection[str]) -> _Subject:
@@ -140,8 +156,9 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _measure(path: Path, workload: Workload, fit: Collection[str], threads: int) -> dict[str, Any]:
+def _measure(path: Path, workload: Workload, fit: Collection[str], threads: int, guesses: Guesses | None) -> dict[str, Any]:
     job = {"path": str(path), "prompts": workload.prompts, "depths": workload.depths, "generate": workload.generate, "fit": list(fit)}
+    job["guesses"] = None if guesses is None else asdict(guesses)
     answer: dict[str, Any] = json.loads(_python("elmexport.bench.worker", threads=threads, stdin=json.dumps(job)))
     if "error" in answer:
         raise _ERRORS[answer["exit_code"]](answer["error"])

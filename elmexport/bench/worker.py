@@ -12,15 +12,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from elmexport.bench.guesses import Guesses, measure_guesses
 from elmexport.bench.measure import measure
 from elmexport.bench.memory import peak_bytes, resident_bytes
 from elmexport.bench.workload import Workload
 from elmexport.errors import ElmExportError
 from elmexport.runtimes import artifact_kind, open_as, preload
+from elmexport.runtimes.text import find_tokenizer
 
 
-def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
-    """Open `path` and measure `workload` on it, the parts in `fit` cut to what fits the context.
+def run(path: Path, workload: Workload, fit: Collection[str], guesses: Guesses | None = None) -> dict[str, Any]:
+    """Open `path` and measure `workload` on it, the parts in `fit` cut to what fits the context, and speculative decoding with `guesses`.
 
     Raises:
         ElmExportError: nothing that a runtime opens, or a workload beyond the context.
@@ -35,6 +37,10 @@ def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
     workload = workload.fitted(runtime.context, fit)
     workload.check_context(path.name, runtime.context)
     timed = measure(runtime, workload)
+    peak = peak_bytes()  # a draft model's memory is not the artifact's
+    speculation = None
+    if guesses is not None:
+        speculation = measure_guesses(runtime, path, find_tokenizer(kind, path), guesses, workload.generate)
     return {
         "kind": kind,
         "engine": runtime.name,
@@ -44,7 +50,8 @@ def run(path: Path, workload: Workload, fit: Collection[str]) -> dict[str, Any]:
         "prefill_s": timed.prefill_s,
         "decode_s": timed.decode_s,
         "before_bytes": before,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak,
+        "speculation": speculation,
     }
 
 
@@ -53,7 +60,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     workload = Workload(tuple(job["prompts"]), tuple(job["depths"]), job["generate"])
     try:
-        answer = run(Path(job["path"]), workload, job["fit"])
+        guesses = Guesses(**job["guesses"]) if job.get("guesses") else None
+        answer = run(Path(job["path"]), workload, job["fit"], guesses)
     except ElmExportError as error:
         answer = {"error": str(error), "exit_code": error.exit_code}
     print(json.dumps(answer))

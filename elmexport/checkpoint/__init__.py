@@ -48,6 +48,8 @@ def open_checkpoint(
             hub model, no access to its tokenizer either, before any weights are downloaded.
     """
     progress = progress or SilentProgress()
+    if not model.strip():
+        raise ElmExportError(f"--model is empty; give one of {_aliases()}, a hub id (owner/name), a local folder, or a CoreNet .pt file")
     if adapter is not None and not adapter.exists():
         raise ElmExportError(f"--adapter {adapter}: no such file or folder; give the folder of an adapter, as PEFT or CoreNet writes it")
     known = find_model(model)

@@ -33,6 +33,16 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads that every engine uses. [default: one for each core]")
     ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Measure speculative decoding too, on a repetitive text: N tokens guessed from what the text said before."
+        ),
+    ] = None,
+    draft_model: Annotated[
+        Path | None, typer.Option(metavar="ARTIFACT", help="Measure speculative decoding too, tokens guessed by this artifact.")
+    ] = None,
+    num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
     """Measure speed, load time and memory of artifacts, side by side.
@@ -45,7 +55,7 @@ def bench(
     Example:
       elmexport bench 450M-onnx 450M-gguf --depth 0,1024 --threads 4
     """
-    from elmexport.bench import Workload, benchmark
+    from elmexport.bench import Guesses, Workload, benchmark
     from elmexport.bench.workload import DEPTHS, GENERATE, PARTS, PROMPTS
 
     workload = Workload(
@@ -53,16 +63,32 @@ def bench(
         DEPTHS if depth is None else _counts(depth, "--depth"),
         GENERATE if generate is None else generate,
     )
+    guesses = None
+    if prompt_lookup is not None or draft_model is not None:
+        guesses = Guesses(prompt_lookup, draft_model=None if draft_model is None else str(draft_model), draft_tokens=num_draft_tokens)
     with progress_bar() as progress:
         fit = [part for part, given in zip(PARTS, (prompt, depth, generate), strict=True) if given is None]
-        result = benchmark(artifacts, workload, repeat=repeat, threads=threads, fit=fit, progress=progress)
+        result = benchmark(artifacts, workload, repeat=repeat, threads=threads, fit=fit, guesses=guesses, progress=progress)
     if json:
         print_json(result.to_dict())
         return
     typer.echo(_describe(result))
+    if guesses is not None:
+        typer.echo(f"\n{table(_guessed(result.artifacts), right=frozenset({2, 3, 4, 5, 6}))}")
     for artifact in result.artifacts:
+        if artifact.speculation is not None and artifact.speculation.note is not None:
+            typer.echo(f"note: {artifact.name}: {artifact.speculation.note}", err=True)
         if artifact.note is not None:
             typer.echo(f"note: {artifact.name}: {artifact.note}", err=True)
+
+
+def _guessed(artifacts: tuple[ArtifactResult, ...]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("guesses", "artifact", "accepted", "a step", "tokens/s", "plain", "speed-up")]
+    for artifact in artifacts:
+        if (one := artifact.speculation) is not None:
+            accepted, rates = f"{one.accepted}/{one.drafted}", (f"{one.tokens_per_s.median:.1f}", f"{one.plain_tokens_per_s.median:.1f}")
+            rows.append((one.how, artifact.name, accepted, f"{one.mean_accepted:.2f}", *rates, f"{one.speed_up:.2f}"))
+    return rows
 
 
 def _counts(text: str, option: str) -> tuple[int, ...]:

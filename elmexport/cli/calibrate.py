@@ -73,7 +73,7 @@ def calibrate(
 
     \b
     Example:
-      elmexport calibrate --model 450M --text my-prompts.txt --out 450M.safetensors
+      elmexport calibrate --model 450M --text prompts.txt --out 450M.safetensors
     """
     from calibration.calibrate import calibrate as library_calibrate
     from calibration.calibrate import check_output

@@ -68,7 +68,7 @@ def evaluate(
     \b
     Example:
       elmexport eval tiny-onnx
-      elmexport eval 270M-onnx --preset zero-shot --limit 100 --max-drop 2 --report report.html
+      elmexport eval 270M-onnx --preset zero-shot --max-drop 2 --report out.html
     """
     from elmexport.evaluation.evaluate import evaluate as run
     from elmexport.evaluation.gates import Limits, check_gates, enforce
@@ -76,12 +76,15 @@ def evaluate(
     from elmexport.evaluation.report.files import check_output, to_json, write_reports
     from elmexport.evaluation.report.terminal import print_reports
     from elmexport.evaluation.results import read_report
+    from elmexport.files import check_writable
 
     limits = Limits(max_drop, max_kl, max_ppl_ratio)
     limits.check()  # what can fail at once comes before the minutes
     stored = None if baseline is None else read_report(baseline)
     for path in report or ():
         check_output(path)
+    if junit is not None:
+        check_writable(junit, "--junit")
     chosen = settings(tasks, preset, fewshot, limit, seed, data, text, text_tokens)
     with progress_bar() as progress:
         result = run(

@@ -64,11 +64,14 @@ def settings(
     """Settings of an evaluation from these options.
 
     Raises:
-        ElmExportError: options that contradict each other.
+        ElmExportError: options that contradict each other, or a task that nobody knows.
     """
     from elmexport.evaluation.evaluate import Settings
     from elmexport.evaluation.tasks.presets import chosen_tasks
+    from elmexport.evaluation.tasks.suite import check_names
 
     if text is not None and not text_tokens:
         raise ElmExportError(f"--text {text} with --text-tokens 0 reads nothing; leave one of them out")
-    return Settings(chosen_tasks(tasks, None if preset is None else preset.value, fewshot), limit, seed, data, text, text_tokens)
+    chosen = chosen_tasks(tasks, None if preset is None else preset.value, fewshot)
+    check_names(list(chosen))
+    return Settings(chosen, limit, seed, data, text, text_tokens)

@@ -120,7 +120,7 @@ def command(target: type[Target]) -> Callable[..., None]:
     ) -> None:
         from calibration.options import WeightOptions
         from elmexport.artifact import Artifact
-        from elmexport.export import export as library_export
+        from elmexport.exporting import export as library_export
 
         weights = WeightOptions(
             method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight, max_drop, time_budget

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from elmexport.errors import ElmExportError
+from elmexport.files import check_writable
 
 
 def logits(
@@ -33,6 +34,7 @@ def logits(
     ids = read_ids(ids_file)
     if not out.parent.is_dir():
         raise ElmExportError(f"{out.parent} is not a folder; create it, or choose another --out")
+    check_writable(out)
 
     import numpy as np
 

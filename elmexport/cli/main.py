@@ -1,6 +1,7 @@
 """The `elmexport` program: its commands, and how it ends.
 
-Exit codes: 0 done, 1 a gate failed, 2 bad use or bad input, 3 the environment lacks something, 130 interrupted.
+Exit codes: 0 done, 1 a gate failed, 2 bad use or bad input, 3 the environment lacks something, 130 interrupted, 141 the reader of its output
+went away, 143 terminated.
 """
 
 from __future__ import annotations
@@ -9,18 +10,30 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, eval, generate, inspect, lint, logits, models, report
+from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report
+from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
 from elmexport.errors import ElmExportError
 
-app = typer.Typer(
-    name="elmexport", cls=FormatGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)
+
+class Program(FormatGroup):
+    """The commands, ended early where asked to."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        with ended_early():
+            return super().make_context(info_name, args, parent, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with ended_early(lambda: ctx.invoked_subcommand):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(name="elmexport", cls=Program, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -51,8 +64,10 @@ app.command("report")(report.report)
 app.command("bench")(bench.bench)
 app.command("models")(models.models)
 app.command("generate")(generate.generate)
+app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.command("lint")(lint.lint)
+app.command("push")(push.push)
 app.command("logits")(logits.logits)
 
 
@@ -65,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may say what the terminal's encoding cannot
     try:
-        app(arguments)
+        with clean_endings():
+            app(arguments)
     except ElmExportError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)

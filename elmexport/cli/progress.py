@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from elmexport.progress import Progress, SilentProgress
 
@@ -25,7 +26,8 @@ def progress_bar() -> Iterator[Progress]:
     from rich.progress import Progress as RichProgress
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+    colour: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
+    with RichProgress(*columns, console=Console(stderr=True, color_system=colour)) as bar:
         yield _Bar(bar)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,12 @@ def report(
     text: TextFile = None,
     text_tokens: TextTokens = 8192,
     tokenizer: TokenizerFile = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Add what the artifacts say to these prompts, a line each, to an .html report. bundled: elmexport's own."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Compare artifacts: size, quality, the worst items.
@@ -54,8 +61,9 @@ def report(
 
     \b
     Example:
-      elmexport report tiny-onnx tiny-coreml stored.json --limit 100 --out compared.html
+      elmexport report tiny-onnx tiny-coreml stored.json --out compared.html
     """
+    from elmexport.evaluation.completions import side_by_side
     from elmexport.evaluation.evaluate import evaluate
     from elmexport.evaluation.report.files import check_output, read_reports, to_json, write_reports
     from elmexport.evaluation.report.terminal import print_reports
@@ -69,6 +77,7 @@ def report(
         artifact_kind(path)
     if not artifacts:
         _refuse_options(context)
+    asked = None if prompts is None else _asked(prompts, out or ())
     chosen = settings(tasks, preset, fewshot, limit, seed, data, text, text_tokens)
     reports: list[Report] = []
     with progress_bar() as progress:
@@ -86,14 +95,30 @@ def report(
                     note=lambda line, name=path.name: typer.echo(f"note: {name}: {line}", err=True),  # type: ignore[misc]
                 )
             )
+        said = None
+        if asked is not None:
+            reference = None if against == "none" else against
+            said = side_by_side(artifacts, asked, against=reference, tokenizer=tokenizer, progress=progress)
     if json:
         typer.echo(to_json(reports), nl=False)
     else:
         print_reports(reports)
     for path in out or ():
         there = path.exists()
-        write_reports(reports, path)
+        write_reports(reports, path, said)
         typer.echo(f"{'replaced' if there else 'wrote'} {path}", err=True)
+
+
+def _asked(prompts: Path, out: Sequence[Path]) -> list[str]:
+    """
+    Raises:
+        ElmExportError: no prompts, or no page to show answers on.
+    """
+    from elmexport.runtimes.prompts import bundled_prompts, read_prompts
+
+    if not any(path.suffix.lower() == ".html" for path in out):
+        raise ElmExportError("--prompts adds a section to a page; give --out FILE.html, or use `elmexport compare`")
+    return bundled_prompts() if str(prompts) == "bundled" else read_prompts(prompts)
 
 
 def _is_stored(path: Path) -> bool:

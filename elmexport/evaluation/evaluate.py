@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from elmexport.evaluation.tasks.documents import Document
     from elmexport.evaluation.tasks.suite import Suite
 
-STORE_FORMAT = 2  # of the kept answers; raised when the same request would be answered otherwise
+STORE_FORMAT = 3  # of the kept answers; raised when the same request would be answered otherwise
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elmexport.artifact import MANIFEST, Artifact, file_sha256
+from elmexport.card import CARD
 from elmexport.checkpoint import NO_TOKENIZER, open_checkpoint, open_embedded, open_repository
 from elmexport.checkpoint.base import WITH_ADAPTER, Checkpoint
 from elmexport.checkpoint.local import open_adapter
@@ -155,9 +156,9 @@ def _evaluated_checkpoint(checkpoint: Checkpoint, path: str, context: int | None
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:
-    """The files that hold the model and what belongs to it, by name: without the manifest, which describes them."""
+    """The files that hold the model and what belongs to it, by name: without the manifest and the card, which describe them."""
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file())
-        return [(name, file) for file in found if (name := file.relative_to(path).as_posix()) != MANIFEST]
+        return [(name, file) for file in found if (name := file.relative_to(path).as_posix()) not in (MANIFEST, CARD)]
     # beside an .onnx lie its external data, model.onnx_data or model.onnx.data
     return [(file.name, file) for file in sorted(path.parent.iterdir()) if file.is_file() and file.name.startswith(path.name)]

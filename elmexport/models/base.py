@@ -81,6 +81,7 @@ class KnownModel:
     hub_id: str | None  # "owner/name"; None for one that is embedded
     config: ModelConfig
     folder: Path | None = None  # of the weights that come with elmexport
+    license: str | None = None  # of the weights, as the hub calls it
 
     @property
     def parameters(self) -> int:

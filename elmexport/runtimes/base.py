@@ -22,6 +22,8 @@ class Runtime(ABC):
     name: str  # the engine, "onnxruntime"
     vocab_size: int
     context: int  # tokens that the cache can hold
+    step_tokens: int = 1  # the fewest that are rounded as any larger number is; generation feeds as many, padded
+    smooth: bool = False  # whether tiny differences stay tiny: activations that are rounded to few bits make them jump
     only_greedy: str | None = None  # why there are no logits, only the most likely token; None where there are
 
     def __init__(self) -> None:
@@ -110,6 +112,9 @@ class Runtime(ABC):
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         """`continuations`, arguments already checked, at least one; engines that can batch override it."""
         return [self._forward(ids, position, len(ids)) for ids in continuations]
+
+    def prepare_generation(self) -> None:  # noqa: B027  (optional)
+        """Set up to generate texts, before any is fed: as fast as the engine is, and rounding alike however many tokens are read at once."""
 
     def close(self) -> None:  # noqa: B027  (optional: most engines free what they hold with their last reference)
         """Release the engine's memory."""

@@ -1,4 +1,4 @@
-"""Generation of text with a runtime: tokens one at a time, until the end-of-text token, the number asked for, or a full context."""
+"""Generation of text with a runtime: tokens until the end-of-text token, the number asked for, or a full context."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Literal
 from elmexport.errors import ElmExportError
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.sampler import Sampler, Sampling
+from elmexport.runtimes.speculation import Drafter, Speculation, SpeculativeDecoder, read
 
-Stop = Literal["end of text", "max tokens", "context full"]
+Stop = Literal["end of text", "max tokens", "context full", "stop string"]
 
 
 class Generation(Iterator[int]):
-    """The tokens of one continuation, as they are generated. `stop` says, once there are no more, why."""
+    """The tokens of one continuation, as they are generated. `stop` says, once there are no more, why; `speculation` what guesses were worth."""
 
-    def __init__(self, tokens: Iterator[int | Stop]) -> None:
+    def __init__(self, tokens: Iterator[int | Stop], speculation: Speculation | None = None) -> None:
         self._tokens = tokens
         self.stop: Stop | None = None
+        self.speculation = speculation
 
     def __next__(self) -> int:
         if self.stop is not None:
@@ -29,36 +31,75 @@ class Generation(Iterator[int]):
         return token
 
 
-def generate(runtime: Runtime, ids: Sequence[int], *, max_tokens: int, sampling: Sampling, eos_ids: Collection[int]) -> Generation:
+def generate(
+    runtime: Runtime,
+    ids: Sequence[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    eos_ids: Collection[int],
+    drafter: Drafter | None = None,
+    position: int = 0,
+) -> Generation:
     """Continue `ids` (BOS included by the caller) by up to `max_tokens` tokens. Any of `eos_ids` ends the text and is not given.
 
+    With `drafter`, decoding is speculative. The first `position` of `ids` are in the cache already.
+
     Raises:
-        ElmExportError: `max_tokens` below 1, a temperature where the artifact gives no logits to draw by, or see `Runtime.logits`: no ids, unknown ids, more ids than the context holds.
+        ElmExportError: `max_tokens` below 1, a temperature, penalty or guesses where the artifact gives no logits, or see `Runtime.logits`: no
+            ids, unknown ids, more ids than the context holds.
     """
     if max_tokens < 1:
         raise ElmExportError(f"max-tokens is {max_tokens}; it must be 1 or above")
-    if runtime.only_greedy is not None and sampling.temperature:
-        raise ElmExportError(f"temperature is {sampling.temperature:g}, but {runtime.only_greedy}, or use --temperature 0")
-    return Generation(_generate(runtime, ids, max_tokens, sampling, eos_ids))
+    if runtime.only_greedy is not None:
+        for what, given in (
+            (f"temperature is {sampling.temperature:g}", sampling.temperature),
+            (f"repetition-penalty is {sampling.repetition_penalty:g}", sampling.repetition_penalty != 1),
+            ("guesses are to be verified", drafter is not None),
+        ):
+            if given:
+                raise ElmExportError(f"{what}, but {runtime.only_greedy}, or use --temperature 0 alone")
+    sampler = Sampler(sampling)
+    decoder = None if drafter is None else SpeculativeDecoder(runtime, sampler, drafter)
+    tokens = _generate(runtime, list(ids), position, max_tokens, sampler, eos_ids, decoder)
+    return Generation(tokens, None if decoder is None else decoder.speculation)
 
 
-def _generate(runtime: Runtime, ids: Sequence[int], max_tokens: int, sampling: Sampling, eos_ids: Collection[int]) -> Iterator[int | Stop]:
-    choose = Sampler(sampling)
+def _generate(
+    runtime: Runtime,
+    text: list[int],
+    position: int,
+    max_tokens: int,
+    sampler: Sampler,
+    eos_ids: Collection[int],
+    decoder: SpeculativeDecoder | None,
+) -> Iterator[int | Stop]:
+    """The cache holds all of `text` but its last token whenever a token is given out."""
 
-    def next_token(ids: Sequence[int], position: int) -> int:
+    def next_tokens(most: int) -> list[int]:
         if runtime.only_greedy is not None:
-            return runtime.greedy(ids, position)
-        return choose(runtime.logits(ids, position, last=1)[-1])
+            return [runtime.greedy(text[-1:], len(text) - 1)]
+        if decoder is not None:
+            return decoder.step(text, most)
+        return [sampler(read(runtime, text[-1:], len(text) - 1)[0], text)]
 
-    token = next_token(ids, 0)
-    for count in range(1, max_tokens + 1):
-        if token in eos_ids:
-            yield "end of text"
-            return
-        yield token
-        if count < max_tokens:
-            if runtime.length == runtime.context:
-                yield "context full"
+    if runtime.only_greedy is not None:
+        tokens = [runtime.greedy(text[position:], position)]
+    else:
+        tokens = [sampler(runtime.logits(text[position:], position, last=1)[-1], text)]
+    count = 0
+    while True:
+        for token in tokens:
+            if token in eos_ids:
+                yield "end of text"
                 return
-            token = next_token([token], runtime.length)
-    yield "max tokens"
+            text.append(token)
+            count += 1
+            yield token
+        if count == max_tokens:
+            yield "max tokens"
+            return
+        if len(text) > runtime.context:
+            yield "context full"
+            return
+        tokens = next_tokens(max_tokens - count)

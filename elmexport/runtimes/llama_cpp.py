@@ -62,12 +62,25 @@ class LlamaCppRuntime(Runtime):
             )
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         self.context = self._lib.llama_model_n_ctx_train(self._model)
-        self._handle = self._lib.llama_init_from_model(self._model, self._context_params())
+        self._path = path
+        self._open_context(self._context_params())
+        self._batch = self._new_batch()
+
+    def _open_context(self, params: Any) -> None:
+        self._handle = self._lib.llama_init_from_model(self._model, params)
         if not self._handle:
             raise ElmExportError(
-                f"llama.cpp cannot make a context of {self.context} tokens for {path}: {reason()}. Free memory and try again"
+                f"llama.cpp cannot make a context of {self.context} tokens for {self._path}: {reason()}. Free memory and try again"
             )
-        self._batch = self._new_batch()
+
+    def prepare_generation(self) -> None:
+        """Switch to flash attention, which computes each token alike however many there are; plain attention's products do not."""
+        params = self._context_params()
+        params.flash_attn_type = 1
+        self._memory()
+        self._lib.llama_free(self._handle)
+        self.length = 0
+        self._open_context(params)
 
     def _context_params(self) -> Any:
         params = self._lib.llama_context_default_params()

@@ -1,63 +1,231 @@
-"""Text generation with an artifact: its tokenizer, and generation from text to text."""
+"""Text generation with an artifact, from text to text, and its tokenizer."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, StreamDecoder, Tokenizer, load_tokenizer
+from elmexport.checkpoint.tokenizer.probes import probes
 from elmexport.errors import ElmExportError
 from elmexport.formats import find_format, load
 from elmexport.models import read_config
 from elmexport.runtimes import CHECKPOINT, artifact_kind, open_as
+from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.generation import Stop, generate
 from elmexport.runtimes.sampler import Sampling
+from elmexport.runtimes.speculation import Drafter, DraftModel, PromptLookup, Speculation, read
+
+MEASURED = 16  # tokens decoded once more, to say how fast plain decoding is
 
 
-def generate_text(
-    path: Path,
-    prompt: str,
-    *,
-    max_tokens: int,
-    sampling: Sampling,
-    write: Callable[[str], None],
-    tokenizer: Path | None = None,
-    chat: bool = False,
-) -> Stop:
-    """Continue `prompt` with the artifact `path`, hand the text to `write` piece by piece, and return why it ended.
+@dataclass(frozen=True)
+class TextOptions:
+    """Options of a generated text.
 
-    The prompt is read after BOS, where the model has one. With `chat` it is what a user says, put into the model's chat template: control tokens
-    of the template are control tokens, what the user says is text, whatever it spells. `tokenizer` is a tokenizer file, the artifact's own
-    where None.
+    `stop`: texts that end it, the first one found is cut off with what follows. `prompt_lookup`: tokens to guess from what the text said before
+    (`ngram_size` tokens that must be the same); a draft model's `num_draft_tokens` are guessed by that.
 
     Raises:
-        ElmExportError: a prompt that is not text, a model without a chat template, or see `open_artifact`, `artifact_tokenizer` and `generate`.
+        ElmExportError: an empty text that is to end others.
+    """
+
+    max_tokens: int = 128
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()
+    prompt_lookup: int | None = None
+    ngram_size: int = 3
+    num_draft_tokens: int = 5
+
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise ElmExportError("a stop string is empty, so every text would end at once; give --stop some text, or leave it out")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A generated text, and how it came about."""
+
+    text: str
+    tokens: tuple[int, ...]  # those that `text` was made of, and in a text that a stop string ended perhaps more
+    stop: Stop
+    prompt_tokens: int
+    seconds: float  # of all tokens but the first, whose time is that of reading the prompt
+    plain_rate: float | None  # tokens per second of plain decoding, measured on the last tokens; None where nothing was guessed
+    speculation: Speculation | None
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second after the first."""
+        return (len(self.tokens) - 1) / self.seconds if len(self.tokens) > 1 and self.seconds > 0 else None
+
+
+class TextModel:
+    """An artifact that is open with its tokenizer: from text to text."""
+
+    def __init__(self, name: str, runtime: Runtime, tokenizer: Tokenizer, draft: Runtime | None = None) -> None:
+        """`name` stands for the artifact in messages. `draft` guesses for `runtime`, with the same tokenizer."""
+        self.name, self.runtime, self.tokenizer, self._draft = name, runtime, tokenizer, draft
+        runtime.prepare_generation()
+
+    def complete(self, prompt: str, options: TextOptions, write: Callable[[str], None] = lambda text: None) -> Completion:
+        """Continue `prompt`, which is read after BOS where the model has one, and hand the text to `write` piece by piece.
+
+        Raises:
+            ElmExportError: a prompt that is not text, has no token, or is too long for the context; or see `generate`.
+        """
+        return self.complete_ids(self.tokenizer.encode(text_of(prompt)), options, write)
+
+    def complete_ids(self, ids: Sequence[int], options: TextOptions, write: Callable[[str], None] = lambda text: None) -> Completion:
+        """Continue token ids; see `complete`."""
+        self.check_fits(len(ids))
+        decoder, ends = StreamDecoder(self.tokenizer, ids), StopStrings(options.stop)
+        pieces: list[str] = []
+        found: list[int] = []
+
+        def give(text: str) -> None:
+            if text:
+                pieces.append(text)
+                write(text)
+
+        tokens = generate(
+            self.runtime,
+            ids,
+            max_tokens=options.max_tokens,
+            sampling=options.sampling,
+            eos_ids=self.tokenizer.special.eos,
+            drafter=self._drafter(options),
+        )
+        start = time.perf_counter()
+        for token in tokens:
+            found.append(token)
+            if len(found) == 1:
+                start = time.perf_counter()
+            give(ends.feed(decoder.feed(token)))
+            if ends.found:
+                break
+        else:
+            give(ends.feed(decoder.finish()))
+            give(ends.finish())
+        seconds = time.perf_counter() - start
+        stop: Stop = "stop string" if ends.found else tokens.stop or "max tokens"
+        rate = None
+        if tokens.speculation is not None and tokens.speculation.steps:
+            rate = self._plain_rate([*ids, *found])
+        return Completion("".join(pieces), tuple(found), stop, len(ids), seconds, rate, tokens.speculation)
+
+    def check_fits(self, count: int) -> None:
+        """
+        Raises:
+            ElmExportError: a prompt of `count` tokens is empty, or too long for the context.
+        """
+        if not count:
+            raise ElmExportError("the prompt is empty, and this model has no token that begins a text; give it a word to begin with")
+        if count > self.runtime.context:
+            raise ElmExportError(
+                f"the prompt has {count} tokens, which need a context of as many; this artifact holds {self.runtime.context}, prompt and answer "
+                "together: shorten the prompt, or export it with a larger --context"
+            )
+
+    def _drafter(self, options: TextOptions) -> Drafter | None:
+        if self._draft is not None:
+            if options.prompt_lookup is not None:
+                raise ElmExportError("--prompt-lookup and --draft-model exclude each other; leave one of them out")
+            return DraftModel(self._draft, options.sampling, options.num_draft_tokens)
+        return None if options.prompt_lookup is None else PromptLookup(options.prompt_lookup, options.ngram_size)
+
+    def _plain_rate(self, text: Sequence[int]) -> float:
+        """Tokens per second of plain decoding: the last tokens of `text` once more, one by one."""
+        end = min(len(text), self.runtime.context, self.runtime.length)
+        first = max(1, end - MEASURED)
+        start = time.perf_counter()
+        for position in range(first, end):
+            read(self.runtime, [text[position]], position)
+        return (end - first) / (time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Release the engines' memory."""
+        self.runtime.close()
+        if self._draft is not None:
+            self._draft.close()
+
+
+def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: Path | None = None) -> TextModel:
+    """Open the artifact `path`, and the model `draft` that guesses for it.
+
+    `tokenizer` is a tokenizer file, the artifact's own where None.
+
+    Raises:
+        ElmExportError: see `open_artifact` and `artifact_tokenizer`; a draft model of another vocabulary.
         MissingDependencyError: the engine is not installed.
+    """
+    kind = artifact_kind(path)
+    chosen = artifact_tokenizer(kind, path, tokenizer)
+    runtime = open_as(kind, path)
+    return TextModel(path.name, runtime, chosen, None if draft is None else open_draft(draft, path, runtime, chosen, tokenizer))
+
+
+def open_draft(draft: Path, path: Path, runtime: Runtime, tokenizer: Tokenizer, given: Path | None = None) -> Runtime:
+    """Open the artifact `draft`, to guess for `path`, which is open with its tokenizer; `given` is a tokenizer's file to take instead of its own.
+
+    Raises:
+        ElmExportError: see `open_artifact`; or another vocabulary.
+        MissingDependencyError: the engine is not installed.
+    """
+    kind = artifact_kind(draft)
+    fix = "use a smaller model of the same family, or another quantization of the same model"
+    if not same_tokens(tokenizer, artifact_tokenizer(kind, draft, given)):
+        raise ElmExportError(f"the draft model {draft} has another tokenizer than {path}, so its guesses would mean other words; {fix}")
+    other = open_as(kind, draft)
+    if other.vocab_size != runtime.vocab_size:
+        raise ElmExportError(f"the draft model {draft} has {other.vocab_size} tokens, {path} has {runtime.vocab_size}; {fix}")
+    other.prepare_generation()
+    return other
+
+
+class StopStrings:
+    """Texts that end a text which comes in pieces: what may be the beginning of one is held back."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.found = False
+        self._texts, self._held = texts, ""
+
+    def feed(self, piece: str) -> str:
+        """What of the text so far can be shown."""
+        self._held += piece
+        places = [place for text in self._texts if (place := self._held.find(text)) >= 0]
+        if places:
+            self.found = True
+            return self._held[: min(places)]
+        held = max((size for text in self._texts for size in range(1, len(text)) if self._held.endswith(text[:size])), default=0)
+        shown, self._held = self._held[: len(self._held) - held], self._held[len(self._held) - held :]
+        return shown
+
+    def finish(self) -> str:
+        """The rest, when nothing follows."""
+        rest, self._held = "" if self.found else self._held, ""
+        return rest
+
+
+def text_of(prompt: str) -> str:
+    """`prompt`, if it is text.
+
+    Raises:
+        ElmExportError: bytes of an argument that could not be decoded.
     """
     try:
         prompt.encode("utf-8")
-    except UnicodeEncodeError:  # bytes of an argument that could not be decoded
+    except UnicodeEncodeError:
         raise ElmExportError(f"the prompt {prompt!r} is not text in the encoding {sys.getfilesystemencoding()}; use UTF-8") from None
-    kind = artifact_kind(path)
-    chosen = artifact_tokenizer(kind, path, tokenizer)
-    if chat:
-        from elmexport.checkpoint.tokenizer.chat import user_turn
+    return prompt
 
-        ids = chosen.encode_spans(user_turn(chosen, prompt))
-    else:
-        ids = chosen.encode(prompt)
-    runtime = open_as(kind, path)
-    try:
-        decoder = StreamDecoder(chosen, ids)
-        tokens = generate(runtime, ids, max_tokens=max_tokens, sampling=sampling, eos_ids=chosen.special.eos)
-        for token in tokens:
-            write(decoder.feed(token))
-        write(decoder.finish())
-    finally:
-        runtime.close()
-    assert tokens.stop is not None
-    return tokens.stop
+
+def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers, of files of whatever kind, give texts the same ids and end them alike."""
+    return one.special.eos == other.special.eos and all(one.encode(text) == other.encode(text) for text in probes(one))
 
 
 def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer:

@@ -25,6 +25,7 @@ class TorchRuntime(Runtime):
     """
 
     name = "torch"
+    smooth = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ Nothing here needs a Mac.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from elmexport.graph.ir import Graph
 from elmexport.models.base import ModelConfig
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe
 from elmexport.quantization.schemes import Float, Integer, Lut, Scheme
-from elmexport.target import Checked, ExportJob, Target, Written, option
+from elmexport.target import Checked, ExportJob, Target, Usage, Written, option
 from elmexport.weights import Role
 from targets.coreml.form import Form
 from targets.coreml.golden import write_golden
@@ -97,6 +97,9 @@ class CoreMLTarget(Target):
                 f'activations is "{recipe.activations.dtype}" in recipe {recipe.name}; Core ML packages compute in fp16: write "fp16"'
             )
         return super().adapt(recipe)
+
+    def usage(self, files: Sequence[str]) -> Sequence[Usage]:
+        return (Usage("Core ML, on a Mac: compares and times the package", "python verify.py"),) if "verify.py" in files else ()
 
     def check(self, config: ModelConfig, context: int) -> None:
         self.form.check(config.dims, context)

@@ -20,7 +20,7 @@ from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.ggml_coded import GgmlCoded
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import Scheme
-from elmexport.target import ExportJob, Target, option
+from elmexport.target import ExportJob, Target, Usage, option
 from elmexport.weights import Role
 
 if TYPE_CHECKING:
@@ -82,6 +82,13 @@ class GgufTarget(Target):
             return None
         plain = (known.recipe_name for known in TYPES if not isinstance(known, GgmlType | GgmlCoded))
         return f"stores {', '.join(plain)}, and ggml's own types"
+
+    def usage(self, files: Sequence[str]) -> Sequence[Usage]:
+        first = min(name for name in files if name.endswith(".gguf"))  # of a split file, which names the others
+        usages = [Usage("llama.cpp", f'llama-cli -m {first} -p "Once upon a time"')]
+        if "Modelfile" in files:
+            usages.append(Usage("Ollama", "ollama create my-model -f Modelfile\nollama run my-model"))
+        return usages
 
     def check(self, config: ModelConfig, context: int) -> None:
         from targets.gguf.families import architecture

@@ -6,6 +6,7 @@ Covered: affine quantization of 3, 4, 5, 6 and 8 bits, mxfp4, mixtures by module
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from elmexport.models.base import ModelConfig
 from elmexport.quantization.mxfp4 import Mxfp4
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import CodedScheme, Float, Integer, PerBlock, Scheme
-from elmexport.target import ExportJob, Target, Written, option
+from elmexport.target import ExportJob, Target, Usage, Written, option
 from elmexport.weights import Role
 
 GROUPS = (32, 64, 128)
@@ -73,6 +74,9 @@ class MlxTarget(Target):
                 # A row that is read from it would come out as bf16, and everything after it.
                 return None if role is not Role.EMBEDDING else "stores mxfp4 in every matrix but the embedding"
         return f"stores fp16, bf16, mxfp4, and integers in blocks of {', '.join(map(str, GROUPS))}"
+
+    def usage(self, files: Sequence[str]) -> Sequence[Usage]:
+        return (Usage("mlx-lm", 'pip install mlx-lm\nmlx_lm.generate --model . --prompt "Once upon a time"'),)
 
     def check(self, config: ModelConfig, context: int) -> None:
         from targets.mlx.families import model_class

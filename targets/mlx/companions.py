@@ -1,4 +1,4 @@
-"""The small files beside the weights: `config.json`, `generation_config.json`, tokenizer files and model card."""
+"""The small files beside the weights: `config.json`, `generation_config.json`, tokenizer files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elmexport.models import known_models
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
 from elmexport.target import ExportJob
@@ -23,7 +22,6 @@ def write_companions(job: ExportJob, modules: Modules, folder: Path) -> None:
     job.write_description(folder)
     _write_json(folder / "config.json", _config(job, modules))
     _write_json(folder / "generation_config.json", {**job.special_ids, "do_sample": False})
-    (folder / "README.md").write_text(_card(job), encoding="utf-8", newline="\n")
 
 
 def _config(job: ExportJob, modules: Modules) -> dict[str, Any]:
@@ -52,28 +50,6 @@ def _quantization(modules: Modules, plan: Plan) -> Mapping[str, Any]:
         path: parameters(scheme) if isinstance(scheme, CodedScheme) else False for path, scheme in schemes.items() if scheme != common
     }
     return parameters(common) | others
-
-
-def _card(job: ExportJob) -> str:
-    base = next((known.hub_id for known in known_models() if known.name == job.name and known.hub_id is not None), None)
-    front = ["library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx", *([f"base_model: {base}"] if base else [])]
-    return "\n".join(
-        (
-            "---",
-            *front,
-            "---",
-            "",
-            f"# {job.name}, {job.recipe.name}, for MLX",
-            "",
-            f"{job.recipe.words[0].upper()}{job.recipe.words[1:]}. Exported by elmexport; `manifest.json` says from what, how, and what it cost.",
-            "",
-            "```bash",
-            "pip install mlx-lm",
-            'mlx_lm.generate --model . --prompt "Once upon a time"',
-            "```",
-            "",
-        )
-    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

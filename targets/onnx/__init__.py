@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import ClassVar
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.quantization.schemes import Float, Integer, PerBlock, Scheme
-from elmexport.target import ExportJob, Target, option
+from elmexport.target import ExportJob, Target, Usage, option
 from elmexport.weights import Role
 
 # The file names by which transformers.js finds a quantization; to it, all that is 4-bit and computes in fp32 is "q4".
@@ -45,6 +45,24 @@ class OnnxTarget(Target):
                 # The gather wants zero points in other bytes than the product, and a tied table is read by both.
                 return None if symmetric or role is not Role.EMBEDDING else "stores asymmetric integers in every matrix but the embedding"
         return f"stores fp32, fp16, and integers of 4 or 8 bits in blocks of {', '.join(map(str, BLOCKS))}"
+
+    def usage(self, files: Sequence[str]) -> Sequence[Usage]:
+        return (
+            Usage(
+                "onnxruntime-genai",
+                "import onnxruntime_genai as og\n\n"
+                'model = og.Model(".")\n'
+                "tokenizer = og.Tokenizer(model)\n"
+                "params = og.GeneratorParams(model)\n"
+                "params.set_search_options(max_length=64)\n"
+                "generator = og.Generator(model, params)\n"
+                'generator.append_tokens(tokenizer.encode("Once upon a time"))\n'
+                "while not generator.is_done():\n"
+                "    generator.generate_next_token()\n"
+                "print(tokenizer.decode(generator.get_sequence(0)))",
+                "python",
+            ),
+        )
 
     def check(self, config: ModelConfig, context: int) -> None:
         if config.dims.head_dim % HEAD_MULTIPLE:

@@ -11,7 +11,7 @@ from calibration.options import WeightOptions
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.evaluate import Settings, evaluate
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.quantization.recipes import load_recipe
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 

@@ -281,7 +281,7 @@ def test_base_of_another_name_is_noted(tmp_path: Path, base: Path) -> None:
 
 @pytest.mark.slow
 def test_export_says_what_it_merged(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    from elmexport.export import export
+    from elmexport.exporting import export
 
     a, b = factors(tuple(tensor(TINY_FOLDER, f"{QKV}.weight").shape))
     adapter = write_adapter(tmp_path / "tuned", peft_names(QKV, 0.01 * a, 0.01 * b))

@@ -116,7 +116,7 @@ def test_corenet_names_in_safetensors(tmp_path: Path, small_config: OpenELMConfi
 
 @pytest.mark.slow
 def test_names_reach_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elmexport.export import export
+    from elmexport.exporting import export
 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY_FOLDER, tmp_path / "my model")

@@ -44,14 +44,14 @@ def test_defaults(run: Run, calls: list[tuple[Any, ...]]) -> None:
         (
             [Path("a"), Path("b")],
             Workload((128, 512), (0, 1024), 64),
-            {"repeat": 3, "threads": None, "fit": ["prompts", "depths", "generate"]},
+            {"repeat": 3, "threads": None, "fit": ["prompts", "depths", "generate"], "guesses": None},
         )
     ]
 
 
 def test_options(run: Run, calls: list[tuple[Any, ...]]) -> None:
     run("bench", "a", "--prompt", "5, 7", "--generate", "3", "--depth", "none", "--repeat", "9", "--threads", "2")
-    assert calls == [([Path("a")], Workload((5, 7), (), 3), {"repeat": 9, "threads": 2, "fit": []})]
+    assert calls == [([Path("a")], Workload((5, 7), (), 3), {"repeat": 9, "threads": 2, "fit": [], "guesses": None})]
 
 
 def test_what_is_not_given_is_cut_to_what_fits(run: Run, calls: list[tuple[Any, ...]]) -> None:

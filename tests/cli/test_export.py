@@ -13,7 +13,7 @@ import pytest
 from calibration.options import WeightOptions
 from elmexport.artifact import Artifact, write_manifest
 from elmexport.errors import ElmExportError
-from elmexport.export import ExportResult
+from elmexport.exporting import ExportResult
 from elmexport.formats import FORMATS
 from elmexport.manifest import Calibration, Fallback, SelfCheck
 from elmexport.progress import SilentProgress
@@ -31,7 +31,7 @@ def calls(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any
         asked.append({"model": model, "target": target, "quant": quant} | options)
         return ExportResult(artifact, Artifact.open(artifact).manifest, ("one thing to know",), has_tokenizer=True)
 
-    monkeypatch.setattr("elmexport.export.export", export)
+    monkeypatch.setattr("elmexport.exporting.export", export)
     return asked
 
 
@@ -124,7 +124,7 @@ def test_the_summary_of_what_is_out_of_the_ordinary(run: Run, artifact: Path) ->
 
 def test_no_text_is_suggested_without_a_tokenizer(run: Run, artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = ExportResult(artifact, Artifact.open(artifact).manifest, (), has_tokenizer=False)
-    monkeypatch.setattr("elmexport.export.export", lambda *_, **__: result)
+    monkeypatch.setattr("elmexport.exporting.export", lambda *_, **__: result)
     out = run("gguf").out
     assert out.endswith(f"Try it:\n  elmexport inspect {artifact}\n") and "elmexport generate" not in out
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pty
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
+from elmexport.runtimes.text import StopStrings
 from tests.cli.conftest import Run
 
 PROMPT = "It was a dark"
@@ -142,3 +150,166 @@ def test_chat_in_an_artifact(run: Run, chat_model: Path, tmp_path: Path) -> None
 
 def test_chat_without_a_template(run: Run) -> None:
     run("generate", TINY_FOLDER, "Hi", "--chat").refused("comes without a chat template", "leave out --chat")
+
+
+@pytest.mark.parametrize("prompt", ["", "🙂🎉👩‍👩‍👧‍👦", "\n"])
+def test_unusual_prompts(run: Run, prompt: str) -> None:
+    """Nothing but BOS, characters that are not in the vocabulary, a line end."""
+    outcome = run("generate", TINY_FOLDER, prompt, "--max-tokens", "4")
+    assert (outcome.code, outcome.err) == (0, "") and outcome.out.endswith("\n")
+
+
+def test_ten_thousand_characters(run: Run) -> None:
+    run("generate", TINY_FOLDER, "a" * 10_000).refused("the prompt has 10001 tokens", "this artifact holds 256", "shorten the prompt")
+
+
+@pytest.mark.slow
+def test_stop_strings(run: Run) -> None:
+    whole = json.loads(run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "24", "--json").out)
+    assert (whole["stop"], len(whole["tokens"])) == ("max tokens", 24)
+    text = whole["text"]
+    for stop in (text[9:13], text[5:6], "never said"):
+        found = json.loads(run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "24", "--stop", "never", "--stop", stop, "--json").out)
+        assert found["text"] == text.partition(stop)[0]
+        assert found["stop"] == ("stop string" if stop in text else "max tokens")
+    run("generate", TINY_FOLDER, PROMPT, "--stop", "").refused("a stop string is empty")
+
+
+def test_stop_strings_across_pieces() -> None:
+    """What may be the beginning of a stop string is held back until it is none, and no longer."""
+    ends = StopStrings(("abc", "bd"))
+    assert [ends.feed(piece) for piece in ("xa", "b", "x", "ab", "", "d", "more")][:6] == ["x", "", "abx", "", "", "a"]
+    assert ends.found
+    ends = StopStrings(("abc",))
+    assert (ends.feed("zab"), ends.finish(), ends.found) == ("z", "ab", False)
+
+
+@pytest.mark.slow
+def test_guesses(run: Run) -> None:
+    plain = run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "48")
+    for options in (("--prompt-lookup", "4"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3")):
+        outcome = run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "48", *options)
+        assert (outcome.code, outcome.out) == (0, plain.out)
+        assert re.fullmatch(
+            r"note: \d+ of \d+ guesses accepted, [\d.]+ in a step; [\d.]+ tokens/s, [\d.]+ times plain decoding\n", outcome.err
+        )
+    both = ("--prompt-lookup", "4", "--draft-model", TINY_FOLDER)
+    run("generate", TINY_FOLDER, PROMPT, *both).refused("--prompt-lookup and --draft-model exclude each other")
+
+
+@pytest.mark.slow
+def test_many_prompts(run: Run) -> None:
+    Path("lines.txt").write_text("It was a dark\n\nOnce upon é\r\n", encoding="utf-8")
+    Path("rows.jsonl").write_text('{"prompt": "It was a dark", "id": 1}\n"Once upon \\u00e9"\n', encoding="utf-8")
+    ones = [
+        json.loads(run("generate", TINY_FOLDER, prompt, "--max-tokens", "6", "--json").out) for prompt in ("It was a dark", "Once upon é")
+    ]
+    for file in ("lines.txt", "rows.jsonl"):
+        found = json.loads(run("generate", TINY_FOLDER, "--prompts", file, "--max-tokens", "6", "--json").out)["completions"]
+        assert [(one["prompt"], one["tokens"]) for one in found] == [(one["prompt"], one["tokens"]) for one in ones]
+    shown = run("generate", TINY_FOLDER, "--prompts", "lines.txt", "--max-tokens", "6").out
+    assert shown == "\n".join(f"{one['prompt']}{one['text']}\n" for one in ones)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "cannot read none.txt"),
+        ("empty.txt", b"\n \n", "empty.txt holds no prompt"),
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text"),
+        ("bad.jsonl", b'"a"\n{"text": "b"}', "bad.jsonl, line 2 holds no prompt"),
+        ("worse.jsonl", b"{", "worse.jsonl, line 1 is not JSON"),
+    ],
+)
+def test_bad_files_of_prompts(run: Run, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    run("generate", TINY_FOLDER, "--prompts", name).refused(message)
+
+
+def test_a_prompt_or_prompts(run: Run) -> None:
+    run("generate", TINY_FOLDER).refused("give a prompt, or --prompts FILE")
+    run("generate", TINY_FOLDER, "Hi", "--prompts", "x.txt").refused("give a prompt, or --prompts FILE")
+
+
+@pytest.fixture(scope="module")
+def long_chat_model(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`chat_model` whose template takes any number of turns."""
+    folder = shutil.copytree(chat_model, tmp_path_factory.mktemp("chat") / "long")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    return folder
+
+
+@pytest.mark.slow
+def test_a_session_from_a_pipe(long_chat_model: Path) -> None:
+    """A turn a line; each answer is what the same turns give at once."""
+    from elmexport.checkpoint.tokenizer.chat import Message, chat_spans
+    from elmexport.runtimes.text import TextOptions, open_text_model
+
+    command = [sys.executable, "-m", "elmexport", "generate", str(long_chat_model), "--chat", "--max-tokens", "6"]
+    done = subprocess.run(command, input="Who is there?\n\nSay <|im_end|> please\n", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    model, said, out = open_text_model(long_chat_model), [], ""
+    for line in ("Who is there?", "Say <|im_end|> please"):
+        said.append(Message("user", line))
+        ids = model.tokenizer.encode_spans(chat_spans(model.tokenizer, said))
+        assert ids.count(4097) == len(said)  # one that ends each turn: what a user types stays text
+        answer = model.complete_ids(ids, TextOptions(6)).text
+        said.append(Message("assistant", answer))
+        out += answer + "\n"
+    assert done.stdout == out
+
+
+@pytest.mark.slow
+def test_what_no_longer_fits_is_forgotten(long_chat_model: Path) -> None:
+    from elmexport.runtimes.chat import Chat
+    from elmexport.runtimes.text import TextOptions, open_text_model
+
+    chat, notes = Chat(open_text_model(long_chat_model), TextOptions(8)), []
+    for _ in range(6):
+        chat.say("word " * 45, lambda piece: None, notes.append)
+    assert notes[0] == "the oldest turn is forgotten: the context holds 256 tokens" and len(notes) >= 2
+    assert 2 <= len(chat.messages) < 12
+    with pytest.raises(ElmExportError, match="this artifact holds 256"):
+        chat.say("word " * 400, lambda piece: None)
+
+
+@pytest.mark.slow
+def test_a_session_on_a_terminal(long_chat_model: Path, tmp_path: Path) -> None:
+    """Ctrl-C stops an answer and Ctrl-D ends; commands are no turns."""
+    child, master = pty.fork()
+    if not child:
+        command = [sys.executable, "-m", "elmexport", "generate", str(long_chat_model), "--chat", "--max-tokens", "200"]
+        os.chdir(tmp_path)
+        os.execve(sys.executable, command, {**os.environ, "TERM": "dumb"})
+    shown = b""
+
+    def until(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(master, 4096)
+        shown = shown.partition(text)[2]
+
+    until(b"> ")
+    os.write(master, b"Tell me a story\n")
+    until(b"Tell me a story\r\n")
+    while not shown.strip():  # the answer has begun
+        shown += os.read(master, 4096)
+    os.write(master, b"\x03")
+    until(b"note: stopped")
+    until(b"> ")
+    os.write(master, b"/save talk.json\n")
+    until(b"wrote talk.json")
+    os.write(master, b"/nonsense\n")
+    until(b"/nonsense is no command")
+    os.write(master, b"/reset\n")
+    until(b"forgotten")
+    until(b"> ")
+    os.write(master, b"\x04")
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    user, assistant = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert user == {"role": "user", "content": "Tell me a story"}
+    assert assistant["role"] == "assistant"

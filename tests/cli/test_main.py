@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from elmexport import __version__
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
+from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run
 
-COMMANDS = ("onnx", "coreml", "gguf", "mlx", "calibrate", "eval", "report", "bench", "models", "generate", "inspect", "logits")
+COMMANDS = (
+    *(
+        "onnx",
+        "coreml",
+        "gguf",
+        "mlx",
+        "calibrate",
+        "eval",
+        "report",
+        "bench",
+        "models",
+        "generate",
+        "compare",
+        "inspect",
+        "push",
+        "logits",
+    ),
+)
 EXPORT = (
     "--model",
     "--quant",
@@ -34,14 +53,19 @@ EXPORT = (
 OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf", "mlx"), EXPORT) | {
     "models": ("--json",),
     "calibrate": ("--model", "--text", "--dataset", "--tokens", "--window", "--hessian", "--out", "--imatrix", "--force", "--json"),
-    "generate": ("--max-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--tokenizer", "--chat"),
+    "generate": (
+        *("--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop", "--tokenizer"),
+        *("--prompts", "--prompt-lookup", "--ngram-size", "--draft-model", "--num-draft-tokens", "--chat", "--json"),
+    ),
+    "compare": ("--prompts", "--max-tokens", "--against", "--json"),
+    "push": ("--report", "--private", "--force"),
     "inspect": ("--tensors", "--json"),
     "eval": (
         *("--tasks", "--preset", "--fewshot", "--limit", "--seed", "--against", "--data", "--text", "--text-tokens", "--tokenizer"),
         *("--max-drop", "--max-kl", "--max-ppl-ratio", "--baseline", "--report", "--junit", "--json"),
     ),
     "report": ("--out", "--tasks", "--preset", "--fewshot", "--limit", "--against", "--data", "--text", "--text-tokens", "--json"),
-    "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--json"),
+    "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--prompt-lookup", "--draft-model", "--json"),
     "logits": ("--ids-file", "--out"),
 }
 HEAVY = (
@@ -77,6 +101,51 @@ def test_help_of_a_command(run: Run, command: str) -> None:
     assert f"  elmexport {command}" in outcome.out.split("Example:")[1]
     for option in OPTIONS[command]:
         assert f"\n  {option} " in outcome.out
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=" ".join)
+def test_help_fits_80_columns(run: Run, command: tuple[str, ...]) -> None:
+    lines = run(*command, "--help").out.splitlines()
+    assert lines and [line for line in lines if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("option", ["--model", "--quant"])
+@pytest.mark.parametrize("target", ["onnx", "gguf"])
+def test_an_empty_option(run: Run, target: str, option: str) -> None:
+    outcome = run(target, option, "")
+    outcome.refused("int4" if option == "--quant" else "--model is empty; give one of tiny, 270M")
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("onnx", "--out"),
+        ("coreml", "--method", "gptq", "--save-weights"),
+        ("calibrate", "--out"),
+        ("calibrate", "--imatrix"),
+        ("logits", TINY_FOLDER, "--ids-file", "ids.txt", "--out"),
+        ("report", TINY_FOLDER, "--out"),
+        ("eval", TINY_FOLDER, "--report"),
+        ("eval", TINY_FOLDER, "--junit"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:1] + arguments[-1:])),
+)
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    run: Run, arguments: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work was begun")
+
+    for name in (
+        "elmexport.exporting.open_checkpoint",
+        "calibration.calibrate.open_checkpoint",
+        "elmexport.evaluation.evaluate.evaluated_artifact",
+    ):
+        monkeypatch.setattr(name, work)
+    monkeypatch.setattr("elmexport.runtimes.open_artifact", work)
+    Path("ids.txt").write_text("1 2")
+    run(*arguments, "/proc/there.html").refused("cannot write", "/proc")  # where not even root can make a file
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -138,7 +207,7 @@ def test_an_error_is_one_line_and_its_code(run: Run, monkeypatch: pytest.MonkeyP
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("elmexport.export.export", fail)
+    monkeypatch.setattr("elmexport.exporting.export", fail)
     outcome = run("onnx")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", "error: what, allowed, fix\n")
 
@@ -154,7 +223,7 @@ def test_an_interrupt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("elmexport.export.export", interrupt)
+    monkeypatch.setattr("elmexport.exporting.export", interrupt)
     outcome = run("onnx")
     assert outcome.code == 130
     assert "Traceback" not in outcome.err

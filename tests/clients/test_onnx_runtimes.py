@@ -37,7 +37,7 @@ Tokens = list[list[int]]
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """`artifact("tiny-int4")`, or `"270M-int4"` with random weights and tiny's tokenizer, made once."""
     from calibration.options import WeightOptions
-    from elmexport.export import export_checkpoint
+    from elmexport.exporting import export_checkpoint
 
     made: dict[str, Path] = {}
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +11,7 @@ from elmexport.evaluation.data import LocalData
 from elmexport.evaluation.tasks.documents import build_documents
 from elmexport.evaluation.tasks.presets import chosen_tasks, preset, published
 from elmexport.evaluation.tasks.subset import subset
-from elmexport.evaluation.tasks.suite import FOLDERS, METRICS, load_suites
+from elmexport.evaluation.tasks.suite import FOLDERS, METRICS, check_names, load_suites
 from elmexport.models import known_models
 from tests.evaluation.lm_eval_backend import ROWS
 
@@ -84,3 +86,28 @@ def test_choosing_tasks() -> None:
     ):
         with pytest.raises(ElmExportError, match=re.escape(message)):
             chosen_tasks(*arguments)  # type: ignore[arg-type]
+
+
+def test_unknown_names_are_found_without_lm_eval() -> None:
+    """Importing it takes seconds."""
+    code = (
+        "import sys\n"
+        "from elmexport.errors import ElmExportError\n"
+        "from elmexport.evaluation.tasks.suite import check_names\n"
+        "check_names(['cloze', 'piqa', 'lambada_openai'])\n"
+        "try: check_names(['piqa', 'mmlu_antomy'])\n"
+        "except ElmExportError as error: print(error)\n"
+        "print('lm_eval' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    error, imported = done.stdout.splitlines()
+    assert error.startswith("no task is called 'mmlu_antomy'; did you mean mmlu_anatomy") and imported == "False"
+
+
+@pytest.mark.slow
+def test_no_task_of_lm_eval_counts_as_unknown() -> None:
+    from lm_eval.tasks import TaskManager
+
+    names = TaskManager().all_tasks
+    assert len(names) > 1000
+    check_names(names)

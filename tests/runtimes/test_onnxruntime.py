@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -182,3 +184,27 @@ def test_without_onnxruntime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingDependencyError, match="pip install onnxruntime"):
         open_artifact(folder)
+
+
+OPENED = """
+import os, sys
+from pathlib import Path
+from elmexport.runtimes.onnxruntime import open_runtime
+open_runtime(Path(sys.argv[1]))
+print(os.environ["ORT_DISABLE_TELEMETRY"], len(os.listdir("/proc/self/task")))
+"""
+
+
+def test_telemetry_is_switched_off(folder: Path) -> None:
+    """The thread that would send it is not even started. Who sets the variable decides."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+
+    def opened(**more: str) -> list[int]:
+        command = [sys.executable, "-c", OPENED, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, "ELMEXPORT_THREADS": "1", **more})
+        return [int(word) for word in done.stdout.split()]
+
+    off, threads = opened()
+    on, more = opened(ORT_DISABLE_TELEMETRY="0")
+    assert (off, on) == (1, 0)
+    assert threads < more

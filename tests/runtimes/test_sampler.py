@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import special, stats
@@ -111,6 +111,9 @@ def test_logits_that_are_not_finite(settings: Sampling, bad: float) -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "top-p is 0; it must be above 0 and at most 1"),
         ({"temperature": 1.0, "top_p": 1.1}, "top-p is 1.1; it must be above 0 and at most 1"),
         ({"temperature": 1.0, "top_p": math.nan}, "top-p is nan"),
+        ({"temperature": 1.0, "min_p": -0.1}, "min-p is -0.1; it must be from 0 to 1"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty is 0; it must be above 0"),
+        ({"min_p": 0.5}, "no effect at temperature 0"),
         ({"seed": -1}, "seed is -1; it must be 0 or above"),
         ({"top_k": 5}, "no effect at temperature 0"),
         ({"top_p": 0.5}, "no effect at temperature 0"),
@@ -119,3 +122,36 @@ def test_logits_that_are_not_finite(settings: Sampling, bad: float) -> None:
 def test_bad_settings(values: dict[str, float], message: str) -> None:
     with pytest.raises(ElmExportError, match=message):
         Sampling(**values)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(0.2, 3),
+    st.none() | st.integers(1, 60),
+    st.none() | st.floats(0.05, 1),
+    st.none() | st.floats(0, 1),
+    st.floats(0.5, 2),
+)
+@settings(deadline=None)
+def test_is_what_transformers_processors_give(
+    seed: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
+) -> None:
+    """In the order in which its `generate` applies them, all at once. Logits are all different: of ties, transformers keeps all."""
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig
+    from transformers.generation.utils import GenerationMixin
+
+    generator = np.random.default_rng(seed)
+    scores = (generator.permutation(50) * 0.3 - 7 + generator.uniform(0, 0.2, 50)).astype(np.float64)
+    previous = generator.integers(0, 50, 12)
+
+    class Model(GenerationMixin):  # type: ignore[misc]
+        config = PreTrainedConfig()
+
+    config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=top_k or 0, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    processors = Model()._get_logits_processor(generation_config=config, input_ids_seq_length=12, device="cpu")
+    wanted = torch.softmax(processors(torch.from_numpy(previous)[None], torch.from_numpy(scores)[None])[0], -1).numpy()
+    found = Sampling(temperature, top_k, top_p, min_p=min_p, repetition_penalty=penalty).probabilities(scores, previous.tolist())
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)

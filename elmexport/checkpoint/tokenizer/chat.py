@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,13 @@ from elmexport.checkpoint.tokenizer.base import Span, Tokenizer
 from elmexport.checkpoint.tokenizer.beside import default_template
 from elmexport.errors import ElmExportError
 
-_MARK = "\ufdd2what the user says\ufdd3"  # in no text: these are no characters
+
+@dataclass(frozen=True)
+class Message:
+    """What one side said."""
+
+    role: str  # "user" or "assistant"
+    content: str
 
 
 class _Generation(Extension):
@@ -30,10 +38,15 @@ class _Generation(Extension):
 
 
 def user_turn(tokenizer: Tokenizer, text: str) -> list[Span]:
-    """A chat in which the user says `text` and the assistant is to answer, by the template of `tokenizer`.
+    """A chat in which the user says `text` and the assistant is to answer; see `chat_spans`."""
+    return chat_spans(tokenizer, [Message("user", text)])
+
+
+def chat_spans(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[Span]:
+    """A chat, in which the assistant is to answer `messages`, by the template of `tokenizer`. What is said is text, whatever it spells.
 
     Raises:
-        ElmExportError: the model has no template, the template fails, or it changes what the user says beyond spaces around it.
+        ElmExportError: the model has no template, the template fails, or it changes what is said beyond spaces around it.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -42,15 +55,27 @@ def user_turn(tokenizer: Tokenizer, text: str) -> list[Span]:
             "no chat model, or the template was left out; leave out --chat to continue the prompt as a text"
         )
     now = datetime.now()
-    whole, marked = (_render(tokenizer, template, said, now) for said in (text, _MARK))
-    before, mark, after = marked.partition(_MARK)
-    said = next((said for said in (text, text.strip()) if mark and before + said + after == whole), None)
-    if said is None:
+    whole = _render(tokenizer, template, messages, now)
+    marks = [f"\ufdd2{i}\ufdd3" for i in range(len(messages))]  # in no text: these are no characters
+    rest = _render(tokenizer, template, [Message(one.role, mark) for one, mark in zip(messages, marks, strict=True)], now)
+    spans: list[Span] = []
+    lost = False
+    for one, mark in zip(messages, marks, strict=True):
+        before, found, rest = rest.partition(mark)
+        start = sum(len(span.text) for span in spans) + len(before)
+        said = next((said for said in (one.content, one.content.strip()) if found and whole.startswith(said, start)), None)
+        # A message with spaces around it fits as it is said only if what follows it fits too.
+        if said is not None and not whole.startswith(rest.partition("\ufdd2")[0], start + len(said)):
+            said = one.content.strip()
+        lost = lost or said is None
+        spans += [Span(before, True), Span(said or "", False)]
+    spans.append(Span(rest, True))
+    if lost or "".join(span.text for span in spans) != whole:
         raise ElmExportError(
             f"the chat template of {tokenizer.path} changes what the user says, or leaves it out, so that it cannot be kept apart from the template's "
             "control tokens; leave out --chat, and give the whole prompt as it should be"
         )
-    return [Span(before, True), Span(said, False), Span(after, True)]
+    return spans
 
 
 def read_template(path: Path) -> str:
@@ -79,14 +104,14 @@ def read_template(path: Path) -> str:
     return template
 
 
-def _render(tokenizer: Tokenizer, template: str, said: str, now: datetime) -> str:
+def _render(tokenizer: Tokenizer, template: str, said: Sequence[Message], now: datetime) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals |= {"raise_exception": _refuse, "strftime_now": now.strftime}
     pieces, special = tokenizer.pieces(), tokenizer.special
     ids = {"bos_token": special.bos, "eos_token": tokenizer.eos_id, "unk_token": special.unk, "pad_token": special.pad}
     tokens = {role: pieces[token_id].text for role, token_id in ids.items() if token_id is not None and token_id < len(pieces)}
-    messages: list[dict[str, Any]] = [{"role": "user", "content": said}]
+    messages: list[dict[str, Any]] = [{"role": one.role, "content": one.content} for one in said]
     try:
         return environment.from_string(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
     except TemplateError as error:

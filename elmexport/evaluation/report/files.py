@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from elmexport.errors import ElmExportError
+from elmexport.evaluation.completions import SideBySide
 from elmexport.evaluation.report.html import html
 from elmexport.evaluation.report.markdown import markdown
 from elmexport.evaluation.results import SCHEMA, Report, read_report
-from elmexport.files import write_text
+from elmexport.files import check_writable, write_text
 
 
 def to_json(reports: Sequence[Report]) -> str:
@@ -55,13 +56,15 @@ def check_output(path: Path) -> None:
         raise ElmExportError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ElmExportError(f"there is no folder {path.parent} to write {path.name} in; create it first")
+    check_writable(path, "place")
 
 
-def write_reports(reports: Sequence[Report], path: Path) -> None:
-    """Write one report, or a comparison of several, whole or not at all. A file that is there is replaced.
+def write_reports(reports: Sequence[Report], path: Path, said: SideBySide | None = None) -> None:
+    """Write one report, or a comparison of several, whole or not at all. A file that is there is replaced. `said` is a section of a page.
 
     Raises:
         ElmExportError: see `check_output`; or the place cannot be written.
     """
     check_output(path)
-    write_text(path, _FORMS[path.suffix.lower()](reports))
+    form = _FORMS[path.suffix.lower()]
+    write_text(path, html(reports, said) if form is html else form(reports))

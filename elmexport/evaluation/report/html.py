@@ -10,6 +10,7 @@ from importlib.resources import files
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from elmexport.evaluation.completions import SideBySide
 from elmexport.evaluation.report.contents import contents_of
 from elmexport.evaluation.report.figures import depth_figures, drop_figure, size_figures
 from elmexport.evaluation.report.items import ShownItem, shown_items
@@ -26,14 +27,15 @@ _CLASSES = {Kind.NUMBER: "num", Kind.SENTENCE: "words"}
 _TONES = {Tone.GOOD: "good", Tone.BAD: "bad"}
 
 
-def html(reports: Sequence[Report]) -> str:
-    """Render the page of one report, or of a comparison of several."""
+def html(reports: Sequence[Report], said: SideBySide | None = None) -> str:
+    """Render the page of one report, or of a comparison of several; `said` are completions of prompts to show."""
     return _template().render(
         contents=contents_of(reports),
         sizes=size_figures(reports) if len(reports) > 1 else [],
         drops=drop_figure(reports),
         depths=depth_figures(reports),
         items=_items(reports),
+        said=said,
     )
 
 

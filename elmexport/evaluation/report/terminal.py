@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from elmexport.evaluation.report.contents import contents_of
+from elmexport.evaluation.report.contents import Contents, contents_of
 from elmexport.evaluation.report.table import Cell, Column, Kind, Table, Tone
 from elmexport.evaluation.report.wording import MINUS, printable
 from elmexport.evaluation.results import Report
@@ -20,13 +21,25 @@ _STYLES = {None: "", Tone.BAD: "red", Tone.GOOD: "green"}
 
 
 def print_reports(reports: Sequence[Report], console: Console | None = None) -> None:
-    """Print one report, or a comparison of several, on `console` (stdout where None). Piped text has no colour and no wrapped lines."""
+    """Print one report, or a comparison of several, on `console` (stdout where None).
+
+    Piped text has no colour and no wrapped lines; where NO_COLOR is set, a terminal gets no escape codes either.
+    """
     from rich.console import Console
 
     out = Console(highlight=False) if console is None else console
     if not out.is_terminal:
         out = Console(file=out.file, width=_UNLIMITED, color_system=None, highlight=False)
+    elif os.environ.get("NO_COLOR"):  # rich leaves out colours, and keeps bold
+        out = Console(file=out.file, width=out.width, color_system=None, highlight=False)
     contents = contents_of(reports)
+    with out.capture() as printed:  # written here: rich answers a closed pipe by ending the process with code 1
+        _print_contents(out, contents)
+    out.file.write(printed.get())
+    out.file.flush()
+
+
+def _print_contents(out: Console, contents: Contents) -> None:
     _say(out, contents.title)
     _say(out, contents.facts)
     for table in (contents.artifacts, contents.tasks, contents.text):

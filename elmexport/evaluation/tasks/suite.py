@@ -6,10 +6,12 @@ for `cloze` the file beside its definition.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ METRICS: Mapping[str, str] = {
     "wikitext": "word_perplexity",
     "winogrande": "acc",
 }
+_WORDS = re.compile(rb"[^\s\"':,\[\]]+")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,33 @@ class Suite:
             return METRICS[self.name]
         names = list(self.tasks[0].aggregation())
         return next((name for name in ("acc_norm", "acc") if name in names), names[0])
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that stand nowhere in lm-eval's definitions: without importing it, which takes longer than reading all of them.
+
+    Raises:
+        ElmExportError: an unknown name, with the nearest known ones.
+    """
+    unknown = {name for name in names if name not in FOLDERS and name != CLOZE}
+    if not unknown:
+        return
+    package = find_spec("lm_eval")
+    assert package is not None and package.origin is not None
+    # Templates that definitions include have no suffix.
+    definitions = (path for path in (Path(package.origin).parent / "tasks").rglob("*") if path.suffix in (".yaml", ".yml", ""))
+    files = [path for path in definitions if path.is_file()]
+    words = {word.decode(errors="replace") for path in files for word in _WORDS.findall(path.read_bytes())}
+    for name in sorted(unknown - words):
+        near = [word for word in words if word[:3] == name[:3] and "_" in word]  # of so many words, comparing all takes long
+        raise _unknown(name, near)
+
+
+def _unknown(name: str, names: Sequence[str]) -> ElmExportError:
+    known = [CLOZE, *FOLDERS]
+    near = get_close_matches(name, known, n=3) or get_close_matches(name, names, n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    return ElmExportError(f"no task is called {name!r}{hint} Known: {', '.join(known)}, and lm-eval's others")
 
 
 def load_suites(fewshot: Mapping[str, int | None], data: LocalData | None) -> list[Suite]:
@@ -90,13 +120,7 @@ def _index(names: Sequence[str]) -> Mapping[str, Any]:
         manager = lm_eval.tasks.TaskManager(include_defaults=bool(unknown), include_path=[own] if unknown else folders)
     for name in unknown:
         if name not in manager.task_index:
-            known = [CLOZE, *FOLDERS]
-            near = get_close_matches(name, known, n=3) or get_close_matches(name, manager.all_tasks, n=3)
-            raise ElmExportError(
-                f"no task is called {name!r}"
-                + (f"; did you mean {' or '.join(near)}?" if near else "")
-                + f" Known: {', '.join(known)}, and lm-eval's others"
-            )
+            raise _unknown(name, manager.all_tasks)
     return manager.task_index
 
 

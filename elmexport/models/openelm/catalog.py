@@ -50,9 +50,9 @@ _TINY = OpenELMConfig(
 
 def known_models() -> tuple[KnownModel, ...]:
     """`tiny`, then the published models by size, each base model before its Instruct version."""
-    models = [KnownModel("tiny", "OpenELM-tiny", None, _TINY, TINY_FOLDER)]
+    models = [KnownModel("tiny", "OpenELM-tiny", None, _TINY, TINY_FOLDER, "apache-2.0")]
     for size, config in _SIZES.items():
         for suffix in ("", "-Instruct"):
             name = f"OpenELM-{size.replace('.', '_')}{suffix}"
-            models.append(KnownModel(size + suffix, name, f"apple/{name}", config))
+            models.append(KnownModel(size + suffix, name, f"apple/{name}", config, license="apple-sample-code-license"))
     return tuple(models)

@@ -13,7 +13,7 @@ from elmexport.checkpoint.tokenizer import ModelIds, Span, Tokenizer, load_token
 from elmexport.checkpoint.tokenizer.chat import user_turn
 from elmexport.checkpoint.tokenizer.clients import write_tokenizer_files
 from elmexport.errors import ElmExportError
-from elmexport.export import export
+from elmexport.exporting import export
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
 from tests.checkpoint.tokenizer.vocabularies import LLAMA3, QWEN2, byte_level, change, in_gguf, write_json

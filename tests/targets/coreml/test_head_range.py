@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elmexport.errors import ElmExportError, VerificationError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.models import trace
 from elmexport.quantization.recipes import resolve
 from elmexport.quantization.weight_source import CheckpointWeights

@@ -16,7 +16,7 @@ import torch
 from calibration.options import WeightOptions
 from elmexport.artifact import Artifact
 from elmexport.errors import ElmExportError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.inspection import inspect_artifact
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
@@ -150,7 +150,7 @@ def test_bad_shard_sizes(small_checkpoint: MemoryCheckpoint, size: str) -> None:
 def test_card_and_generation_config(exported: Exported) -> None:
     folder = exported("int4")
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags:\n- mlx\n---\n")
+    assert card.startswith("---\nlibrary_name: mlx\npipeline_tag: text-generation\ntags:\n- elmexport\n- mlx\n- int4\n---\n")
     assert "base_model" not in card and "mlx_lm.generate" in card
     generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "do_sample": False}

@@ -23,7 +23,7 @@ from calibration.options import WeightOptions
 from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.recipes import resolve

@@ -21,7 +21,7 @@ from elmexport.artifact import Artifact, file_sha256
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.cli.main import app
 from elmexport.errors import ElmExportError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.inspection import inspect_artifact
 from elmexport.mil.executor import MilModel, States
 from elmexport.models.openelm.config import OpenELMConfig

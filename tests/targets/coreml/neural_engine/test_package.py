@@ -246,7 +246,7 @@ def test_same_inputs_same_bytes(small_checkpoint: MemoryCheckpoint, export_to: E
 @pytest.mark.slow
 def test_same_bytes_in_another_process(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from elmexport.export import export; "
+        "import sys; from pathlib import Path; from elmexport.exporting import export; "
         "export('tiny', 'coreml', 'int4', out=Path(sys.argv[1]), verify=False)"
     )
     subprocess.run(

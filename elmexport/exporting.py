@@ -22,12 +22,14 @@ from calibration.residual import DEFAULT_ALPHA, choose_alpha
 from calibration.statistics import Statistics
 from elmexport import __version__
 from elmexport.artifact import artifact_folder, check_free, write_manifest
+from elmexport.card import write_card
 from elmexport.checkpoint import open_checkpoint, open_tokenizer, require_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyError
 from elmexport.evaluation.self_check import ReferenceRun, check_texts, reference_pass, self_check
 from elmexport.evaluation.step_up import measure_step_up
 from elmexport.evaluation.task_drop import TaskDrop
+from elmexport.files import check_writable
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
 from elmexport.importance import read_importance
@@ -89,6 +91,11 @@ def export(
     out = options.get("out")
     if out is not None:
         check_free(out, force=options.get("force", False))
+    else:
+        check_writable(Path(target))  # the name is found later, and lies beside
+    weights = options.get("weights")
+    if weights is not None and weights.save_weights_to is not None:
+        check_writable(weights.save_weights_to, "--save-weights")
     checkpoint = open_checkpoint(
         model, revision=revision, tokenizer=tokenizer, random_weights=random_weights, adapter=adapter, progress=progress
     )
@@ -205,6 +212,7 @@ def export_checkpoint(
             chain=written.chain,
             files={},
         )
+        write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
@@ -216,7 +224,7 @@ def read_recipe(target: Target, quant: str | None) -> Recipe:
         ElmExportError: the target has no such recipe, the file cannot be read, or see `load_recipe`.
     """
     if quant is None or not quant.endswith(".toml"):
-        return target.recipe(quant or target.quants[0])
+        return target.recipe(target.quants[0] if quant is None else quant)
     try:
         recipe = load_recipe(Path(quant))
     except OSError as error:

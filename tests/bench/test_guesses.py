@@ -1,0 +1,45 @@
+"""Speculative decoding in the benchmark: the same tokens plainly and with guesses, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from elmexport.bench import Guesses
+from elmexport.errors import ElmExportError
+from elmexport.models.openelm.catalog import TINY_FOLDER
+from tests.cli.conftest import Run, run  # noqa: F401  (a fixture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [("--prompt-lookup", "6"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3")], ids=["lookup", "draft"]
+)
+def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
+    workload = ("--prompt", "none", "--depth", "0", "--generate", "48", "--repeat", "1", "--threads", "1")
+    outcome = run("bench", TINY_FOLDER, *workload, *options, "--json")
+    (artifact,) = json.loads(outcome.out)["artifacts"]
+    found = artifact["speculation"]
+    assert found["tokens"] == 47 and 0 < found["accepted"] <= found["drafted"] and found["note"] is None
+    assert found["speed_up"] == pytest.approx(found["tokens_per_s"]["median"] / found["plain_tokens_per_s"]["median"])
+    if "--draft-model" in options:
+        assert found["accepted"] == found["drafted"]  # the model guesses for itself
+
+
+@pytest.mark.parametrize(
+    ("guesses", "message"),
+    [
+        (Guesses(0), "prompt-lookup is 0"),
+        (Guesses(4, draft_model=str(TINY_FOLDER)), "exclude each other"),
+        (Guesses(draft_model="nowhere"), "nowhere: no such file or folder"),
+    ],
+)
+def test_bad_guesses(guesses: Guesses, message: str) -> None:
+    with pytest.raises(ElmExportError, match=message):
+        guesses.check()
+
+
+def test_without_guesses_nothing_is_said_of_them(run: Run) -> None:  # noqa: F811
+    outcome = run("bench", TINY_FOLDER, "--prompt", "none", "--depth", "0", "--generate", "2", "--repeat", "1")
+    assert outcome.code == 0 and "guesses" not in outcome.out

@@ -1,0 +1,165 @@
+"""How the program ends early, as processes of its own: interrupts, closed pipes; and what it says to which terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from elmexport.models.openelm.catalog import TINY_FOLDER
+from tests.cli.conftest import Run
+
+PROGRAM = [sys.executable, "-m", "elmexport"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["models"], ["onnx", "--help"]], ids=" ".join)
+def test_a_reader_that_goes_away(arguments: list[str]) -> None:
+    process = subprocess.Popen([*PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.slow
+def test_a_report_into_a_pipe_that_is_closed() -> None:
+    """Rich, which draws it, would end the process with code 1."""
+    command = [*PROGRAM, "eval", str(TINY_FOLDER), "--against", "none", "--limit", "2", "--text-tokens", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == ("", 141)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")], ids=["int", "term"]
+)
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+def test_an_export_that_is_ended(number: signal.Signals, code: int, word: str, delay: float, tmp_path: Path) -> None:
+    """At once after it began to write, while coremltools may be on its way in, and later."""
+    command = [*PROGRAM, "coreml", "--model", "tiny", "--calibrate", "none", "--out", str(tmp_path / "artifact")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(tmp_path.iterdir()):
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(number)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (code, ""), err
+    assert err.splitlines()[-1] == f"{word}: nothing half-written was left; run the same command again"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_says_what_was_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("elmexport.evaluation.evaluate.evaluate", interrupt)
+    outcome = run("eval", TINY_FOLDER)
+    assert (outcome.code, outcome.err) == (130, "interrupted: answers so far are kept; the same command goes on from there\n")
+
+
+# A module as coremltools has them: whatever happens while it imports something, it goes on without.
+SWALLOWING = """
+    import signal, sys
+    from elmexport.cli.ending import clean_endings
+    from elmexport.mil.coremltools_import import quiet_coremltools
+
+    def swallow():
+        try:
+            signal.raise_signal(getattr(signal, sys.argv[1]))
+            for _ in range(1000): pass
+        except:
+            print("swallowed")
+
+    with clean_endings():
+        try:
+            with quiet_coremltools():
+                swallow()
+            print("went on")
+        except KeyboardInterrupt as error:
+            print("ended by", type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(("number", "name"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "Terminated")])
+def test_an_import_that_swallows_everything_does_not_lose_an_interrupt(number: str, name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(SWALLOWING), number], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ended by {name}\n"
+
+
+# Where C calls Python, as llama.cpp does with its messages, no exception gets out.
+CALLBACK = """
+    import ctypes, signal, time
+    from elmexport.cli.ending import clean_endings
+
+    @ctypes.CFUNCTYPE(None)
+    def callback():
+        signal.raise_signal(signal.SIGINT)
+
+    with clean_endings():
+        try:
+            callback()
+            time.sleep(10)
+        except KeyboardInterrupt:
+            print("ended")
+"""
+
+
+def test_an_interrupt_in_a_callback_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(CALLBACK)], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("ended\n", "")
+
+
+def terminal(arguments: list[str], **environment: str) -> bytes:
+    """What a command writes to a terminal, both streams."""
+    child, master = pty.fork()
+    if not child:
+        os.execve(sys.executable, [*PROGRAM, *arguments], {**os.environ, "TERM": "xterm-256color", **environment})
+    written = b""
+    try:
+        while chunk := os.read(master, 65536):
+            written += chunk
+    except OSError:  # Linux says so when the last one on the terminal has gone
+        pass
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, written
+    return written
+
+
+@pytest.mark.slow
+def test_no_color() -> None:
+    command = ["eval", str(TINY_FOLDER), "--limit", "10", "--text-tokens", "64"]
+    styles = re.compile(rb"\x1b\[[0-9;]*m")
+    assert styles.search(terminal(command, NO_COLOR=""))  # an empty one counts as none
+    plain = terminal(command, NO_COLOR="1")
+    assert b"cloze" in plain and not styles.search(plain)
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "LANG": ""}], ids=str)
+def test_text_in_the_plainest_locale(locale: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "PYTHONUTF8", "PYTHONIO"))}
+    command = [*PROGRAM, "generate", str(TINY_FOLDER), "Où est “Zoë” ☃?", "--max-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, env=environment | locale)
+    assert done.returncode == 0, done.stderr
+    done.stdout.decode("utf-8")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    words = {"COMP_WORDS": "elmexport gen", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "elmexport gen"}
+    environment = {**os.environ, **words, "_ELMEXPORT_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    code = "import sys; sys.argv = ['elmexport']; from elmexport.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "generate" in done.stdout, done
+    script = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, "_ELMEXPORT_COMPLETE": f"source_{shell}"}
+    )
+    assert "elmexport" in script.stdout
