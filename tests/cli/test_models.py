@@ -11,7 +11,8 @@ from tests.cli.conftest import Run
 
 # Of the published checkpoints, the tied embedding counted once.
 PARAMETERS = {"270M": 271527168, "450M": 457179136, "1.1B": 1079891456, "3B": 3036647424}
-ALIASES = ["tiny", *(size + suffix for size in PARAMETERS for suffix in ("", "-Instruct"))]
+OLMOE = ["OLMoE-1B-7B", "OLMoE-1B-7B-SFT", "OLMoE-1B-7B-Instruct"]
+ALIASES = ["tiny", *(size + suffix for size in PARAMETERS for suffix in ("", "-Instruct")), *OLMOE]
 
 
 @pytest.fixture(autouse=True)

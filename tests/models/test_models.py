@@ -17,11 +17,12 @@ PARAMETERS = {"270M": 271_527_168, "450M": 457_179_136, "1.1B": 1_079_891_456, "
 def test_every_published_model_is_known() -> None:
     models = known_models()
     assert [model.alias for model in models] == [
-        "tiny", "270M", "270M-Instruct", "450M", "450M-Instruct", "1.1B", "1.1B-Instruct", "3B", "3B-Instruct"
+        "tiny", "270M", "270M-Instruct", "450M", "450M-Instruct", "1.1B", "1.1B-Instruct", "3B", "3B-Instruct",
+        "OLMoE-1B-7B", "OLMoE-1B-7B-SFT", "OLMoE-1B-7B-Instruct"
     ]  # fmt: skip
-    assert {model.alias: model.parameters for model in models} == {"tiny": 4_902_528} | {
-        size + suffix: count for size, count in PARAMETERS.items() for suffix in ("", "-Instruct")
-    }
+    openelm = {size + suffix: count for size, count in PARAMETERS.items() for suffix in ("", "-Instruct")}
+    olmoe = {f"OLMoE-1B-7B{suffix}": 6_919_161_856 for suffix in ("", "-SFT", "-Instruct")}
+    assert {model.alias: model.parameters for model in models} == {"tiny": 4_902_528} | openelm | olmoe
     assert [model.hub_id for model in models if model.alias.startswith("1.1B")] == ["apple/OpenELM-1_1B", "apple/OpenELM-1_1B-Instruct"]
 
 
