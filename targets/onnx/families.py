@@ -1,0 +1,8 @@
+"""What families are called in an ONNX folder's `config.json`, where its readers do not list the family's own name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+# By model_type. transformers.js asks the type only which sizes of the cache stand under which keys: a family with the same keys serves.
+ALIASES: Mapping[str, str] = {"olmoe": "olmo"}
