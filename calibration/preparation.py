@@ -42,6 +42,8 @@ def prepare(
         ElmExportError: a scheme that the target cannot express, unusable files, or weights that do not fit.
     """
     method = options.find_method()
+    if any(spec.role.is_expert for spec in checkpoint.specs.values()):
+        _check_experts(options)
     inputs = Inputs(checkpoint, options, progress, importance)
 
     def under(chosen: Recipe) -> Prepared:
@@ -64,6 +66,21 @@ def prepare(
         assert isinstance(prepared.weights, StoredWeights)
         save_weights(prepared.weights.weight_set, options.save_weights_to)
     return prepared
+
+
+def _check_experts(options: WeightOptions) -> None:
+    """Refuse what is not done for mixtures of experts.
+
+    Raises:
+        ElmExportError: which option, and what to do instead.
+    """
+    if options.mixes:
+        raise ElmExportError(
+            "a search for bits (--bits-per-weight, --max-drop) does not take mixtures of experts: formats store all experts of a layer in one type. "
+            "Choose a --quant, or give a recipe by roles and layers"
+        )
+    if options.method.startswith("awq"):
+        raise ElmExportError(f"--method {options.method} does not take mixtures of experts; choose --method gptq")
 
 
 def check_schemes(target: Target, checkpoint: Checkpoint, plan: Plan) -> None:
