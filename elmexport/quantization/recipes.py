@@ -145,7 +145,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, reason)."""
+    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, or those of all experts; reason)."""
 
     recipe: Recipe
     schemes: Mapping[str, Scheme]
@@ -160,7 +160,7 @@ def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
         ElmExportError: no rule matches a tensor.
     """
     schemes: dict[str, Scheme] = {}
-    fallbacks: list[tuple[str, str]] = []
+    fallbacks: dict[tuple[str, str], None] = {}
     bits = weights = 0
     for spec in model.weights():
         scheme: Scheme = recipe.norms
@@ -175,7 +175,7 @@ def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
             if reason is not None:
                 while scheme.refuses(spec.shape) is not None:
                     scheme = scheme.instead or recipe.fallback
-                fallbacks.append((spec.name, f"{reason}: kept as {scheme}"))
+                fallbacks[spec.group, f"{reason}: kept as {scheme}"] = None
         schemes[spec.name] = scheme
         bits += recipe.bits(scheme, spec.shape)
         weights += spec.size
