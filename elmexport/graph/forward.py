@@ -209,7 +209,7 @@ def _run(
             x["x"] = x["x"][:, -last:]
         w = {} if node.op == "moe" else {argument: weight(spec) for argument, spec in node.weights.items()}
         if node.op == "moe":
-            out = _experts(node, x, weight, observe) * node.weight_scale
+            out = _experts(node, x, weight, observe)
         elif node.op == "attention":
             assert node.layer is not None
             k_cache, v_cache = caches(node.layer)
@@ -244,4 +244,5 @@ def _experts(node: Node, x: Mapping[str, Tensor], weight: GetWeight, observe: Ob
             for name, tensor in ((node.expert_input(number), routed), (node.expert_hidden(number), hidden)):
                 observe(replace(node, op="expert", outputs=(name,), role=None), tensor)
 
-    return ops.moe_(x["x"], x["logits"], expert, node.attrs["active"], None if observe is None else see)
+    out = ops.moe_(x["x"], x["logits"], expert, node.attrs["active"], None if observe is None else see)
+    return out if node.weight_scale == 1.0 else out * node.weight_scale

