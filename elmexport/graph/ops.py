@@ -137,7 +137,7 @@ def moe_(x: Tensor, logits: Tensor, expert: Expert, active: int, observe: Callab
         hidden = torch.nn.functional.silu(torch.nn.functional.linear(routed, gate)) * torch.nn.functional.linear(routed, up)
         if observe is not None:
             observe(number, routed, hidden)
-        out = out.index_add(0, tokens, torch.nn.functional.linear(hidden, down) * weights[tokens, place, None])
+        out.index_add_(0, tokens, torch.nn.functional.linear(hidden, down) * weights[tokens, place, None])
     return out.view_as(x)
 
 

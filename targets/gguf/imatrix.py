@@ -33,9 +33,8 @@ class ImportanceMatrix:
     chunks: int
     chunk_size: int  # tokens of a chunk
     uncounted: tuple[str, ...] = ()  # entries that no token went into: ones
-    counts: Mapping[str, Sequence[int]] = field(
-        default_factory=dict
-    )  # tokens of each expert, by the name of a stacked tensor, to be written
+    # Tokens of each expert, by the name of a stacked tensor, of a matrix that is to be written.
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     def of(self, name: str, expert: int | None, columns: int) -> NDArray[np.float32] | None:
         """The values for a tensor, or for one expert's slice, whose rows have `columns`; None where there are none."""

@@ -1,4 +1,4 @@
-"""The OLMoE models that `elmexport` knows by name: the three published in September 2024."""
+"""The OLMoE models that `elmexport` knows by name: the three published in September 2024 and the embedded `tiny-moe`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,24 @@ _PUBLISHED = OlmoeConfig(
 )
 
 
+_TINY = OlmoeConfig(
+    vocab_size=3072,
+    hidden_size=256,
+    intermediate_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+    num_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=256,
+    eos_token_ids=(0,),
+    pad_token_id=1,
+)
+
+
 def known_models() -> tuple[KnownModel, ...]:
-    """The published model and what was made of it."""
-    models = []
+    """`tiny-moe`, then the published model and what was made of it."""
+    models = [KnownModel("tiny-moe", "OLMoE-tiny", None, _TINY, TINY_FOLDER)]
     for suffix in ("", "-SFT", "-Instruct"):
         name = f"OLMoE-1B-7B-0924{suffix}"
         models.append(KnownModel(f"OLMoE-1B-7B{suffix}", name, f"allenai/{name}", _PUBLISHED))
