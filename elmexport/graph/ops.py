@@ -124,7 +124,10 @@ def route(logits: Tensor, active: int) -> tuple[Tensor, Tensor]:
 
 
 def moe_(x: Tensor, logits: Tensor, expert: Expert, active: int, observe: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-    """Compute `moe`, asking for an expert's weights when it has tokens; `observe` sees what its matrices read: `[routed, D]`, `[routed, F]`."""
+    """Compute `moe`, asking for an expert's weights when it has tokens.
+
+    `observe` is called with an expert's number and what its matrices read: `[routed, D]`, and `[routed, F]` of the down projection.
+    """
     rows = x.flatten(0, -2)
     weights, chosen = route(logits.flatten(0, -2), active)
     out = torch.zeros_like(rows)

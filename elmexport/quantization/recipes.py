@@ -145,7 +145,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, or those of all experts; reason)."""
+    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, reason).
+
+    Fallbacks of all experts of a layer are one, under their common name (`WeightSpec.group`).
+    """
 
     recipe: Recipe
     schemes: Mapping[str, Scheme]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmexport.graph.ir import Graph
-from elmexport.models.base import ModelConfig
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import Float
 from elmexport.target import ExportJob
@@ -30,15 +29,15 @@ def file_type(recipe: Recipe) -> str:
     return name if name == "F32" or f"MOSTLY_{name}" in LlamaFileType.__members__ else TYPES[recipe.rules[-1].scheme]
 
 
-def describe(name: str, config: ModelConfig) -> Metadata:
-    """Describe the model in `general.*`, as llama.cpp's converter reads them out of a model folder's name."""
+def describe(name: str, parameters: int, experts: int = 0, in_experts: int = 0) -> Metadata:
+    """Describe the model in `general.*`, as llama.cpp's converter reads them out of a model folder's name.
+
+    Of its `parameters`, those `in_experts` are in `experts` equal parts.
+    """
     import gguf
 
-    parameters, experts = config.parameter_count, max(layer.experts for layer in config.dims.layers)
-    of_experts = sum(spec.size for spec in config.weights() if spec.role.is_expert)
     facts = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), model_path=Path(name), total_params=parameters)
-    sizes = (parameters, parameters - of_experts, of_experts // max(experts, 1), experts)
-    facts.size_label = facts.size_label or gguf.size_label(*sizes)
+    facts.size_label = facts.size_label or gguf.size_label(parameters, parameters - in_experts, in_experts // max(experts, 1), experts)
     return facts
 
 

@@ -52,7 +52,8 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
         ElmExportError: weights or a tokenizer that the file cannot hold.
         MissingDependencyError: a type that needs ggml, which is not installed.
     """
-    facts = describe(job.name, job.config)
+    in_experts = sum(spec.size for spec in job.config.weights() if spec.role.is_expert)
+    facts = describe(job.name, job.config.parameter_count, job.graph.dims.layers[0].experts, in_experts)
     kind = architecture(job.config)
     tensors = _tensors(job, kind)
     shards = _split(tensors, limit)

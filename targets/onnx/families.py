@@ -1,4 +1,4 @@
-"""What families are called in an ONNX folder's `config.json`, where its readers do not list the family's own name."""
+"""Model types in an ONNX folder's `config.json`, of families that its readers do not list by their own name."""
 
 from __future__ import annotations
 

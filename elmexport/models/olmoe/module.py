@@ -1,6 +1,6 @@
-"""OLMoE in the op vocabulary: a decoder whose feed-forward networks are mixtures of experts, queries and keys normed over their full width.
+"""OLMoE in the op vocabulary: a decoder whose feed-forward networks are mixtures of experts.
 
-Parameter names are those of the published files, one tensor for each projection of each expert, so a state dict loads as it is.
+Queries and keys pass a norm over their full width before they are cut into heads. Parameter names are those of the published files, one tensor for each projection of each expert, so a state dict loads as it is.
 """
 
 from __future__ import annotations
