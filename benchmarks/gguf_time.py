@@ -2,6 +2,7 @@
 
 python benchmarks/gguf_time.py                                   450M to Q4_0 and Q4_K_M
 python benchmarks/gguf_time.py --model 3B --quants q4_k_m --ours     ours alone
+python benchmarks/gguf_time.py --model DIR                           shapes of its config.json, with the tokenizer that lies beside it
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ from elmexport.checkpoint.save import save_checkpoint
 from elmexport.models.openelm.catalog import TINY_FOLDER
 source, folder = open_checkpoint(sys.argv[1], random_weights=0), Path(sys.argv[2])
 save_checkpoint(folder, source.config, {name: source.read(name) for name in source.specs})
+given = Path(sys.argv[1])
+if given.is_dir():
+    for file in given.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    sys.exit()
 shutil.copyfile(TINY_FOLDER / "tokenizer.model", folder / "tokenizer.model")
 described = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 (folder / "tokenizer_config.json").write_text(json.dumps(described))
@@ -54,7 +60,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
         folder = Path(temporary)
-        model = folder / f"OpenELM-{given.model}"
+        model = folder / (Path(given.model).name if Path(given.model).is_dir() else f"OpenELM-{given.model}")
         _require(run(sys.executable, "-c", SAVE, given.model, str(model)))
         for quant in given.quants:
             print(f"{given.model} {quant}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from calibration.distill import HELD_OUT, distill, split
+from calibration.experts import is_scarce
 from calibration.folding import FoldedCheckpoint
 from calibration.gptq import gptq
 from calibration.method import Prepared
@@ -70,9 +71,9 @@ def gptq_weights(
     def fill(writer: WeightWriter) -> None:
         model = checkpoint if fold is None else fold()
         if isinstance(source, Sample):
-            tensors = quantize_in_order(model, plan, source, progress, writer.damped)
+            tensors = quantize_in_order(model, plan, source, progress, writer.damped, writer.scarce)
         else:
-            tensors = _from_statistics(model, plan, moments_of(model, source), progress, writer.damped)
+            tensors = _from_statistics(model, plan, moments_of(model, source), progress, writer)
         for name in facts.folded:
             writer.add_norm(name, model.tensor(name).to(torch.float32))
         for spec, quantized in tensors:
@@ -107,6 +108,8 @@ def distilled_weights(checkpoint: Checkpoint, plan: Plan, sample: Sample, progre
     def fill(writer: WeightWriter) -> None:
         for name, damping in start.damped().items():
             writer.damped(checkpoint.specs[name], damping)
+        for name, tokens in start.scarce().items():
+            writer.scarce(checkpoint.specs[name], tokens)
         for name, norm in found.norms.items():
             writer.add_norm(name, norm)
         for name in facts.schemes:
@@ -195,7 +198,7 @@ def _is_foldable(spec: WeightSpec) -> bool:
 
 @torch.inference_mode()
 def _from_statistics(
-    checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress, damped: Callable[[WeightSpec, float], None]
+    checkpoint: Checkpoint, plan: Plan, moments_of: MomentsOf, progress: Progress, writer: WeightWriter
 ) -> Iterator[tuple[WeightSpec, Quantized]]:
     device = torch_device()
     specs = [spec for spec in checkpoint.specs.values() if isinstance(plan.schemes[spec.name], CodedScheme)]
@@ -211,8 +214,11 @@ def _from_statistics(
                 yield spec, quantize(weight, scheme)
             elif spec.role is Role.EMBEDDING:
                 yield spec, quantize_table(weight, scheme, hessian)
+            elif spec.role.is_expert and moments is not None and is_scarce(moments.tokens, weight):
+                writer.scarce(spec, moments.tokens)
+                yield spec, quantize(weight, scheme, "mse", moments.mean_square.to(device))
             else:
-                yield spec, gptq(weight, scheme, hessian, damped=partial(damped, spec))
+                yield spec, gptq(weight, scheme, hessian, damped=partial(writer.damped, spec))
         except ElmExportError as error:
             raise error.of(spec.name) from None
         progress.advance(spec.size)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from calibration.residual import ResidualPeak
 from calibration.second_moments import add_products, mirror
-from calibration.statistics import HESSIAN, MEAN_ABS, MEAN_SQUARE, TOKEN_COUNTS, Facts, Statistics
+from calibration.statistics import HESSIAN, MEAN_ABS, MEAN_SQUARE, ROUTED, TOKEN_COUNTS, Facts, Statistics
 from calibration.text import Sample
 from calibration.work import MemoryWork, StageResult, Work
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
+from elmexport.graph import ir
 from elmexport.graph.device import torch_device
 from elmexport.graph.forward import Stage, batches, layer_stages
 from elmexport.graph.ir import Graph, Node
@@ -73,6 +74,7 @@ class _Sums:
 
     width: int
     hessian: bool
+    routed: bool  # whether only some tokens come: those that go to an expert
     rows: int = 0
     square: Tensor = field(init=False)  # float64 [width], on the CPU: not every device has float64
     magnitude: Tensor = field(init=False)  # float64 [width], on the CPU
@@ -91,10 +93,14 @@ class _Sums:
             add_products(self.products, x)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        mean_square = (self.square / self.rows).to(torch.float32)
-        found = {f"{name}.{MEAN_SQUARE}": mean_square, f"{name}.{MEAN_ABS}": (self.magnitude / self.rows).to(torch.float32)}
-        if self.products is not None:
-            hessian = mirror(self.products.div_(self.rows)).cpu()
+        rows = max(self.rows, 1)  # no token may have gone to an expert
+        mean_square = (self.square / rows).to(torch.float32)
+        found = {f"{name}.{MEAN_SQUARE}": mean_square, f"{name}.{MEAN_ABS}": (self.magnitude / rows).to(torch.float32)}
+        if self.routed:
+            found[f"{name}.{ROUTED}"] = torch.tensor([self.rows])
+        if self.hessian:
+            products = torch.zeros(self.width, self.width) if self.products is None else self.products
+            hessian = mirror(products.div_(rows)).cpu()
             hessian.diagonal().copy_(mean_square)  # the same figure, but summed in float64
             found[f"{name}.{HESSIAN}"] = hessian
         return found
@@ -106,8 +112,12 @@ class _Observer:
     def __init__(self, graph: Graph, stage: Stage, hessian: bool) -> None:
         self._peak = ResidualPeak()
         self._norm_peaks: dict[str, float] = {}
-        made = {node.outputs[0] for node in stage.nodes}
-        self._sums = {name: _Sums(_width(graph, name), hessian) for name in dict.fromkeys(graph.linear_inputs.values()) if name in made}
+        made = {name for node in stage.nodes for name in node.observed}
+        self._sums = {
+            name: _Sums(_width(graph, name), hessian, graph.values[name].shape[0] == ir.ROUTED)
+            for name in dict.fromkeys(graph.linear_inputs.values())
+            if name in made
+        }
         norms = (node for node in graph.nodes if node.op == "rms_norm")
         self._norms = {node.inputs["x"]: node.weights["weight"].name for node in norms}
         self._attention = {node.inputs["qkv"]: node for node in stage.nodes if node.op == "attention"}
@@ -155,9 +165,14 @@ def _width(graph: Graph, name: str) -> int:
 
 def _cost(stage: Stage, graph: Graph, hessian: bool) -> int:
     """Multiplications for each token, about: the measure of progress."""
-    made = {node.outputs[0] for node in stage.nodes}
-    products = sum(_width(graph, name) ** 2 for name in set(graph.linear_inputs.values()) & made) if hessian else 0
-    return sum(node.weights["weight"].size for node in stage.nodes if node.op == "linear") + products // 2 + 1
+    read = set(graph.linear_inputs.values())
+    total = 1
+    for node in stage.nodes:
+        products = sum(_width(graph, name) ** 2 for name in read.intersection(node.observed)) // 2 if hessian else 0
+        matrices = sum(spec.size for spec in node.weights.values()) if node.op in ("linear", "moe") else 0
+        # Of the experts, a token goes to some.
+        total += (matrices + products) * node.attrs["active"] // node.experts if node.experts else matrices + products
+    return total
 
 
 def _merge(checkpoint: Checkpoint, sample: Sample, graph: Graph, hessian: bool, results: list[StageResult]) -> Statistics:

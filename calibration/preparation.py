@@ -48,6 +48,8 @@ def prepare(
         ElmExportError: a scheme that the target cannot express, unusable files, or weights that do not fit.
     """
     method = options.find_method()
+    if any(spec.role.is_expert for spec in checkpoint.specs.values()):
+        _check_experts(options)
     inputs = Inputs(checkpoint, options, progress, importance)
 
     def job(plan: Plan, inputs: Inputs) -> Job:
@@ -92,6 +94,21 @@ def with_own_codes(recipe: Recipe) -> Recipe:
         recipe,
         rules=tuple(replace(rule, scheme=coded(rule.scheme)) if isinstance(rule.scheme, GgmlType) else rule for rule in recipe.rules),
     )
+
+
+def _check_experts(options: WeightOptions) -> None:
+    """Refuse what is not done for mixtures of experts.
+
+    Raises:
+        ElmExportError: which option, and what to do instead.
+    """
+    if options.mixes:
+        raise ElmExportError(
+            "a search for bits (--bits-per-weight, --max-drop) does not take mixtures of experts: formats store all experts of a layer in one type. "
+            "Choose a --quant, or give a recipe by roles and layers"
+        )
+    if options.method.startswith("awq"):
+        raise ElmExportError(f"--method {options.method} does not take mixtures of experts; choose --method gptq")
 
 
 def check_schemes(target: Target, checkpoint: Checkpoint, plan: Plan) -> None:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from calibration.experts import Scarce, quantize_experts
 from calibration.gptq import gptq
 from calibration.held_out import DEFAULT_PART, Half, choose_damping, fit, mean_of
 from calibration.second_moments import add_products, mirror
@@ -42,13 +43,19 @@ Activations = dict[str, Tensor]  # by the graph's names, float32 [sequences, tok
 
 @torch.inference_mode()
 def quantize_in_order(
-    checkpoint: Checkpoint, plan: Plan, sample: Sample, progress: Progress, damped: Callable[[WeightSpec, float], None] | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    sample: Sample,
+    progress: Progress,
+    damped: Callable[[WeightSpec, float], None] | None = None,
+    scarce: Scarce | None = None,
 ) -> Iterator[tuple[WeightSpec, Quantized]]:
     """Quantize the tensors of `plan` in forward order; yields each with its codes, which lie on the torch device.
 
     The embedding, where it is the head too and has 4-bit codes, is quantized for what it multiplies as the head (`calibration.table`); else by `mse`.
 
-    `damped` is told of every matrix whose Hessian needed more damping than usual, before it is yielded.
+    `damped` is told of every matrix whose Hessian needed more damping than usual, before it is yielded, `scarce` of every matrix of an expert
+    that too few tokens reach for GPTQ.
 
     Raises:
         ElmExportError: ids outside the vocabulary, activations that are not finite, or weights that do not fit their scheme.
@@ -66,7 +73,22 @@ def quantize_in_order(
     for number, stage in enumerate(stages):
         original = stage.load(lambda spec: checkpoint.tensor(spec.name), device)
         weights, changed = original.weights, dict(original.weights)
+
+        def fit(spec: WeightSpec, scheme: CodedScheme, weight: Tensor, read: Tensor, found: Tensor) -> Quantized:
+            """GPTQ of an expert's matrix: its tokens count as sequences of one."""
+            of_expert = Node("linear", spec.name, {"x": "x"}, {"weight": spec}, {}, (), spec.layer, spec.role)
+            start = chosen.get(spec.role, (DEFAULT_PART, DEFAULT_PART))
+            target = _target(of_expert, weight, {"x": read[:, None]}, {"x": found[:, None]}, None, *start)
+            chosen[spec.role] = target.damping, target.ridge
+            told = None if damped is None else partial(damped, spec)
+            return gptq(target.weight, scheme, target.hessian, damping=target.damping, damped=told)
+
         for node in stage.nodes:
+            if node.op == "moe":
+                for matrix, codes in quantize_experts(node, weights, plan, exact, rounded, fit, scarce or (lambda spec, tokens: None)):
+                    changed[matrix.name] = codes.dequantize()
+                    yield matrix, codes
+                continue
             spec = node.weights.get("weight", node.weights.get("table"))
             scheme = None if spec is None else plan.schemes[spec.name]
             if spec is None or not isinstance(scheme, CodedScheme) or (node.role is Role.LM_HEAD and checkpoint.config.dims.tied):
@@ -103,7 +125,11 @@ def quantize_in_order(
 
 def _cost(stage: Stage) -> int:
     """Multiplications for each token, about: two forward passes, the products of `_target`."""
-    return 4 * sum(spec.size for node in stage.nodes for spec in node.weights.values() if node.op == "linear") + 1
+    linear = sum(spec.size for node in stage.nodes for spec in node.weights.values() if node.op == "linear")
+    experts = sum(
+        sum(spec.size for spec in node.weights.values()) * node.attrs["active"] // node.experts for node in stage.nodes if node.experts
+    )
+    return 4 * (linear + experts) + 1
 
 
 def _gathered(stage: Stage, exact: Activations, rounded: Activations) -> Callable[[slice], Tensor] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.files import MappedTensors, read_metadata, write_safetensors
-from elmexport.weights import WeightSpec
+from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +26,15 @@ FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.statistics"
 TOKEN_COUNTS = "token_counts"
 MEAN_SQUARE, MEAN_ABS, HESSIAN = "mean_square", "mean_abs", "hessian"
+ROUTED = "routed"
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Moments of the input x `[in]` of a linear layer, over `tokens` positions, in the float32 model as published (alpha 1, not folded)."""
+    """Moments of the input x `[in]` of a linear layer, over `tokens` positions, in the float32 model as published (alpha 1, not folded).
+
+    Of an expert, over the positions that went to it; where none did, they are zero.
+    """
 
     tokens: int
     mean_square: Tensor  # float32 [in]: E[x²]
@@ -74,6 +78,8 @@ class Facts:
 class Statistics:
     """Statistics of a model's activations; the tensors of a file are mapped, and read where one is looked at.
 
+    Of what an expert reads there is `A.routed` too, int64 `[1]`: the positions that went to it.
+
     Tensors: for every activation `A` `A.mean_square`, `A.mean_abs` (float32 `[in]`) and, if asked for, `A.hessian` (float32
     `[in, in]`); and `token_counts`, int64 `[vocab]`.
     """
@@ -93,16 +99,29 @@ class Statistics:
         return self.tensors.get(TOKEN_COUNTS)
 
     def moments(self, spec: WeightSpec) -> Moments | None:
-        """Look up the moments of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an untied embedding)."""
+        """Look up the moments of what `spec` multiplies; None for a tensor that multiplies nothing (a norm, an untied embedding).
+
+        None too for an expert that a short pass sends no token to.
+        """
         activation = self.facts.inputs.get(spec.name)
         if activation is None:
             return None
+        routed = self.tensors.get(f"{activation}.{ROUTED}")
         return Moments(
-            self.facts.tokens,
+            self.facts.tokens if routed is None else int(routed),
             self.tensors[f"{activation}.{MEAN_SQUARE}"],
             self.tensors.get(f"{activation}.{MEAN_ABS}"),
             self.tensors.get(f"{activation}.{HESSIAN}"),
         )
+
+    def routed(self, specs: Iterable[WeightSpec]) -> dict[int, list[int]]:
+        """Count, by layer, the positions that went to each expert of the model with `specs`; empty where it has none, or none were counted."""
+        found: dict[int, list[int]] = {}
+        for spec in specs:
+            counts = self.tensors.get(f"{self.facts.inputs.get(spec.name)}.{ROUTED}")
+            if spec.role is Role.MOE_EXPERTS_GATE and spec.layer is not None and counts is not None:
+                found.setdefault(spec.layer, []).append(int(counts))
+        return found
 
     def outliers(self) -> list[tuple[str, float]]:
         """Rank weights by how many times their inputs' root mean square the largest channel's is, the most extreme first.

@@ -12,6 +12,7 @@ from calibration.method import Job, Prepared
 from calibration.statistics import Statistics
 from calibration.weight_set import StoredWeights, WeightSet
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.errors import listed
 from elmexport.quantization.recipes import Plan
 
 
@@ -37,7 +38,15 @@ def prepared_set(checkpoint: Checkpoint, plan: Plan, weights: WeightSet, statist
     if distilled is not None:
         before, after = distilled["before"], distilled["after"]
         notes = (f"distilled: KL {before:.4f} → {after:.4f} nats per token on windows held out of the calibration text", *notes)
-    return Prepared(StoredWeights(checkpoint, plan, weights), statistics, set_facts(weights.facts), notes)
+    facts, scarce = set_facts(weights.facts), weights.scarce()
+    if scarce:
+        facts["scarce_experts"] = scarce
+        few = listed([f"{name} ({count} tokens)" for name, count in scarce.items()])
+        notes += (
+            f"{len(scarce)} matrices of experts were reached by fewer tokens than they have inputs, and rounded by weighted least squares instead "
+            f"of GPTQ: {few}. Calibrate on more text",
+        )
+    return Prepared(StoredWeights(checkpoint, plan, weights), statistics, facts, notes)
 
 
 def read_set(checkpoint: Checkpoint, plan: Plan, path: Path) -> Prepared:

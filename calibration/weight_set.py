@@ -2,7 +2,8 @@
 
 A safetensors file. A tensor NAME is stored in the parts that the codec of its scheme names (`NAME.codes`, `NAME.scales`, …; see
 `docs/artifacts.md`), a folded norm as `NAME`, float32. `damping` float32 `[tensors]`, in the order of the metadata's `schemes`, is the damping that
-GPTQ had to raise a tensor's Hessian by, 0 where the usual one was enough.
+GPTQ had to raise a tensor's Hessian by, 0 where the usual one was enough. In a model with experts, `scarce` int64 `[tensors]` likewise is the
+number of tokens that reached a matrix which GPTQ left to weighted least squares because they were too few, -1 for all others.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.weights"
-DAMPING = "damping"
+DAMPING, SCARCE = "damping", "scarce"
 _FIX = "make one with --save-weights"
 
 
@@ -100,6 +101,12 @@ class WeightSet:
             return {}  # written before this was recorded
         return {name: value for name, value in zip(self.facts.schemes, self._tensors[DAMPING].tolist(), strict=True) if value}
 
+    def scarce(self) -> dict[str, int]:
+        """Matrices of experts that too few tokens reached for GPTQ, and how many did."""
+        if SCARCE not in self._tensors:
+            return {}
+        return {name: count for name, count in zip(self.facts.schemes, self._tensors[SCARCE].tolist(), strict=True) if count >= 0}
+
     def norms(self) -> dict[str, Tensor]:
         """The norms that a folding changed, float32, by name."""
         return {name: self._tensors[name] for name in self.facts.folded}
@@ -147,6 +154,9 @@ class WeightWriter:
         layout |= {name: (torch.float32, specs[name].shape) for name in facts.folded}
         layout[DAMPING] = (torch.float32, (len(facts.schemes),))
         self._damping = dict.fromkeys(facts.schemes, 0.0)
+        self._scarce = dict.fromkeys(facts.schemes, -1) if any(specs[name].role.is_expert for name in facts.schemes) else None
+        if self._scarce is not None:
+            layout[SCARCE] = (torch.int64, (len(facts.schemes),))
         self._writer = SafetensorsWriter(file, layout, {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(facts)})})
 
     def add(self, spec: WeightSpec, quantized: Quantized) -> None:
@@ -157,6 +167,11 @@ class WeightWriter:
         """Record that the Hessian of `spec` needed more damping than usual: this part of its mean diagonal."""
         self._damping[spec.name] = damping
 
+    def scarce(self, spec: WeightSpec, tokens: int) -> None:
+        """Record that only `tokens` tokens reached the matrix of `spec`, too few for GPTQ."""
+        assert self._scarce is not None, f"{spec.name} is no expert's"
+        self._scarce[spec.name] = tokens
+
     def add_norm(self, name: str, tensor: Tensor) -> None:
         self._writer.write(name, tensor)
 
@@ -164,6 +179,8 @@ class WeightWriter:
         import torch
 
         self._writer.write(DAMPING, torch.tensor(list(self._damping.values()), dtype=torch.float32))
+        if self._scarce is not None:
+            self._writer.write(SCARCE, torch.tensor(list(self._scarce.values())))
         self._writer.close()
 
 

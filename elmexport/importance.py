@@ -26,12 +26,17 @@ def write_importance(statistics: Statistics, config: ModelConfig, path: Path, *,
     facts = statistics.facts
     GgufTarget().check(config, facts.window)
     entries: dict[str, NDArray[np.float32]] = {}
+    counts: dict[str, list[int]] = {}
     for matrix in matrices(config):
-        moments = statistics.moments(matrix.spec)
-        if moments is not None:  # an importance matrix may have come without the embedding
-            entries |= dict.fromkeys(matrix.names, moments.mean_square.numpy())
+        moments = [found for spec in matrix.specs if (found := statistics.moments(spec)) is not None]
+        if not moments:  # an untied embedding multiplies nothing; an importance matrix may have come without a tied one
+            continue
+        entries |= dict.fromkeys(matrix.names, np.concatenate([one.mean_square.numpy() for one in moments]))
+        if matrix.spec.expert is not None:
+            counts[matrix.names[0]] = [one.tokens for one in moments]
     chunks = facts.tokens // facts.window
-    write_imatrix(ImportanceMatrix(path, entries, tuple(datasets or [facts.text]), chunks, facts.window), tokens=facts.tokens)
+    imatrix = ImportanceMatrix(path, entries, tuple(datasets or [facts.text]), chunks, facts.window, counts=counts)
+    write_imatrix(imatrix, tokens=facts.tokens)
 
 
 def read_importance(path: Path, checkpoint: Checkpoint) -> Statistics:
@@ -46,15 +51,17 @@ def read_importance(path: Path, checkpoint: Checkpoint) -> Statistics:
 
     imatrix = read_imatrix(path)
     entries = matrices(checkpoint.config)
-    imatrix.check((name, entry.part_shape) for entry in entries for name in entry.names)
+    imatrix.check((name, entry.tensor_shape) for entry in entries for name in entry.names)
     activations = trace(checkpoint.config).linear_inputs
-    inputs = {entry.spec.name: activations[entry.spec.name] for entry in entries if entry.names[0] in imatrix.entries}
-    # Parts of one weight, gate and up, read the same activation.
-    tensors = {
-        f"{inputs[entry.spec.name]}.{MEAN_SQUARE}": torch.from_numpy(np.array(imatrix.entries[entry.names[0]]))
-        for entry in entries
-        if entry.spec.name in inputs
-    }
+    inputs: dict[str, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in entries:
+        for spec in entry.specs:
+            # Parts of one weight, gate and up, read the same activation.
+            values = imatrix.of(entry.names[0], spec.expert, spec.shape[-1])
+            if values is not None and spec.name in activations:
+                inputs[spec.name] = activations[spec.name]
+                tensors[f"{inputs[spec.name]}.{MEAN_SQUARE}"] = torch.from_numpy(np.array(values))
     facts = Facts(
         model=checkpoint.source.name,
         identity="",

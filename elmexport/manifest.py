@@ -57,6 +57,7 @@ class RuleFacts(Section, frozen=True, omit_defaults=True):
     roles: tuple[str, ...] | None = None
     layers: str | None = None
     min_gqa: int | None = None
+    experts: int | None = None
 
 
 class CalibrationText(Section, frozen=True):
@@ -118,6 +119,7 @@ class Quantization(Section, frozen=True, omit_defaults=True):
     rule: tuple[RuleFacts, ...]
     method: str
     calibration: CalibrationText | None  # None: it read nothing
+    scarce_experts: dict[str, Count] | None = None  # matrices that too few tokens reached for the method, and how many did
     held_out: HeldOut | None = None  # of calibrated codes
     allocation: AllocationFacts | None = None
 

@@ -61,9 +61,13 @@ class ExportJob:
         ids: dict[str, int | list[int]] = {} if bos is None else {"bos_token_id": bos}
         return {**ids, "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "pad_token_id": eos[0] if pad is None else pad}
 
-    def write_description(self, folder: Path) -> None:
-        """Write `config.json` and the tokenizer's files into `folder`, for formats that do not carry them inside."""
-        (folder / "config.json").write_text(json.dumps(self.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    def write_description(self, folder: Path, model_type: str | None = None) -> None:
+        """Write `config.json` and the tokenizer's files into `folder`, for formats that do not carry them inside.
+
+        `model_type` stands there instead of the family's own.
+        """
+        data = self.config.to_dict() | ({} if model_type is None else {"model_type": model_type})
+        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         if self.tokenizer is not None:
             from elmexport.checkpoint.tokenizer.clients import write_tokenizer_files
 

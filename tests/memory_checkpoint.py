@@ -1,4 +1,4 @@
-"""A checkpoint that lives in memory: arrays under Apple's names, for tests that need no files."""
+"""A checkpoint that lives in memory: arrays under the names of published files, for tests that need no files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint, Source
-from elmexport.models.openelm.config import OpenELMConfig
+from elmexport.models.base import ModelConfig
 from elmexport.weights import Role
 
 
 class MemoryCheckpoint(Checkpoint):
-    """`arrays` (float32) under Apple's names. They may contradict `config`: `check` finds that, as for any checkpoint."""
+    """`arrays` (float32) under the family's names. They may contradict `config`: `check` finds that, as for any checkpoint."""
 
     def __init__(
-        self, config: OpenELMConfig, arrays: Mapping[str, NDArray[np.float32]], *, name: str = "small", tokenizer_path: Path | None = None
+        self, config: ModelConfig, arrays: Mapping[str, NDArray[np.float32]], *, name: str = "small", tokenizer_path: Path | None = None
     ) -> None:
         super().__init__(config, Source(name, "in memory"), tokenizer_path)
         self.arrays = dict(arrays)
@@ -38,7 +38,7 @@ class MemoryCheckpoint(Checkpoint):
         return digest.hexdigest()
 
 
-def random_checkpoint(config: OpenELMConfig, seed: int = 0, *, tokenizer_path: Path | None = None) -> MemoryCheckpoint:
+def random_checkpoint(config: ModelConfig, seed: int = 0, *, tokenizer_path: Path | None = None) -> MemoryCheckpoint:
     """Normal weights scaled by fan-in, so that activations stay of order one and logits spread by about two nats."""
     generator = np.random.default_rng(seed)
     arrays = {}

@@ -7,22 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import elmexport
 
 ROOT = Path(elmexport.__file__).parents[1]
 # A family's package, the registry's row, the targets' own tables of families, and what other programs call the model.
-OPENELM = re.compile(r"^(elmexport/models/openelm/|elmexport/models/__init__\.py|targets/\w+/(families|swift)\.py|elmexport/integrations/)")
+FAMILIES = {
+    "openelm": re.compile(
+        r"^(elmexport/models/openelm/|elmexport/models/__init__\.py|targets/\w+/(families|swift)\.py|elmexport/integrations/)"
+    ),
+    "olmoe": re.compile(r"^(elmexport/models/olmoe/|elmexport/models/__init__\.py|targets/\w+/families\.py)"),
+}
 
 
 def sources() -> list[Path]:
     return [path for folder in ("elmexport", "targets", "calibration") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def test_a_family_is_named_in_its_own_places_only() -> None:
-    named = [path.relative_to(ROOT).as_posix() for path in sources() if "openelm" in path.read_text(encoding="utf-8").casefold()]
-    assert [name for name in named if not OPENELM.match(name)] == []
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_named_in_its_own_places_only(family: str) -> None:
+    named = [path.relative_to(ROOT).as_posix() for path in sources() if family in path.read_text(encoding="utf-8").casefold()]
+    assert [name for name in named if not FAMILIES[family].match(name)] == []
     registry = (ROOT / "elmexport/models/__init__.py").read_text(encoding="utf-8").casefold()
-    assert sum("openelm" in line for line in registry.splitlines()) == 1
+    assert sum(family in line for line in registry.splitlines()) == 1
 
 
 def test_imports_go_down_only() -> None:

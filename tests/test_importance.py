@@ -14,6 +14,7 @@ from gguf import GGUFReader
 from calibration.collect import collect
 from calibration.statistics import Statistics
 from calibration.text import Sample, bundled_text
+from elmexport.checkpoint import open_checkpoint, open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
@@ -154,3 +155,24 @@ def test_llama_quantize_takes_it(
     without = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "without.gguf").tensors}
     for tensor in GGUFReader(tmp_path / "with.gguf").tensors:
         assert np.array_equal(tensor.data, without[tensor.name]) == ("norm" in tensor.name), tensor.name
+
+
+@pytest.mark.slow
+def test_experts_close_to_llama_imatrix(llama_cpp_tools: LlamaCppTools, export_to: ExportTo, tmp_path: Path) -> None:
+    """A slice for each expert, and its count of tokens."""
+    checkpoint = open_checkpoint("tiny-moe")
+    (model,) = export_to(checkpoint, "gguf", "fp32").glob("*.gguf")
+    text = files("calibration") / "texts" / "prose.txt"
+    options = ("-c", CHUNK, "-b", CHUNK, "--no-ppl", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--chunks", 4, "-t", 2)
+    llama_cpp_tools.run("llama-imatrix", "-m", model, "-f", text, "-o", tmp_path / "theirs.gguf", *options)
+    tokenizer = open_tokenizer(checkpoint)
+    assert tokenizer is not None
+    ids = np.array(tokenizer.encode(text.read_text(encoding="utf-8")))[: 4 * CHUNK].reshape(4, CHUNK)
+    write_importance(collect(checkpoint, Sample(ids, "prose.txt")), checkpoint.config, tmp_path / "ours.gguf")
+    theirs, ours = ({tensor.name: tensor.data for tensor in GGUFReader(tmp_path / name).tensors} for name in ("theirs.gguf", "ours.gguf"))
+    assert set(ours) - set(theirs) <= {f"output.weight.{kind}" for kind in ("in_sum2", "counts")}
+    for name, expected in theirs.items():
+        assert ours[name].size == expected.size
+        np.testing.assert_allclose(ours[name].reshape(-1), expected.reshape(-1), rtol=2e-3, err_msg=name)
+    counts = ours["blk.3.ffn_down_exps.weight.counts"]
+    assert counts.size == 8 and counts.sum() == 2 * 4 * CHUNK

@@ -42,9 +42,14 @@ def traffic(path: Path) -> Traffic | None:
 
 
 def _weights(tensors: tuple[StoredTensor, ...], dims: ModelDims) -> int:
-    """Bytes of what a token needs whole: all weights but an embedding that the head does not share, of which it needs a row."""
-    weights = [tensor for tensor in tensors if tensor.role is not None]
-    return sum(tensor.bytes for tensor in weights if dims.tied or tensor.role is not Role.EMBEDDING)
+    """Bytes that a token needs: all weights but an embedding that the head does not share, of which it needs a row; of experts, those it goes to."""
+    total, layer = 0, dims.layers[0]
+    for tensor in tensors:
+        if tensor.role is not None and tensor.role.is_expert:
+            total += tensor.bytes * layer.active_experts // layer.experts
+        elif tensor.role is not None and (dims.tied or tensor.role is not Role.EMBEDDING):
+            total += tensor.bytes
+    return total
 
 
 def _cache(manifest: Manifest, dims: ModelDims) -> int:

@@ -126,6 +126,7 @@ def _facts(result: CalibrationResult, imatrix: Path | None, seconds: float) -> d
         "residual_peak": peak,
         "residual_peaks": list(facts.residual_peaks),
         "alpha": choose_alpha(peak),
+        "routed_tokens": result.statistics.routed(result.checkpoint.specs.values()),
         "outliers": [{"weight": name, "ratio": ratio} for name, ratio in result.statistics.outliers()],
         "seconds": round(seconds, 1),
     }
@@ -144,7 +145,16 @@ def _summary(facts: dict[str, Any]) -> list[tuple[str, ...]]:
         ("residual peak", f"{facts['residual_peak']:,.4g} {where}; {scale}"),
     ]
     rows += [("largest channel", f"{o['ratio']:.1f} times the average, in {o['weight']}") for o in facts["outliers"][:3]]
+    rows += [(f"experts, layer {number}", _histogram(counts)) for number, counts in facts["routed_tokens"].items()]
     rows.append(("time", f"{facts['seconds']:.1f} s"))
     if facts["imatrix"]:
         rows.append(("imatrix", facts["imatrix"]))
     return [*rows, ("path", f"{facts['path']}, {size(facts['bytes'])}")]
+
+
+def _histogram(counts: list[int]) -> str:
+    """Bars of the tokens that went to each expert, as high as their part of the most, and the two ends."""
+    bars, most = "▁▂▃▄▅▆▇█", max(counts)
+    drawn = "".join(bars[-(-count * len(bars) // max(most, 1)) - 1] if count else " " for count in counts)
+    fewest = min(counts)
+    return f"{drawn}  {fewest:,} tokens (expert {counts.index(fewest)}) to {most:,} (expert {counts.index(most)})"

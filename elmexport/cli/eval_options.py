@@ -20,6 +20,7 @@ class Preset(StrEnum):
     ZERO_SHOT = "zero-shot"
     LLM360 = "llm360"
     OPENLLM = "openllm"
+    OLMES = "olmes"
 
 
 Tasks = Annotated[

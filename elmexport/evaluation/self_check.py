@@ -86,7 +86,7 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
         tokens=sample.tokens,
         window=sample.window,
         hessian=False,
-        inputs=graph.linear_inputs,
+        inputs={name: activation for name, activation in graph.linear_inputs.items() if activation in observer.mean_squares},
         residual_peaks=(observer.peak.value,),
         norm_peaks={},
     )

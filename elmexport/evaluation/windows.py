@@ -89,7 +89,7 @@ def text_windows(
 
 def evaluation_text() -> str:
     """The bundled text: excerpts of "The First Men in the Moon" (H. G. Wells, 1901), "A Connecticut Yankee in King Arthur's Court" (Mark Twain,
-    1889) and "Moll Flanders" (D. Defoe, 1722). In the public domain, none of them among the books that `tiny` was trained on, nor among
+    1889) and "Moll Flanders" (D. Defoe, 1722). In the public domain, none of them among the books that `tiny` and `tiny-moe` were trained on, nor among
     those that calibration's texts come from.
     """
     return files(__package__).joinpath("texts", "prose.txt").read_text(encoding="utf-8")

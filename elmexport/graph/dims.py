@@ -11,7 +11,9 @@ class LayerDims:
 
     query_heads: int
     kv_heads: int
-    ffn_dim: int
+    ffn_dim: int  # of one expert, where there are several
+    experts: int = 0  # of a mixture; 0: one feed-forward network for all tokens
+    active_experts: int = 0  # that a token goes to
 
     @property
     def queries_per_kv_head(self) -> int:

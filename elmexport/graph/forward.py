@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, fe
 GetWeight = Callable[[WeightSpec], Tensor]
 """Gives a weight, in any float dtype, on any device."""
 Observer = Callable[[Node, Tensor], None]
-"""Is called with every node and its first output, on the device that computes."""
+"""Is called with every node and its first output, on the device that computes; of a `moe` node, with what each expert reads before
+(see `Node.observed`), as the output of a node of the op "expert"."""
 
 
 class KVCaches:
@@ -145,10 +146,10 @@ def layer_stages(graph: Graph) -> list[Stage]:
 
 
 def linear_stages(graph: Graph) -> list[Stage]:
-    """Cut `graph` before every linear layer: at most the first node of each stage is one."""
+    """Cut `graph` before every linear layer and every mixture of experts: at most the first node of each stage is one."""
     groups: list[list[Node]] = [[]]
     for node in graph.nodes:
-        if node.op == "linear":
+        if node.op in ("linear", "moe"):
             groups.append([])
         groups[-1].append(node)
     return _stages(graph, [(nodes[0].name, nodes) for nodes in groups])
@@ -206,8 +207,10 @@ def _run(
         x = {argument: values[name] for argument, name in node.inputs.items() if name in values}
         if last is not None and node.role is Role.LM_HEAD:
             x["x"] = x["x"][:, -last:]
-        w = {argument: weight(spec) for argument, spec in node.weights.items()}
-        if node.op == "attention":
+        w = {} if node.op == "moe" else {argument: weight(spec) for argument, spec in node.weights.items()}
+        if node.op == "moe":
+            out = _experts(node, x, weight, observe)
+        elif node.op == "attention":
             assert node.layer is not None
             k_cache, v_cache = caches(node.layer)
             out = ops.attention_(x["qkv"], w.get("q_norm"), w.get("k_norm"), k_cache, v_cache, position, **node.attrs)
@@ -227,3 +230,19 @@ def _run(
             if not remaining[name]:
                 values.pop(name, None)
     return values
+
+
+def _experts(node: Node, x: Mapping[str, Tensor], weight: GetWeight, observe: Observer | None) -> Tensor:
+    """Run a `moe` node, whose experts' weights are asked for one expert at a time."""
+
+    def expert(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        gate, up, down = (weight(node.weights[f"{part}.{number}"]) for part in ("gate", "up", "down"))
+        return gate, up, down
+
+    def see(number: int, routed: Tensor, hidden: Tensor) -> None:
+        if observe is not None:
+            for name, tensor in ((node.expert_input(number), routed), (node.expert_hidden(number), hidden)):
+                observe(replace(node, op="expert", outputs=(name,), role=None), tensor)
+
+    out = ops.moe_(x["x"], x["logits"], expert, node.attrs["active"], None if observe is None else see)
+    return out if node.weight_scale == 1.0 else out * node.weight_scale

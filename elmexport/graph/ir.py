@@ -11,13 +11,14 @@ from elmexport.graph.dims import ModelDims
 from elmexport.weights import Role, WeightSpec
 
 BATCH, TOKENS = "batch", "tokens"
+ROUTED = "routed"  # tokens that went to one expert
 IDS = "ids"  # the value that enters a whole model
 Dim = int | str  # a number, or one of the two symbols above
 
 
 @dataclass(frozen=True)
 class Value:
-    """Activation: `shape` may hold the symbols `batch` and `tokens`."""
+    """Activation: `shape` may hold the symbols `batch` and `tokens`, and of what an expert reads `routed`."""
 
     name: str
     shape: tuple[Dim, ...]
@@ -27,7 +28,8 @@ class Value:
 class Node:
     """Node of a graph: one op.
 
-    `inputs` maps the op's tensor arguments to value names, `weights` to weight specs (an absent optional argument is in neither),
+    `inputs` maps the op's tensor arguments to value names, `weights` to weight specs (an absent optional argument is in neither; of an
+    argument that is a list, `down`, the items are `down.0`, `down.1`, …),
     `attrs` holds the rest. `role` says what a `linear` or `embed` does here, also where it borrows a tied tensor of another role.
     `weight_scale` is an exact power of two by which a target multiplies the weight (see `elmexport.graph.rescale`).
     """
@@ -41,6 +43,25 @@ class Node:
     layer: int | None
     role: Role | None = None
     weight_scale: float = 1.0
+
+    @property
+    def experts(self) -> int:
+        """Number of experts of a `moe` node, 0 for other ops."""
+        return sum(name.startswith("down.") for name in self.weights) if self.op == "moe" else 0
+
+    def expert_input(self, expert: int) -> str:
+        """Name of the activation `[routed, D]` that one expert of a `moe` node reads: the tokens that went to it."""
+        return f"{self.outputs[0]}.{expert}.input"
+
+    def expert_hidden(self, expert: int) -> str:
+        """Name of the activation `[routed, F]` that the down projection of one expert of a `moe` node reads."""
+        return f"{self.outputs[0]}.{expert}.hidden"
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the activations that observers of a forward pass are shown when the node runs: its output, and what its experts read."""
+        inside = (name for expert in range(self.experts) for name in (self.expert_input(expert), self.expert_hidden(expert)))
+        return (*inside, self.outputs[0])
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,14 @@ class Graph:
     @cached_property
     def linear_inputs(self) -> dict[str, str]:
         """Name of each weight that multiplies activations to that of the activation."""
-        return {node.weights["weight"].name: node.inputs["x"] for node in self.nodes if node.op == "linear"}
+        found = {}
+        for node in self.nodes:
+            if node.op == "linear":
+                found[node.weights["weight"].name] = node.inputs["x"]
+            for expert in range(node.experts):
+                for part, name in (("gate", node.expert_input), ("up", node.expert_input), ("down", node.expert_hidden)):
+                    found[node.weights[f"{part}.{expert}"].name] = name(expert)
+        return found
 
     def weight_specs(self) -> Iterator[WeightSpec]:
         """Every distinct weight, in the order of first use."""

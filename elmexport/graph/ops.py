@@ -3,7 +3,8 @@
 Each op has an eager implementation, which is the numerical reference (it computes in the dtype of its inputs), and a fake one, so that
 `torch.export` traces a model without weights. A target is a table of lowerings from these ops.
 
-Shapes: `batch` B, `tokens` T, model dimension D, context C (length of the static cache), query heads H, KV heads K, head dimension d.
+Shapes: `batch` B, `tokens` T, model dimension D, context C (length of the static cache), query heads H, KV heads K, head dimension d,
+experts E, width of an expert F.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 NAMESPACE = "elmexport"
 
 EAGER: dict[str, Callable[..., Tensor]] = {}
-"""Eager implementations by the name of the op, attention excepted (`attention_`); autograd sees through them, as it does not through custom ops."""
+"""Eager implementations by the name of the op, but of `attention` (`attention_`) and `moe` (`moe_`); autograd sees through them, as it does not through custom ops."""
 
 
 def _op(function: Callable[..., Tensor]) -> Any:
@@ -94,6 +95,67 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 @add.register_fake
 def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_op
+def join_qkv(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Concatenate separate projections along the last axis, `[B, T, H d]`, `[B, T, K d]` twice, into what `attention` takes."""
+    return torch.cat((query, key, value), dim=-1)
+
+
+@join_qkv.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:-1], query.shape[-1] + key.shape[-1] + value.shape[-1]))
+
+
+Expert = Callable[[int], tuple[Tensor, Tensor, Tensor]]
+"""Gives gate `[F, D]`, up `[F, D]` and down `[D, F]` of an expert."""
+
+
+def route(logits: Tensor, active: int) -> tuple[Tensor, Tensor]:
+    """Choose `active` experts for each row of `logits` `[rows, E]`: their weights and numbers, both `[rows, active]`.
+
+    The weights are the softmax over all experts (in float32 at least), not renormalized over those chosen.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    weights, chosen = logits.softmax(-1, dtype=dtype).topk(active, dim=-1)
+    return weights.to(logits.dtype), chosen
+
+
+def moe_(x: Tensor, logits: Tensor, expert: Expert, active: int, observe: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
+    """Compute `moe`, asking for an expert's weights when it has tokens.
+
+    `observe` is called with an expert's number and what its matrices read: `[routed, D]`, and `[routed, F]` of the down projection.
+    """
+    rows = x.flatten(0, -2)
+    weights, chosen = route(logits.flatten(0, -2), active)
+    out = torch.zeros_like(rows)
+    for number in range(logits.shape[-1]):
+        tokens, place = (chosen == number).nonzero(as_tuple=True)
+        if not len(tokens):
+            continue
+        gate, up, down = expert(number)
+        routed = rows[tokens]
+        hidden = torch.nn.functional.silu(torch.nn.functional.linear(routed, gate)) * torch.nn.functional.linear(routed, up)
+        if observe is not None:
+            observe(number, routed, hidden)
+        out.index_add_(0, tokens, torch.nn.functional.linear(hidden, down) * weights[tokens, place, None])
+    return out.view_as(x)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::moe", mutates_args=())
+def moe(x: Tensor, logits: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], active: int) -> Tensor:
+    """Mixture of experts: each token `x` `[B, T, D]` goes to the `active` experts of largest `logits` `[B, T, E]`.
+
+    An expert is a SwiGLU network, `down(silu(gate x) * up x)` with `gate` and `up` `[F, D]`, `down` `[D, F]`, one of each for every expert.
+    The result `[B, T, D]` is their sum, weighted by the softmax of all logits, without renormalization (arXiv:2409.02060).
+    """
+    return moe_(x, logits, lambda number: (gate[number], up[number], down[number]), active)
+
+
+@moe.register_fake
+def _(x: Tensor, logits: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], active: int) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -1,7 +1,7 @@
 """Residual rescaling: the whole residual stream times a power of two, exact and free at run time.
 
 A residual stream may grow into the hundreds of thousands, beyond fp16's 65504. RMSNorm undoes any scale of its input, so scaling
-what is added to the stream (embeddings, every `attention.out` and `ffn.down`) by `alpha`, and each norm's eps by `alpha²`, leaves the
+what is added to the stream (embeddings, every `attention.out` and `ffn.down`, the sum of experts) by `alpha`, and each norm's eps by `alpha²`, leaves the
 logits as they were while the stream shrinks by `alpha`. The head, tied or not, keeps its scale.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.ir import Graph, Node
+from elmexport.weights import Role
 
 
 def rescale(graph: Graph, alpha: float) -> Graph:
@@ -28,6 +29,7 @@ def rescale(graph: Graph, alpha: float) -> Graph:
 def _rescale_node(node: Node, alpha: float) -> Node:
     if node.role is not None and node.role.writes_to_stream:
         return replace(node, weight_scale=node.weight_scale * alpha)
-    if node.op == "rms_norm":  # the q/k norms live inside `attention` and see projections, whose scale has not changed
+    # The q/k norms, inside `attention` or before it, see projections, whose scale has not changed.
+    if node.op == "rms_norm" and node.weights["weight"].role not in (Role.NORM_QUERY, Role.NORM_KEY):
         return replace(node, attrs=node.attrs | {"eps": node.attrs["eps"] * alpha**2})
     return node

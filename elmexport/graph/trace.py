@@ -15,7 +15,7 @@ from torch.fx import Node as FxNode
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import ModelDims
-from elmexport.graph.ir import BATCH, TOKENS, Graph, Node, Value
+from elmexport.graph.ir import BATCH, ROUTED, TOKENS, Graph, Node, Value
 from elmexport.graph.ops import NAMESPACE
 from elmexport.weights import Role, WeightSpec
 
@@ -97,7 +97,9 @@ class _Builder:
         weights: dict[str, WeightSpec] = {}
         attrs: dict[str, Any] = {}
         for argument, given in zip(fx.target._schema.arguments, fx.args, strict=True):
-            if not isinstance(given, FxNode):
+            if isinstance(given, list):  # of weights, one for each expert
+                weights |= {f"{argument.name}.{i}": self.specs[self.weight_of[item.name]] for i, item in enumerate(given)}
+            elif not isinstance(given, FxNode):
                 if given is not None:
                     attrs[argument.name] = given
             elif given.name in self.weight_of:
@@ -108,6 +110,8 @@ class _Builder:
         layer, role = (None, None) if first is None else (first.layer, first.role)
         if op == "linear" and role is Role.EMBEDDING:
             role = Role.LM_HEAD  # the tied head borrows the embedding table
+        if op == "moe":
+            role = Role.MOE_EXPERTS_DOWN  # what its output comes from
         if first is None or op == "attention":  # the layer that it continues
             layer = max((found for name in inputs.values() if (found := self.layers.get(name)) is not None), default=None)
         name = self._name(op, layer, role, first)
@@ -121,13 +125,17 @@ class _Builder:
         else:
             self._define(fx, name)
         self.layers |= dict.fromkeys(outputs, layer)
-        self.nodes.append(Node(op, name, inputs, weights, attrs, tuple(outputs), layer, role if op in ("linear", "embed") else None))
+        node = Node(op, name, inputs, weights, attrs, tuple(outputs), layer, role if op in ("linear", "embed", "moe") else None)
+        for expert in range(node.experts):
+            for name, part in ((node.expert_input(expert), "gate"), (node.expert_hidden(expert), "down")):
+                self.values[name] = Value(name, (ROUTED, node.weights[f"{part}.{expert}"].shape[1]))
+        self.nodes.append(node)
 
     def _name(self, op: str, layer: int | None, role: Role | None, weight: WeightSpec | None) -> str:
         """Nodes with a weight are called after it (`layers.3.ffn.proj_1`), the others after their op (`layers.3.swiglu`)."""
         if role is Role.LM_HEAD:
             return "lm_head"
-        if weight is not None and op != "attention":
+        if weight is not None and op not in ("attention", "moe"):
             return weight.name.removeprefix(self.prefix).removesuffix(".weight")
         taken = sum(node.op == op and node.layer == layer for node in self.nodes)
         return f"layers.{layer}.{op}" + (f".{taken}" if taken else "")

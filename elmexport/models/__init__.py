@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from elmexport.graph.ir import Graph
 
 # By the model_type of config.json; a file without one is read as the first.
-FAMILIES: Mapping[str, str] = {"openelm": "elmexport.models.openelm:FAMILY"}
+FAMILIES: Mapping[str, str] = {
+    "openelm": "elmexport.models.openelm:FAMILY",
+    "olmoe": "elmexport.models.olmoe:FAMILY",
+}
 
 
 @cache

@@ -15,7 +15,7 @@ def write_recipe(recipe: Recipe, path: Path, comment: str) -> None:
     rules: list[dict[str, Any]] = data.pop("rule")
     lines = [f"# {comment}", *(f"{key} = {_toml(value)}" for key, value in data.items())]
     for rule in rules:
-        keys = [key for key in ("roles", "layers", "min_gqa", "scheme") if key in rule]
+        keys = [key for key in ("roles", "layers", "min_gqa", "experts", "scheme") if key in rule]
         lines += ["", "[[rule]]", *(f"{key} = {_toml(rule[key])}" for key in keys)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

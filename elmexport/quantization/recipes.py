@@ -3,13 +3,13 @@
 name = "int4"
 words = "what it means, one line, printed and recorded"
 activations = "fp32"         # the precision the artifact computes in
-norms = "fp32"               # norms are never quantized
+norms = "fp32"               # norms and the routers of mixtures of experts are never quantized
 scales = "fp16"              # how the format stores the scales, whose values are fp16 numbers
 fallback = "fp16"            # for a tensor whose shape its scheme cannot take: reported, never silent
 max_self_check_kl = 0.5      # nats per token against the reference; beyond it the export fails
 
 [[rule]]                     # the first rule that matches a tensor decides
-roles = ["embedding", "lm_head"]
+roles = ["embedding", "lm_head"]  # an embedding that is the head too counts as both
 scheme = "int8-block32"
 
 [[rule]]
@@ -18,6 +18,7 @@ scheme = "int8-block32"
 
 [[rule]]
 min_gqa = 4                  # optional: only where the first layer has at least so many query heads for each KV head
+experts = 8                  # optional: only where the layers are mixtures of just so many experts
 imatrix = false              # optional: only with (true) or without (false) an importance matrix
 scheme = "ggml-q5_k"
 
@@ -52,15 +53,22 @@ _KEYS: Mapping[str, type | UnionType] = {
     "max_self_check_kl": int | float,
     "rule": list,
 }
-_RULE_KEYS: Mapping[str, type | UnionType] = {"roles": list, "layers": str, "min_gqa": int, "imatrix": bool, "scheme": str}
+_RULE_KEYS: Mapping[str, type | UnionType] = {
+    "roles": list,
+    "layers": str,
+    "min_gqa": int,
+    "experts": int,
+    "imatrix": bool,
+    "scheme": str,
+}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Rule of a recipe: `scheme` for tensors of `roles` (None: every role but norm) in `layers` (None: anywhere).
+    """Rule of a recipe: `scheme` for tensors of `roles` (None: every role but norms and routers) in `layers` (None: anywhere).
 
-    The rule counts only in models with at least `min_gqa` query heads for each KV head, and, where `imatrix` is not None, only for exports
-    with (True) or without (False) an importance matrix.
+    The rule counts only in models with at least `min_gqa` query heads for each KV head and with just `experts` experts, and, where `imatrix`
+    is not None, only for exports with (True) or without (False) an importance matrix.
     """
 
     scheme: Scheme
@@ -68,10 +76,14 @@ class Rule:
     layers: Layers | None = None
     min_gqa: int | None = None
     imatrix: bool | None = None
+    experts: int | None = None
 
     def matches(self, spec: WeightSpec, dims: ModelDims) -> bool:
         """Whether the rule is for `spec`; one that is for exports with an importance matrix only counts after `Recipe.given`."""
-        if self.imatrix or (self.roles is not None and spec.role not in self.roles):
+        roles = {spec.role, Role.LM_HEAD} if spec.role is Role.EMBEDDING and dims.tied else {spec.role}
+        if self.imatrix or (self.roles is not None and self.roles.isdisjoint(roles)):
+            return False
+        if self.experts is not None and dims.layers[0].experts != self.experts:
             return False
         if self.min_gqa is not None and dims.layers[0].queries_per_kv_head < self.min_gqa:
             return False
@@ -116,6 +128,8 @@ class Recipe:
                 data["layers"] = str(rule.layers)
             if rule.min_gqa is not None:
                 data["min_gqa"] = rule.min_gqa
+            if rule.experts is not None:
+                data["experts"] = rule.experts
             rules.append(data)
         return {
             "name": self.name,
@@ -131,7 +145,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, reason)."""
+    """A recipe resolved for a model: the scheme of every tensor, and the fallbacks that were needed (tensor, reason).
+
+    Fallbacks of all experts of a layer are one, under their common name (`WeightSpec.group`).
+    """
 
     recipe: Recipe
     schemes: Mapping[str, Scheme]
@@ -146,11 +163,11 @@ def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
         ElmExportError: no rule matches a tensor.
     """
     schemes: dict[str, Scheme] = {}
-    fallbacks: list[tuple[str, str]] = []
+    fallbacks: dict[tuple[str, str], None] = {}
     bits = weights = 0
     for spec in model.weights():
         scheme: Scheme = recipe.norms
-        if not spec.role.is_norm:
+        if spec.role.is_quantized:
             rule = next((rule for rule in recipe.rules if rule.matches(spec, model.dims)), None)
             if rule is None:
                 raise ElmExportError(
@@ -161,7 +178,7 @@ def resolve(recipe: Recipe, model: ModelConfig) -> Plan:
             if reason is not None:
                 while scheme.refuses(spec.shape) is not None:
                     scheme = scheme.instead or recipe.fallback
-                fallbacks.append((spec.name, f"{reason}: kept as {scheme}"))
+                fallbacks[spec.group, f"{reason}: kept as {scheme}"] = None
         schemes[spec.name] = scheme
         bits += recipe.bits(scheme, spec.shape)
         weights += spec.size
@@ -196,13 +213,13 @@ def _rule(data: Mapping[str, Any], where: str) -> Rule:
     _check_keys(data, _RULE_KEYS, f"{where}, rule", required={"scheme"})
     roles = None
     if "roles" in data:
-        known = {str(role): role for role in Role if not role.is_norm}
+        known = {str(role): role for role in Role if role.is_quantized}
         unknown = [role for role in data["roles"] if role not in known]
         if unknown:
-            raise ElmExportError(f"{where}: unknown role {unknown[0]!r}; known: {', '.join(known)} (norms are never quantized)")
+            raise ElmExportError(f"{where}: unknown role {unknown[0]!r}; known: {', '.join(known)} (norms and routers are never quantized)")
         roles = frozenset(known[role] for role in data["roles"])
     layers = parse_layers(data["layers"], where) if "layers" in data else None
-    return Rule(find_scheme(data["scheme"]), roles, layers, data.get("min_gqa"), data.get("imatrix"))
+    return Rule(find_scheme(data["scheme"]), roles, layers, data.get("min_gqa"), data.get("imatrix"), data.get("experts"))
 
 
 def _float(name: str, key: str, where: str) -> Float:

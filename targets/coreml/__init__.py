@@ -102,6 +102,12 @@ class CoreMLTarget(Target):
         return (Usage("Core ML, on a Mac: compares and times the package", "python verify.py"),) if "verify.py" in files else ()
 
     def check(self, config: ModelConfig, context: int) -> None:
+        if any(layer.experts for layer in config.dims.layers):
+            raise ElmExportError(
+                "a mixture of experts cannot be exported to coreml: Core ML has no operation that computes only the experts a token goes to on the Neural "
+                "Engine (a gather of their weights falls back to the CPU, and a choice between results computes all of them). "
+                "Export it to onnx, gguf or mlx instead"
+            )
         self.form.check(config.dims, context)
 
     def check_plan(self, graph: Graph, plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """GGUF target: a self-contained file, or several, for llama.cpp.
 
 Covered: every type that people ask of `llama-quantize` down to Q2_K, importance matrices, chat templates, split files. Not covered: the
-types below that, and those of mixtures of experts.
+types below that.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class GgufTarget(Target):
         if self._importance is not None:
             from targets.gguf.lowering import matrices
 
-            self._importance.check((name, entry.part_shape) for entry in matrices(config) for name in entry.names)
+            self._importance.check((name, entry.tensor_shape) for entry in matrices(config) for name in entry.names)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> Sequence[str]:
         from targets.gguf.tokenizer import ends, find_vocabulary

@@ -20,11 +20,16 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family in llama.cpp. `tensors`: by role, the names without block and ".weight"; a weight's rows are dealt to several in equal parts."""
+    """A family in llama.cpp.
+
+    `tensors`: by role, the names without block and ".weight"; a weight's rows are dealt to several in equal parts, and what every expert has is
+    stacked. `sizes_by_layer`: heads and widths are stated for each layer, and the size of heads.
+    """
 
     name: str  # of the metadata: general.architecture
     tensors: Mapping[Role, tuple[str, ...]]
     requirements: tuple[Requirement, ...] = ()
+    sizes_by_layer: bool = False
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a model that the architecture cannot express.
@@ -66,6 +71,33 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             ),
             Requirement("normalize_qk_projections is false (queries and keys always pass a norm)", _has(Role.NORM_QUERY)),
             Requirement("ffn_with_glu is false (the feed-forward network always has a gate)", _has(Role.FFN_GATE_UP)),
+        ),
+        sizes_by_layer=True,
+    ),
+    "olmoe": Architecture(
+        name="olmoe",
+        tensors={
+            Role.EMBEDDING: ("token_embd",),
+            Role.ATTENTION_Q: ("attn_q",),
+            Role.ATTENTION_K: ("attn_k",),
+            Role.ATTENTION_V: ("attn_v",),
+            Role.ATTENTION_OUT: ("attn_output",),
+            Role.MOE_ROUTER: ("ffn_gate_inp",),
+            Role.MOE_EXPERTS_GATE: ("ffn_gate_exps",),
+            Role.MOE_EXPERTS_UP: ("ffn_up_exps",),
+            Role.MOE_EXPERTS_DOWN: ("ffn_down_exps",),
+            Role.NORM_ATTENTION: ("attn_norm",),
+            Role.NORM_FFN: ("ffn_norm",),
+            Role.NORM_QUERY: ("attn_q_norm",),
+            Role.NORM_KEY: ("attn_k_norm",),
+            Role.NORM_FINAL: ("output_norm",),
+            Role.LM_HEAD: ("output",),
+        },
+        requirements=(
+            Requirement(
+                "num_key_value_heads is not num_attention_heads (keys are normed over as many numbers as queries)",
+                lambda config: all(layer.kv_heads == layer.query_heads for layer in config.dims.layers),
+            ),
         ),
     ),
 }

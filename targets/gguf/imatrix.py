@@ -6,8 +6,9 @@ own tool leaves it out, but `llama-quantize` looks it up under this name and use
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from elmexport.errors import ElmExportError, listed
 from elmexport.files import complete_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_OPTIONAL = ("token_embd.weight", "output.weight")
 _FIX = "use one that was made for this model: elmexport calibrate --model MODEL --imatrix FILE.gguf"
 
 
 @dataclass(frozen=True)
 class ImportanceMatrix:
-    """`entries`: float32 `[in]` by the name of llama.cpp's tensor. `datasets` and `chunks` say what it was measured on."""
+    """`entries`: float32 `[in]` by the name of llama.cpp's tensor, `[experts * in]` of stacked ones. `datasets` and `chunks` say what it was measured on."""
 
     path: Path
     entries: Mapping[str, NDArray[np.float32]]
@@ -31,22 +33,29 @@ class ImportanceMatrix:
     chunks: int
     chunk_size: int  # tokens of a chunk
     uncounted: tuple[str, ...] = ()  # entries that no token went into: ones
+    # Tokens of each expert, by the name of a stacked tensor, of a matrix that is to be written.
+    counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    def of(self, name: str, expert: int | None, columns: int) -> NDArray[np.float32] | None:
+        """The values for a tensor, or for one expert's slice, whose rows have `columns`; None where there are none."""
+        entry = self.entries.get(name)
+        return entry if entry is None or expert is None else entry[expert * columns : (expert + 1) * columns]
 
     def check(self, shapes: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-        """Compare with the matrices (name, `[out, in]`) that are to be quantized.
+        """Compare with the matrices (name, `[out, in]` or `[experts, out, in]`) that are to be quantized.
 
-        The token embedding alone may be missing: llama.cpp's own tool leaves it out.
+        The token embedding and the head alone may be missing: llama.cpp's own tool leaves them out.
 
         Raises:
             ElmExportError: entries are missing or of another size, so that the file belongs to another model; or nothing was counted for some.
         """
-        wanted = {name: columns for name, (_, columns) in shapes}
-        missing = [name for name in wanted if name not in self.entries and name != "token_embd.weight"]
+        wanted = {name: math.prod(outer[:-1]) * columns for name, (*outer, columns) in shapes}
+        missing = [name for name in wanted if name not in self.entries and name not in _OPTIONAL]
         if missing:
             raise ElmExportError(f"{self.path} has no entry for {listed(missing)}; {_FIX}")
-        for name, columns in wanted.items():
-            if name in self.entries and self.entries[name].size != columns:
-                raise ElmExportError(f"{self.path} has {self.entries[name].size} values for {name}, whose rows have {columns}; {_FIX}")
+        for name, values in wanted.items():
+            if name in self.entries and self.entries[name].size != values:
+                raise ElmExportError(f"{self.path} has {self.entries[name].size} values for {name}, whose rows have {values}; {_FIX}")
         uncounted = [name for name in self.uncounted if name in wanted]
         if uncounted:
             raise ElmExportError(f"{self.path} counted no token for {listed(uncounted)}; {_FIX}")
@@ -99,7 +108,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(imatrix: ImportanceMatrix, *, tokens: int) -> None:
-    """Write `imatrix`, whose means are over `tokens` tokens, to its path in llama.cpp's GGUF form.
+    """Write `imatrix`, whose means are over `tokens` tokens, those of experts over `counts`, to its path in llama.cpp's GGUF form.
 
     Raises:
         ElmExportError: the path cannot be written.
@@ -117,8 +126,13 @@ def write_imatrix(imatrix: ImportanceMatrix, *, tokens: int) -> None:
         writer.add_uint32("imatrix.chunk_count", imatrix.chunks)
         writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size)
         for name, mean in sorted(imatrix.entries.items()):
-            writer.add_tensor(name + _SUMS, (mean.astype(np.float64) * tokens).astype(np.float32))
-            writer.add_tensor(name + _COUNTS, np.full(1, tokens, dtype=np.float32))
+            if name in imatrix.counts:
+                counts = np.array(imatrix.counts[name], np.float32)[:, None]
+                writer.add_tensor(name + _SUMS, (mean.reshape(len(counts), -1).astype(np.float64) * counts).astype(np.float32))
+            else:
+                counts = np.full(1, tokens, dtype=np.float32)
+                writer.add_tensor(name + _SUMS, (mean.astype(np.float64) * tokens).astype(np.float32))
+            writer.add_tensor(name + _COUNTS, counts)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -134,11 +148,11 @@ def write_imatrix(imatrix: ImportanceMatrix, *, tokens: int) -> None:
 
 
 def _mean(path: Path, name: str, sums: NDArray[np.float32], counts: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Sums of squares over their count, as `llama-quantize` divides them: in float32, ones where nothing was counted."""
-    if counts is None or counts.size != 1 or sums.dtype != np.float32 or counts.dtype != np.float32:
+    """Sums of squares over their count, as `llama-quantize` divides them: in float32, ones where nothing was counted. Every expert has a count."""
+    if counts is None or not counts.size or sums.size % counts.size or sums.dtype != np.float32 or counts.dtype != np.float32:
         raise ElmExportError(f"{path} has no usable count for {name}; the file is damaged, make it again")
-    count = counts.reshape(-1)[0]
-    result = sums.reshape(-1) / count if count > 0 else np.ones(sums.size, dtype=np.float32)
+    count = counts.reshape(-1, 1)
+    result = np.where(count > 0, sums.reshape(len(count), -1) / np.maximum(count, 1), np.float32(1)).reshape(-1)
     if not np.isfinite(result).all() or (result < 0).any():
         raise ElmExportError(f"{path} has values for {name} that are not finite or negative; the file is damaged, make it again")
     return result

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elmexport.graph.ir import Graph
 from elmexport.quantization.recipes import Recipe
 from elmexport.quantization.schemes import Float
 from elmexport.target import ExportJob
+from targets.gguf.families import architecture
 from targets.gguf.imatrix import ImportanceMatrix
 from targets.gguf.packing import TYPES
 from targets.gguf.tokenizer import write_tokenizer
@@ -28,12 +29,15 @@ def file_type(recipe: Recipe) -> str:
     return name if name == "F32" or f"MOSTLY_{name}" in LlamaFileType.__members__ else TYPES[recipe.rules[-1].scheme]
 
 
-def describe(name: str, parameters: int) -> Metadata:
-    """Describe the model in `general.*`, as llama.cpp's converter reads them out of a model folder's name."""
+def describe(name: str, parameters: int, experts: int = 0, in_experts: int = 0) -> Metadata:
+    """Describe the model in `general.*`, as llama.cpp's converter reads them out of a model folder's name.
+
+    Of its `parameters`, those `in_experts` are in `experts` equal parts.
+    """
     import gguf
 
     facts = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), model_path=Path(name), total_params=parameters)
-    facts.size_label = facts.size_label or gguf.size_label(parameters, parameters, 0, 0)
+    facts.size_label = facts.size_label or gguf.size_label(parameters, parameters - in_experts, in_experts // max(experts, 1), experts)
     return facts
 
 
@@ -54,7 +58,7 @@ def write_metadata(
     number = gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]
     writer.add_type(gguf.GGUFType.MODEL)
     facts.set_gguf_meta_model(writer)
-    _write_hyperparameters(writer, job.graph)
+    _write_hyperparameters(writer, job.graph, sizes_by_layer=architecture(job.config).sizes_by_layer)
     if is_float(job.recipe):
         writer.add_file_type(number)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -77,18 +81,26 @@ def is_float(recipe: Recipe) -> bool:
     return all(isinstance(rule.scheme, Float) for rule in recipe.rules)
 
 
-def _write_hyperparameters(writer: GGUFWriter, graph: Graph) -> None:
-    """`<architecture>.*`, read off the graph: sizes of every layer, and the constants that its ops carry."""
-    dims = graph.dims
+def _write_hyperparameters(writer: GGUFWriter, graph: Graph, *, sizes_by_layer: bool) -> None:
+    """`<architecture>.*`, read off the graph: sizes of the layers, and the constants that its ops carry."""
+    dims, (first, *_) = graph.dims, graph.dims.layers
+
+    def sizes(by_layer: list[int]) -> Any:
+        # Lists even where all layers are alike, as the converter does. gguf writes Python's integers as INT32.
+        return by_layer if sizes_by_layer else by_layer[0]
+
     writer.add_block_count(len(dims.layers))
     writer.add_context_length(graph.context)
     writer.add_embedding_length(dims.model_dim)
-    # Lists even where all layers are alike, as the converter does. gguf writes Python's integers as INT32.
-    writer.add_feed_forward_length([layer.ffn_dim for layer in dims.layers])
-    writer.add_head_count([layer.query_heads for layer in dims.layers])
-    writer.add_head_count_kv([layer.kv_heads for layer in dims.layers])
+    writer.add_feed_forward_length(sizes([layer.ffn_dim for layer in dims.layers]))
+    writer.add_head_count(sizes([layer.query_heads for layer in dims.layers]))
+    writer.add_head_count_kv(sizes([layer.kv_heads for layer in dims.layers]))
     writer.add_rope_freq_base(graph.rope_theta)
     writer.add_layer_norm_rms_eps(graph.attentions[0].attrs["eps"])
-    writer.add_rope_dimension_count(dims.head_dim)
-    writer.add_key_length(dims.head_dim)
-    writer.add_value_length(dims.head_dim)
+    if sizes_by_layer:
+        writer.add_rope_dimension_count(dims.head_dim)
+        writer.add_key_length(dims.head_dim)
+        writer.add_value_length(dims.head_dim)
+    if first.experts:
+        writer.add_expert_count(first.experts)
+        writer.add_expert_used_count(first.active_experts)

@@ -50,11 +50,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer | None, vocab_size:
     writer.add_tokenizer_model(found.model)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(texts)
-    if found.merges:
-        writer.add_token_merges(found.merges)
-    else:
+    if not found.merges:
         writer.add_token_scores(scores)
     writer.add_token_types([kind.value for kind in kinds])
+    if found.merges:
+        writer.add_token_merges(found.merges)
     _write_special_ids(writer, tokenizer)
     if chat_template is not None:
         writer.add_chat_template(chat_template)

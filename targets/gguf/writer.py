@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from elmexport.errors import ElmExportError
 from elmexport.quantization.ggml import GgmlType
 from elmexport.target import ExportJob
+from elmexport.weights import WeightSpec
 from targets.gguf import ggml
 from targets.gguf.families import Architecture, architecture
 from targets.gguf.imatrix import ImportanceMatrix
@@ -27,7 +28,7 @@ ALIGNMENT = 32  # of every tensor's first byte
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: `shape` `[out, bytes of a row]`, in the type `stored`."""
+    """One tensor of the file: `shape` `[out, bytes of a row]`, or a stack of such, in the type `stored`."""
 
     name: str
     entry: Entry
@@ -51,7 +52,8 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
         ElmExportError: weights or a tokenizer that the file cannot hold.
         MissingDependencyError: a type that needs ggml, which is not installed.
     """
-    facts = describe(job.name, job.config.parameter_count)
+    in_experts = sum(spec.size for spec in job.config.weights() if spec.role.is_expert)
+    facts = describe(job.name, job.config.parameter_count, job.graph.dims.layers[0].experts, in_experts)
     kind = architecture(job.config)
     tensors = _tensors(job, kind)
     shards = _split(tensors, limit)
@@ -75,7 +77,6 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
             places |= _write_head(writer, shard)
         for entry in _entries(tensors):
             _write_entry(job, entry, imatrix, places)
-            job.advance(entry.spec.size)
     finally:
         for writer in writers:
             writer.close()
@@ -85,15 +86,17 @@ def write_gguf(job: ExportJob, folder: Path, imatrix: ImportanceMatrix | None, c
 def _tensors(job: ExportJob, kind: Architecture) -> list[_Tensor]:
     """Every tensor, in the order of llama.cpp's files.
 
-    The converter goes by the checkpoint's names, the quantizer by the layer and its own names.
+    The converter goes by the checkpoint's names, and stacks experts when it has met the last one; the quantizer goes by the layer and its own
+    names.
     """
     tensors = []
     for entry in lower(job.graph, kind):
-        stored = GGMLQuantizationType[TYPES[job.weights.scheme(entry.spec)]]
-        shape = quant_shape_to_byte_shape(entry.part_shape, stored)
+        (scheme,) = {job.weights.scheme(spec) for spec in entry.specs}
+        stored = GGMLQuantizationType[TYPES[scheme]]
+        shape = quant_shape_to_byte_shape(entry.tensor_shape, stored)
         tensors += [_Tensor(name, entry, stored, shape) for name in entry.names]
     if is_float(job.recipe):
-        return sorted(tensors, key=lambda tensor: tensor.entry.spec.name)
+        return sorted(tensors, key=lambda tensor: max(spec.name for spec in tensor.entry.specs))
     return sorted(tensors, key=lambda tensor: (-1 if tensor.entry.spec.layer is None else tensor.entry.spec.layer, tensor.name))
 
 
@@ -134,25 +137,26 @@ def _write_head(writer: GGUFWriter, tensors: Sequence[_Tensor]) -> dict[str, tup
 
 
 def _write_entry(job: ExportJob, entry: Entry, imatrix: ImportanceMatrix | None, places: dict[str, tuple[IO[bytes], int]]) -> None:
-    """Read, quantize and write one weight."""
-    for name, data in _packed(job, entry, imatrix):
-        file, position = places[name]
-        file.seek(position)
-        file.write(np.ascontiguousarray(data).data)
+    """Read, quantize and write the weights of one entry, one after the other."""
+    for spec in entry.specs:
+        for name, data in _packed(job, spec, entry, imatrix):
+            file, position = places[name]
+            file.seek(position + (spec.expert or 0) * data.nbytes)
+            file.write(np.ascontiguousarray(data).data)
+        job.advance(spec.size)
 
 
-def _packed(job: ExportJob, entry: Entry, imatrix: ImportanceMatrix | None) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Name and bytes `[out, bytes of a row]` of each tensor of `entry`."""
-    scheme = job.weights.scheme(entry.spec)
+def _packed(job: ExportJob, spec: WeightSpec, entry: Entry, imatrix: ImportanceMatrix | None) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Name and bytes `[out, bytes of a row]` of what `spec` gives to each tensor of `entry`."""
+    scheme = job.weights.scheme(spec)
     if not isinstance(scheme, GgmlType):
-        parts = np.split(pack(job.weights.get(entry.spec)), len(entry.names))
+        parts = np.split(pack(job.weights.get(spec)), len(entry.names))
         return list(zip(entry.names, parts, strict=True))
-    weight = job.weights.numbers(entry.spec)
-    importance = {} if imatrix is None else imatrix.entries
+    weight = job.weights.numbers(spec)
     try:
         return [
-            (name, ggml.quantize(part, scheme, importance.get(name)))
+            (name, ggml.quantize(part, scheme, None if imatrix is None else imatrix.of(name, spec.expert, spec.shape[-1])))
             for name, part in zip(entry.names, torch.split(weight, entry.part_shape[0]), strict=True)
         ]
     except ElmExportError as error:
-        raise error.of(entry.spec.name) from None
+        raise error.of(spec.name) from None

@@ -42,7 +42,7 @@ def _quantization(modules: Modules, plan: Plan) -> Mapping[str, Any]:
     for entry in modules.entries:
         scheme = schemes.get(entry.path)
         if isinstance(scheme, CodedScheme):
-            sizes[scheme] = sizes.get(scheme, 0) + entry.spec.size
+            sizes[scheme] = sizes.get(scheme, 0) + entry.size
     if not sizes:
         return {}
     common = max(sizes, key=lambda scheme: sizes[scheme])

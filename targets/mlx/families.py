@@ -53,6 +53,12 @@ CLASSES: Mapping[str, ModelClass] = {
         eps_key="rms_norm_eps",
         swift_notes=openelm_notes,
     ),
+    "olmoe": ModelClass(
+        requirements=(),
+        tied_key="tie_word_embeddings",
+        eps_key="rms_norm_eps",
+        swift_notes=lambda config, alpha: (),
+    ),
 }
 
 

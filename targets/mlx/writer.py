@@ -1,4 +1,5 @@
-"""Files of weights: `model.safetensors`, or shards of a size, and their index. One weight is in memory at a time."""
+"""Files of weights: `model.safetensors`, or shards of a size, and their index. One weight is in memory at a time, of experts
+those that a module stacks."""
 
 from __future__ import annotations
 
@@ -8,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from elmexport.files import SafetensorsWriter
+from elmexport.quantization.schemes import Scheme
 from elmexport.quantization.weight_source import Scaled, WeightSource
 from elmexport.target import Advance
 from targets.mlx.lowering import Entry, Modules
@@ -26,7 +30,7 @@ def write_weights(modules: Modules, weights: WeightSource, folder: Path, shard_b
     Raises:
         ElmExportError: weights that their scheme cannot hold.
     """
-    layouts = {entry.path: layout(weights.scheme(entry.spec), entry.spec.shape) for entry in modules.entries}
+    layouts = {entry.path: layout(_scheme(weights, entry), entry.shape) for entry in modules.entries}
     shards = list(_shards(modules, layouts, shard_bytes))
     weight_map: dict[str, str] = {}
     worst = 0.0
@@ -37,20 +41,29 @@ def write_weights(modules: Modules, weights: WeightSource, folder: Path, shard_b
         with (folder / name).open("wb") as file:
             writer = SafetensorsWriter(file, tensors, METADATA)
             for entry in shard:
-                packed, error = _packed(weights.scaled(entry.spec, entry.factor))
-                for part, tensor in packed.items():
-                    writer.write(f"{entry.path}.{part}", tensor)
-                worst = max(worst, error)
-                advance(entry.spec.size)
+                slices = []
+                for spec in entry.specs:
+                    packed, error = _packed(weights.scaled(spec, entry.factor))
+                    slices.append(packed)
+                    worst = max(worst, error)
+                    advance(spec.size)
+                for part in layouts[entry.path]:
+                    tensors_of_part = [packed[part] for packed in slices]
+                    writer.write(f"{entry.path}.{part}", tensors_of_part[0] if entry.spec.expert is None else torch.stack(tensors_of_part))
             writer.close()
     total = sum(_bytes(parts) for parts in layouts.values())
-    parameters = sum(entry.spec.size for entry in modules.entries)
+    parameters = sum(entry.size for entry in modules.entries)
     index: dict[str, Any] = {
         "metadata": {"total_size": total, "total_parameters": parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return worst
+
+
+def _scheme(weights: WeightSource, entry: Entry) -> Scheme:
+    (scheme,) = {weights.scheme(spec) for spec in entry.specs}
+    return scheme
 
 
 def _packed(scaled: Scaled) -> tuple[Any, float]:

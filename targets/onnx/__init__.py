@@ -73,10 +73,11 @@ class OnnxTarget(Target):
     def write(self, job: ExportJob, folder: Path) -> None:
         from targets.onnx.builder import ExternalData, GraphBuilder, save
         from targets.onnx.companions import write_companions
+        from targets.onnx.families import ALIASES
         from targets.onnx.lowering import Lowering
         from targets.onnx.standard import StandardLowering
 
-        job.write_description(folder)
+        job.write_description(folder, ALIASES.get(job.config.model_type))
         path = folder / "onnx" / f"{STEMS.get(job.recipe.name, f'model_{job.recipe.name}')}.onnx"
         path.parent.mkdir()
         with ExternalData(path.with_name(path.name + "_data")) as data:

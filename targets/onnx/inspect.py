@@ -28,7 +28,7 @@ def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    roles = {spec.name: spec.role for spec in config.weights()}
+    roles = {name: spec.role for spec in config.weights() for name in (spec.name, spec.group)}
     for path in sorted(folder.rglob("*.onnx")):
         try:
             graph = onnx.load(path, load_external_data=False).graph
@@ -41,6 +41,11 @@ def _of_graph(graph: onnx.GraphProto, roles: Mapping[str, Role]) -> Iterator[Sto
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     blocks = {node.input[1]: {a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "MatMulNBits"}
     blocks |= {node.input[0]: {a.name: a.i for a in node.attribute} for node in graph.node if node.op_type == "GatherBlockQuantized"}
+    for node in graph.node:
+        if node.op_type == "QMoE":
+            found = {a.name: a.i for a in node.attribute}
+            for codes in (node.input[2], node.input[5]):
+                blocks[codes] = {"bits": found["expert_weight_bits"], "block_size": found["block_size"]}
     for name, tensor in initializers.items():
         if name.endswith(_CODES):
             weight = name.removesuffix(_CODES)
@@ -59,9 +64,16 @@ def _of_graph(graph: onnx.GraphProto, roles: Mapping[str, Role]) -> Iterator[Sto
 
 
 def _contrib(codes: onnx.TensorProto, attributes: Mapping[str, int]) -> tuple[str, tuple[int, ...]]:
-    """Scheme and logical shape of codes of onnxruntime's own operators, `[out, blocks, bytes of a block]`."""
-    block = attributes["block_size"]
-    return f"int{attributes['bits']} in blocks of {block}", (codes.dims[0], codes.dims[1] * block)
+    """Scheme and logical shape of codes of onnxruntime's own operators.
+
+    They are `[out, blocks, bytes of a block]`, of stacked experts `[experts, out, bytes of a row]`: there gate and up are one tensor, in rows
+    that take turns.
+    """
+    block, bits = attributes["block_size"], attributes["bits"]
+    scheme = f"int{bits} in blocks of {block}"
+    if codes.dims[2] * 8 // bits == block:
+        return scheme, (codes.dims[0], codes.dims[1] * block)
+    return scheme, (codes.dims[0], codes.dims[1], codes.dims[2] * 8 // bits)
 
 
 def _standard(codes: onnx.TensorProto, scales: onnx.TensorProto) -> tuple[str, tuple[int, ...], bool]:

@@ -29,6 +29,7 @@ from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.target import ExportJob
 from elmexport.weights import Role, WeightSpec
 from targets.onnx.builder import IR_VERSION, MICROSOFT, OPSET, GraphBuilder
+from targets.onnx.experts import lower_experts
 from targets.onnx.packing import pack_codes, pack_zeros
 from targets.onnx.rows import BATCH, SEQUENCE, TOTAL, Rows
 
@@ -62,11 +63,13 @@ class Lowering:
     """Lowers one graph, node by node; each weight is read, packed and written when its node comes."""
 
     opset, ir_version = OPSET, IR_VERSION
+    fused_experts = True  # whether mixtures of experts may become onnxruntime's own operator
 
     def __init__(self, job: ExportJob, builder: GraphBuilder) -> None:
         self.job, self.graph, self.dims, self.builder = job, job.graph, job.graph.dims, builder
         self.dtype, self.numpy_dtype = _DTYPES[job.recipe.activations.dtype]
         self.values: dict[str, ir.Value] = {}
+        self.separate: dict[str, list[ir.Value]] = {}  # queries, keys and values that the attention takes as they are, by the joined value
         self.matrices: dict[str, ir.Value | PackedMatrix] = {}  # as written, for the tied head to share
         self.uses = Counter(name for node in self.graph.nodes for name in node.inputs.values())
         self.norm_of = {node.inputs["x"]: node for node in self.graph.nodes if node.op == "rms_norm"}
@@ -119,15 +122,15 @@ class Lowering:
                 assert isinstance(weight, IntegerTensor), f"{spec.name}: `OnnxTarget.refuses` {weight.scheme}"
                 self.matrices[spec.name] = replace(self._blocks(spec, weight, transpose=transpose), factor=scaled.rest)
             elif transpose:
-                self.matrices[spec.name] = self.builder.weight(f"{spec.name}.transposed", self._floats(weight.t()))
+                self.matrices[spec.name] = self.builder.weight(f"{spec.name}.transposed", self.floats(weight.t()))
             else:
-                self.matrices[spec.name] = self.builder.weight(spec.name, self._floats(weight))
+                self.matrices[spec.name] = self.builder.weight(spec.name, self.floats(weight))
             self.job.advance(spec.size)
         return self.matrices[spec.name]
 
     def _blocks(self, spec: WeightSpec, weight: IntegerTensor, *, transpose: bool) -> PackedMatrix:
         codes = self.builder.weight(f"{spec.name}.codes", pack_codes(weight))
-        scales = self.builder.weight(f"{spec.name}.scales", self._floats(weight.scales))
+        scales = self.builder.weight(f"{spec.name}.scales", self.floats(weight.scales))
         zeros = None if weight.zeros is None else self.builder.weight(f"{spec.name}.zeros", pack_zeros(weight.zeros))
         return PackedMatrix(codes, scales, weight.scheme.width, spec.shape[1] // weight.scales.shape[1], zeros)
 
@@ -135,9 +138,9 @@ class Lowering:
         weight = self.job.weights.get(spec)
         assert isinstance(weight, torch.Tensor), f"{spec.name}: norms are not quantized"
         self.job.advance(spec.size)
-        return self.builder.weight(spec.name, self._floats(weight))
+        return self.builder.weight(spec.name, self.floats(weight))
 
-    def _floats(self, tensor: torch.Tensor) -> NDArray[Any]:
+    def floats(self, tensor: torch.Tensor) -> NDArray[Any]:
         """In the dtype of the activations, which is at least as wide as that of any weight or scale (an exact conversion)."""
         return tensor.numpy().astype(self.numpy_dtype, copy=False)
 
@@ -150,9 +153,9 @@ class Lowering:
             self._gather_blocks(node, ids, table) if isinstance(table, PackedMatrix) else build.op("Gather", node.name, table, ids, axis=0)
         )
         # Not in the table: the tied head wants it as it is.
-        self.values[node.outputs[0]] = self._times(f"{node.name}.scaled", out, node.weight_scale)
+        self.values[node.outputs[0]] = self.times(f"{node.name}.scaled", out, node.weight_scale)
 
-    def _times(self, name: str, x: ir.Value, factor: float) -> ir.Value:
+    def times(self, name: str, x: ir.Value, factor: float) -> ir.Value:
         """`x` times the residual stream's scale, or times 1: then no node."""
         if factor == 1.0:
             return x
@@ -171,19 +174,21 @@ class Lowering:
         return build.op("Reshape", node.name, blocks, build.constant("embedding_shape", np.array([0, 0, dim], np.int64)))
 
     def linear(self, node: Node) -> None:
-        build, spec, x = self.builder, node.weights["weight"], self.values[node.inputs["x"]]
+        x = self.values[node.inputs["x"]]
         if node.role is Role.LM_HEAD:
             x = self.rows.kept(x)
+        self.values[node.outputs[0]] = self.project(node, node.weights["weight"], x)
+
+    def project(self, node: Node, spec: WeightSpec, x: ir.Value) -> ir.Value:
+        """The product of `x` `[…, in]` with the matrix of `spec`, times the scale of `node`, whose name it gets."""
         tied = node.role is Role.LM_HEAD and self.dims.tied  # the table has been written, for the embedding
         matrix = self._matrix(spec, node.weight_scale, transpose=True)
         if isinstance(matrix, PackedMatrix):
             # A factor that the weight cannot take goes on the input, so that the product stays as small as it would be.
-            out = self._multiply(node, spec, self._times(f"{node.name}.scaled_input", x, matrix.factor), matrix, tied=tied)
-        else:
-            if tied:  # it lies as the embedding needs it; engines fold the transposition when they load
-                matrix = build.op("Transpose", f"{node.name}.transposed", matrix, perm=[1, 0])
-            out = build.op("MatMul", node.name, x, matrix)
-        self.values[node.outputs[0]] = out
+            return self._multiply(node, spec, self.times(f"{node.name}.scaled_input", x, matrix.factor), matrix, tied=tied)
+        if tied:  # it lies as the embedding needs it; engines fold the transposition when they load
+            matrix = self.builder.op("Transpose", f"{node.name}.transposed", matrix, perm=[1, 0])
+        return self.builder.op("MatMul", node.name, x, matrix)
 
     def _multiply(self, node: Node, spec: WeightSpec, x: ir.Value, matrix: PackedMatrix, *, tied: bool) -> ir.Value:
         attributes = {"N": spec.shape[0], "K": spec.shape[1], "accuracy_level": _ACCURACY_LEVEL, **matrix.attributes}
@@ -214,10 +219,17 @@ class Lowering:
         self.values[norm.outputs[0]] = values[0]
         self.values[node.outputs[0]] = values[-1]
 
+    def join_qkv(self, node: Node) -> None:
+        self.separate[node.outputs[0]] = [self.values[node.inputs[which]] for which in ("query", "key", "value")]
+
+    def moe(self, node: Node) -> None:
+        self.values[node.outputs[0]] = lower_experts(self, node, fused=self.fused_experts)
+
     def attention(self, node: Node) -> None:
         build, d = self.builder, self.dims.head_dim
         query_heads, kv_heads = node.attrs["query_heads"], node.attrs["kv_heads"]
-        qkv: list[ir.Value | None] = [self.values[node.inputs["qkv"]], None, None]
+        separate = self.separate.get(node.inputs["qkv"])
+        qkv: list[ir.Value | None] = [self.values[node.inputs["qkv"]], None, None] if separate is None else [*separate]
         if "q_norm" in node.weights or "k_norm" in node.weights:  # the norms need heads; without them the op takes the three in one
             sizes = build.constant(f"split.{query_heads}.{kv_heads}", np.array([query_heads * d, kv_heads * d, kv_heads * d], np.int64))
             query, key, value = build.node("Split", f"{node.name}.split", (qkv[0], sizes), {"axis": -1}, outputs=(".q", ".k", ".v"))
@@ -249,11 +261,11 @@ class Lowering:
         halves = self.builder.node(
             "Split", f"{node.name}.split", (self.values[node.inputs["gate_up"]],), {"axis": -1, "num_outputs": 2}, outputs=(".gate", ".up")
         )
-        self.values[node.outputs[0]] = self.builder.op("Mul", node.name, self._silu(f"{node.name}.silu", halves[0]), halves[1])
+        self.values[node.outputs[0]] = self.builder.op("Mul", node.name, self.silu_of(f"{node.name}.silu", halves[0]), halves[1])
 
     def silu(self, node: Node) -> None:
-        self.values[node.outputs[0]] = self._silu(node.name, self.values[node.inputs["x"]])
+        self.values[node.outputs[0]] = self.silu_of(node.name, self.values[node.inputs["x"]])
 
-    def _silu(self, name: str, x: ir.Value) -> ir.Value:
+    def silu_of(self, name: str, x: ir.Value) -> ir.Value:
         """`x * sigmoid(x)`, which onnxruntime fuses into one kernel."""
         return self.builder.op("Mul", name, x, self.builder.op("Sigmoid", f"{name}.sigmoid", x))

@@ -26,6 +26,7 @@ class StandardLowering(Lowering):
     """Lowers one graph, node by node; each weight is read, packed and written when its node comes."""
 
     opset, ir_version = OPSET, IR_VERSION
+    fused_experts = False
     _dequantized: ir.Value | None = None
 
     def _cache_shape(self, layer: int, length: str) -> tuple[int | str, ...]:
@@ -44,7 +45,7 @@ class StandardLowering(Lowering):
             return self.builder.weight(f"{spec.name}.{kind}", pack_flat(values, bits), dtype, tuple(values.shape))
 
         codes = packed("codes", turned(weight.codes))
-        scales = self.builder.weight(f"{spec.name}.scales", self._floats(turned(weight.scales)))
+        scales = self.builder.weight(f"{spec.name}.scales", self.floats(turned(weight.scales)))
         size = spec.shape[1] // weight.scales.shape[1]
         return PackedMatrix(codes, scales, bits, size, None if zeros is None else packed("zeros", turned(zeros)))
 
@@ -83,10 +84,12 @@ class StandardLowering(Lowering):
     def attention(self, node: Node) -> None:
         build, d = self.builder, self.dims.head_dim
         heads = {"q": node.attrs["query_heads"], "k": node.attrs["kv_heads"], "v": node.attrs["kv_heads"]}
-        sizes = build.constant(f"split.{heads['q']}.{heads['k']}", np.array([count * d for count in heads.values()], np.int64))
-        split = build.node(
-            "Split", f"{node.name}.split", (self.values[node.inputs["qkv"]], sizes), {"axis": -1}, outputs=(".q", ".k", ".v")
-        )
+        split = self.separate.get(node.inputs["qkv"])
+        if split is None:
+            sizes = build.constant(f"split.{heads['q']}.{heads['k']}", np.array([count * d for count in heads.values()], np.int64))
+            split = build.node(
+                "Split", f"{node.name}.split", (self.values[node.inputs["qkv"]], sizes), {"axis": -1}, outputs=(".q", ".k", ".v")
+            )
         shape = build.constant("heads_shape", np.array([0, 0, -1, d], np.int64))
         parts = {}
         for which, part in zip(heads, split, strict=True):

@@ -9,9 +9,12 @@ import pytest
 from gguf import GGUFReader
 
 from elmexport.bench.traffic import Traffic, traffic
+from elmexport.inspection import inspect_artifact
 from elmexport.models.openelm.config import OpenELMConfig
+from elmexport.weights import Role
 from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import random_checkpoint
+from tests.moe_models import random_moe
 
 
 def test_per_token_is_the_mean_over_the_tokens() -> None:
@@ -43,6 +46,17 @@ def test_of_a_table_that_the_head_does_not_share_a_row_is_read(small_config: Ope
     assert found is not None
     table = checkpoint.arrays["transformer.token_embeddings.weight"].nbytes
     assert found.weight_bytes == sum(array.nbytes for array in checkpoint.arrays.values()) - table
+
+
+@pytest.mark.parametrize(("target", "quant"), [("onnx", "int4"), ("onnx", "fp32"), ("gguf", "int8")])
+def test_of_experts_a_token_reads_its_own(export_to: ExportTo, target: str, quant: str) -> None:
+    folder = export_to(random_moe(), target, quant)
+    found, tensors = traffic(folder), inspect_artifact(folder, tensors=True).tensors
+    assert found is not None and tensors is not None
+    experts = sum(tensor.bytes for tensor in tensors if tensor.role is not None and tensor.role.is_expert)
+    others = sum(tensor.bytes for tensor in tensors if tensor.role not in (None, Role.EMBEDDING)) - experts
+    assert experts > 1000
+    assert found.weight_bytes == pytest.approx(others + experts * 3 / 6, abs=100)
 
 
 def test_a_bare_file_describes_nothing(small_artifact: SmallArtifact) -> None:

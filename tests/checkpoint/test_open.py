@@ -26,8 +26,8 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("370M", r"unknown model '370M'. Did you mean 270M or 450M\? Known: tiny, 270M, .*; or give a hub id"),
-        ("tony", r"Did you mean tiny\?"),
+        ("370M", r"unknown model '370M'. Did you mean 270M or 450M\? Known: tiny, tiny-moe, 270M, .*; or give a hub id"),
+        ("tony", r"Did you mean tiny or tiny-moe\?"),
         ("xyzzy", r"unknown model 'xyzzy'. Known: tiny"),
         ("./tiny", "--model ./tiny: no such file or folder"),
         ("weights/last.pt", "--model weights/last.pt: no such file or folder"),

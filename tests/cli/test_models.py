@@ -11,7 +11,8 @@ from tests.cli.conftest import Run
 
 # Of the published checkpoints, the tied embedding counted once.
 PARAMETERS = {"270M": 271527168, "450M": 457179136, "1.1B": 1079891456, "3B": 3036647424}
-ALIASES = ["tiny", *(size + suffix for size in PARAMETERS for suffix in ("", "-Instruct"))]
+OLMOE = ["OLMoE-1B-7B", "OLMoE-1B-7B-SFT", "OLMoE-1B-7B-Instruct"]
+ALIASES = ["tiny", "tiny-moe", *(size + suffix for size in PARAMETERS for suffix in ("", "-Instruct")), *OLMOE]
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def test_table(run: Run) -> None:
     lines = run("models").out.splitlines()
     assert [line.split()[0] for line in lines] == ["model", *ALIASES]
     assert lines[1].split()[2:] == ["256", "built", "in", "yes"]
-    assert lines[4].split()[:4] == ["450M", "457,179,136", "2,048", "apple/OpenELM-450M"]
+    assert lines[5].split()[:4] == ["450M", "457,179,136", "2,048", "apple/OpenELM-450M"]
 
 
 def test_json(run: Run) -> None:

@@ -43,8 +43,12 @@ __attribute__((destructor)) static void drain() { common_log_pause(common_log_ma
 """
 _CONVERT = """
 import runpy, sys
-del sys.argv[0]
+_, pre, *sys.argv = sys.argv
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+from conversion.base import TextModel
+if not hasattr(TextModel, "by_hash"):
+    TextModel.by_hash = TextModel.get_vocab_base_pre
+TextModel.get_vocab_base_pre = (lambda self, tokenizer: pre) if pre else TextModel.by_hash
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 _LIBRARIES = ("llama-common", "llama", "ggml", "ggml-cpu", "ggml-base")
@@ -62,10 +66,13 @@ class LlamaCppTools:
         """What `llama-quantize` and the like print, stdout before stderr; a failure fails the test."""
         return _run([self.programs / program, *arguments])
 
-    def convert(self, model: Path, out: Path, outtype: str, *arguments: object) -> Path:
-        """Run llama.cpp's converter on the checkpoint folder `model`; `out` is the file, or the folder for the converter to name it in."""
+    def convert(self, model: Path, out: Path, outtype: str, *arguments: object, pre: str = "") -> Path:
+        """Run llama.cpp's converter on the checkpoint folder `model`; `out` is the file, or the folder for the converter to name it in.
+
+        It knows the pre-tokenizer of a byte-level vocabulary by the ids of one text, which only published vocabularies give: `pre` tells it.
+        """
         words = [self.source / CONVERTER, model, "--outfile", out, "--outtype", outtype, *arguments]
-        _converter().run(_CONVERT, *map(str, words), folder=self.source)
+        _converter().run(_CONVERT, pre, *map(str, words), folder=self.source)
         return out
 
 

@@ -28,6 +28,7 @@ from elmexport.weights import Role
 from tests.clients.interpreter import Interpreter
 from tests.conftest import ExportTo
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+from tests.moe_models import SMALL, random_moe, some_ids, transformers_logits
 from tests.reference import kl, log_probs, reference_logits
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mlx[cpu]' mlx-lm")
@@ -319,3 +320,14 @@ def test_an_inflated_stream(
     assert kl(mlx_logits(mlx, shutil.copytree(export_to(tiny, "mlx", quant), tmp_path / "plain"), prose), stored).mean() < 1e-3
     if quant == "fp16":
         assert kl(reference_logits(tiny.config, arrays(tiny), prose), stored).mean() < 1e-3
+
+
+@pytest.mark.parametrize("quant", ["fp16", "int4"])
+def test_a_mixture_of_experts(mlx: Interpreter, export_to: ExportTo, quant: str) -> None:
+    """Of fp16 numbers transformers' logits; of quantized ones what our runtime makes of them."""
+    checkpoint = random_moe()
+    halves = {name: array.astype(np.float16).astype(np.float32) for name, array in checkpoint.arrays.items()}
+    checkpoint = MemoryCheckpoint(checkpoint.config, halves, name="experts")
+    folder, ids = export_to(checkpoint, "mlx", quant), some_ids(SMALL)
+    expected = transformers_logits(checkpoint, ids) if quant == "fp16" else open_artifact(folder).logits(ids)
+    assert kl(expected, mlx_logits(mlx, folder, ids, wide=True)).max() < 1e-9

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from elmexport.checkpoint import open_checkpoint
-from elmexport.checkpoint.tokenizer import load_tokenizer
+from elmexport.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from tests.clients.kept import kept
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,7 @@ NEW = 24
 INT4 = ("int4", "int4-block64", "int4-block128", "int4-asym", "int4-all")
 DTYPES = {"fp32": "fp32", "fp16": "fp16", "int8": "q8", **dict.fromkeys(INT4, "q4")}  # transformers.js's names
 QUANTS = tuple(DTYPES)
+MOE = ("moe-fp32", "moe-int4", "moe-int8")  # of `tiny-moe`
 
 Artifact = Callable[[str], Path]
 Tokens = list[list[int]]
@@ -44,8 +45,9 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     def get(name: str) -> Path:
         if name not in made:
             model, quant = name.split("-", 1)
-            tokenizer = None if model == "tiny" else str(open_checkpoint("tiny").tokenizer_path)
-            checkpoint = open_checkpoint(model, random_weights=None if model == "tiny" else 5, tokenizer=tokenizer)
+            model = {"moe": "tiny-moe"}.get(model, model)
+            tokenizer = None if model.startswith("tiny") else str(open_checkpoint("tiny").tokenizer_path)
+            checkpoint = open_checkpoint(model, random_weights=None if tokenizer is None else 5, tokenizer=tokenizer)
             out = tmp_path_factory.mktemp("onnx") / name
             made[name] = export_checkpoint(checkpoint, "onnx", quant, out=out, verify=False, weights=WeightOptions(calibrate="none")).path
         return made[name]
@@ -55,11 +57,16 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         shutil.rmtree(folder)
 
 
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The model's own, where the folder holds it in two forms."""
+    return load_tokenizer(next(path for path in (folder / "tokenizer.model", folder / "tokenizer.json") if path.is_file()))
+
+
 def greedy(folder: Path, prompts: Sequence[str] = PROMPTS, new: int = NEW) -> Tokens:
     """Prompt and continuation of each prompt, by plain onnxruntime."""
     import onnxruntime
 
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = tokenizer_of(folder)
     session = onnxruntime.InferenceSession(next(folder.glob("onnx/*.onnx")), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     pasts = [entry for entry in session.get_inputs() if entry.name.startswith("past_key_values.")]
@@ -115,12 +122,12 @@ print(json.dumps({"ids": ids, "alone": alone, "batch": batch,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["shared", "growing"])
-@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4"])
+@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4", *MOE])
 def test_onnxruntime_genai(artifact: Artifact, tmp_path: Path, name: str, cache: str) -> None:
     folder = artifact(name)
     expected = greedy(folder)
     found = run([sys.executable, "-c", GENAI, folder, cache, NEW, *PROMPTS], tmp_path)
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = tokenizer_of(folder)
     assert found["ids"] == [tokenizer.encode(prompt) for prompt in PROMPTS]
     assert found["alone"] == expected
     for ids, row, alone in zip(found["ids"], found["batch"], expected, strict=True):  # rows are padded on the right
@@ -169,7 +176,7 @@ def transformers_js() -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4"])
+@pytest.mark.parametrize("name", [*(f"tiny-{quant}" for quant in QUANTS), "270M-int4", *MOE])
 def test_transformers_js(artifact: Artifact, transformers_js: Path, name: str) -> None:
     folder = artifact(name)
     expected = greedy(folder)
@@ -179,7 +186,7 @@ def test_transformers_js(artifact: Artifact, transformers_js: Path, name: str) -
 
 def check(found: Any, expected: Tokens, folder: Path) -> None:
     """`found` holds every prompt alone, and all in a batch with padding on the left."""
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = tokenizer_of(folder)
     assert [one["ids"][0] for one in found["alone"]] == expected
     if folder.name.startswith("tiny"):  # other models have more ids than tiny's tokenizer
         assert [one["text"][0] for one in found["alone"]] == [tokenizer.decode(ids) for ids in expected]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from elmexport.cli.eval_options import Preset
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.data import LocalData
 from elmexport.evaluation.tasks.documents import build_documents
@@ -55,8 +56,10 @@ def test_cloze_is_bundled_and_sound() -> None:
 
 
 def test_every_preset_task_is_known_and_every_published_model_too() -> None:
-    names = {model.name for model in known_models()} - {"OpenELM-tiny"}
-    for table in ("zero-shot", "llm360", "openllm"):
+    openelm = {model.name for model in known_models() if model.name.startswith("OpenELM")} - {"OpenELM-tiny"}
+    tables = {"zero-shot": openelm, "llm360": openelm, "openllm": openelm, "olmes": {"OLMoE-1B-7B-0924"}}
+    assert list(tables) == [name.value for name in Preset]
+    for table, names in tables.items():
         assert set(preset(table)) <= set(FOLDERS) == set(METRICS)
         for model in names:
             assert all(published(model, task, shots or 0) is not None for task, shots in preset(table).items())
@@ -69,6 +72,8 @@ def test_published_figures() -> None:
     assert published("OpenELM-450M", "winogrande", 5) == 57.22
     assert published("OpenELM-450M", "winogrande", 3) is None
     assert published("OpenELM-tiny", "cloze", 0) is None
+    assert published("OLMoE-1B-7B-0924", "mmlu", 5) == 54.1
+    assert published("OLMoE-1B-7B-0924-Instruct", "mmlu", 5) is None
 
 
 def test_choosing_tasks() -> None:

@@ -118,9 +118,9 @@ def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:
         (
             'scheme = "int4-block32"',
             'scheme = "int4-block32"\nrole = "norm"',
-            r"mixed\.toml, rule: unknown key 'role'; known: imatrix, layers, min_gqa, roles, scheme",
+            r"mixed\.toml, rule: unknown key 'role'; known: experts, imatrix, layers, min_gqa, roles, scheme",
         ),
-        ('"lm_head"', '"norm"', r"unknown role 'norm'; known: embedding, .* \(norms are never quantized\)"),
+        ('"lm_head"', '"norm"', r"unknown role 'norm'; known: embedding, .* \(norms and routers are never quantized\)"),
         ('"lm_head"', '"head"', "unknown role 'head'; known: embedding, .*lm_head"),
         ('"1-2"', '"2-1"', r"layers is '2-1'; write a range like \"0-3\""),
     ],

@@ -17,17 +17,29 @@ from tests.clients.llama_cpp_tools import LlamaCppTools
 
 # What Llama's tokenizer comes with, in short.
 TOKENIZER_CONFIG = {"add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# What OLMo's comes with; names are those of the small vocabularies here.
+BYTE_LEVEL_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "add_bos_token": False,
+    "add_eos_token": False,
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|padding|>",
+}
 FLOATS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
 
 
 @dataclass
 class LlamaCppFiles:
-    """`checkpoint`, saved as Apple's are in a folder of its name, converted and quantized by llama.cpp, each once."""
+    """`checkpoint`, saved as published ones are in a folder of its name, converted and quantized by llama.cpp, each once.
+
+    `pre` names the pre-tokenizer of a byte-level vocabulary.
+    """
 
     tools: LlamaCppTools
     checkpoint: Checkpoint
     folder: Path
     made: dict[str, Path] = field(default_factory=dict)
+    pre: str = ""
 
     @property
     def model(self) -> Path:
@@ -38,8 +50,10 @@ class LlamaCppFiles:
         weights = {name: self.checkpoint.tensor(name).to(dtype) for name in self.checkpoint.specs}
         save_checkpoint(self.model, self.checkpoint.config, weights, shards=shards)
         if self.checkpoint.tokenizer_path is not None:
-            shutil.copyfile(self.checkpoint.tokenizer_path, self.model / "tokenizer.model")
-        if tokenizer_config:
+            shutil.copyfile(self.checkpoint.tokenizer_path, self.model / self.checkpoint.tokenizer_path.name)
+        if self.pre:
+            (self.model / "tokenizer_config.json").write_text(json.dumps(BYTE_LEVEL_CONFIG), encoding="utf-8")
+        elif tokenizer_config:
             (self.model / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG), encoding="utf-8")
             config = self.model / "config.json"
             config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"unk_token_id": 0}), encoding="utf-8")
@@ -52,7 +66,7 @@ class LlamaCppFiles:
             folder = self.folder / f"made-{len(self.made)}"
             folder.mkdir()
             if whole is None:
-                self.tools.convert(self.model, folder, FLOATS[quant])
+                self.tools.convert(self.model, folder, FLOATS[quant], pre=self.pre)
             else:
                 name = whole.name.replace("-F32.", f"-{quant.upper()}.")
                 self.tools.run("llama-quantize", *arguments, whole, folder / name, quant, 2)

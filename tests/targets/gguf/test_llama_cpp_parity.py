@@ -88,7 +88,8 @@ def their_files(
 def export_saved(files: LlamaCppFiles, export_to: ExportTo, quant: str, **settings: Any) -> Path:
     """Our file of the checkpoint as it was saved."""
     source = Source(files.checkpoint.source.name, "local folder")
-    saved = open_folder(files.model, files.checkpoint.config, source, files.model / "tokenizer.model")
+    assert files.checkpoint.tokenizer_path is not None
+    saved = open_folder(files.model, files.checkpoint.config, source, files.model / files.checkpoint.tokenizer_path.name)
     return gguf_path(export_to(saved, "gguf", quant, settings=settings))
 
 
