@@ -1,6 +1,6 @@
-"""Speculative decoding (arXiv:2211.17192): cheap guesses at the next tokens, read by the model in one step; the output is the model's own.
+"""Speculative decoding (arXiv:2211.17192): cheap guesses at the next tokens, read by the model in one step.
 
-`PromptLookup` guesses what followed the last tokens where they stood before, `DraftModel` asks a smaller model. What is sampled has exactly the
+The output is the model's own. `PromptLookup` guesses what followed the last tokens where they stood before, `DraftModel` asks a smaller model. What is sampled has exactly the
 distribution of plain sampling. Greedy output is exactly plain decoding's: engines may round otherwise when they read several tokens at once, so
 the first tokens are decoded plainly and then read again together. Guesses are verified where that gives the very same numbers, or, in engines
 that round nothing to few bits, nearly the same: tokens about as likely as others are then decoded again.
@@ -26,7 +26,7 @@ _TRUSTED = 2e-3  # nats; where more would be needed, too many tokens would be de
 
 @dataclass
 class Speculation:
-    """What speculative decoding did for one text."""
+    """Counts of speculative decoding of one text."""
 
     drafted: int = 0
     accepted: int = 0
