@@ -1,4 +1,7 @@
-"""Front door of the package: `elmexport.export`, `elmexport.open` and `elmexport.evaluate`, which the package loads when they are first used."""
+"""Front door of the package: `elmexport.export`, `elmexport.open`, `elmexport.evaluate`.
+
+The package loads this module when one of them is first used.
+"""
 
 from __future__ import annotations
 

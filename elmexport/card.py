@@ -23,7 +23,9 @@ _FREE = ("apache-2.0", "mit")  # licences that the hub knows by these names
 
 
 def write_card(folder: Path, manifest: Manifest, results: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write the card of an artifact whose files lie in `folder`; `results` are the hub's entries of figures that were measured beside the self-check's.
+    """Write the card of an artifact whose files lie in `folder`.
+
+    `results` are the hub's entries of figures that were measured beside the self-check's.
 
     Raises:
         ElmExportError: the file cannot be written.

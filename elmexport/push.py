@@ -26,9 +26,9 @@ _OWN = (".gitattributes",)  # of the hub, in every repository
 def push(
     path: Path, repo: str, *, report: Path | None = None, private: bool = False, force: bool = False, progress: Progress | None = None
 ) -> str:
-    """Upload the artifact folder `path` to the hub repository `repo` ("user/name"), which is made if it is not there; returns its address.
+    """Upload the artifact folder `path` to the hub repository `repo` ("user/name"); returns its address.
 
-    `report`: an evaluation of this artifact, whose figures go into the card. One commit holds all files. `force` replaces files of the same names.
+    A repository that is not there is made. `report`: an evaluation of this artifact, whose figures go into the card. One commit holds all files. `force` replaces files of the same names.
 
     Raises:
         ElmExportError: no artifact, one that was altered, a report of another one, or files that the repository has already.

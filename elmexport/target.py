@@ -115,7 +115,7 @@ def options(kind: type[Target]) -> Mapping[str, Option]:
 
 @dataclass(frozen=True)
 class Usage:
-    """How one program runs an artifact, for its model card: commands or code, which stand in the artifact's folder."""
+    """Usage of an artifact in one program, for its model card: commands or code, run in the artifact's folder."""
 
     program: str
     code: str
@@ -201,7 +201,7 @@ class Target(ABC):
         """Add to the artifact what comes of the self-check, after it has passed."""
 
     def usage(self, files: Sequence[str]) -> Sequence[Usage]:
-        """How programs other than elmexport run an artifact that holds `files`."""
+        """List the ways to run an artifact that holds `files` in other programs than elmexport."""
         return ()
 
     def settings(self) -> dict[str, Setting]:

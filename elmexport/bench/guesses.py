@@ -33,13 +33,14 @@ class Guesses:
 
     @property
     def words(self) -> str:
-        """What it is called in tables."""
+        """Name in tables."""
         if self.draft_model is not None:
             return f"draft {self.draft_tokens} by {Path(self.draft_model).name}"
         return f"lookup {self.prompt_lookup}"
 
     def check(self) -> None:
-        """
+        """Refuse what cannot be measured.
+
         Raises:
             ElmExportError: counts below 1, two sources, or no such draft model.
         """
@@ -52,7 +53,9 @@ class Guesses:
 
 
 def measure_guesses(runtime: Runtime, path: Path, tokenizer: Tokenizer | None, guesses: Guesses, tokens: int) -> dict[str, Any]:
-    """Decode up to `tokens` tokens after a prompt that repeats a passage, plainly and with `guesses`: seconds of each, and what was accepted.
+    """Decode up to `tokens` tokens after a prompt that repeats a passage, plainly and with `guesses`.
+
+    Returns seconds of each, and counts of guesses.
 
     Raises:
         ElmExportError: a draft model of another vocabulary, or an artifact that gives no logits.

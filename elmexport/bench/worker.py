@@ -22,7 +22,9 @@ from elmexport.runtimes.text import find_tokenizer
 
 
 def run(path: Path, workload: Workload, fit: Collection[str], guesses: Guesses | None = None) -> dict[str, Any]:
-    """Open `path` and measure `workload` on it, the parts in `fit` cut to what fits the context, and speculative decoding with `guesses`.
+    """Open `path` and measure `workload` on it, the parts in `fit` cut to what fits the context.
+
+    With `guesses`, speculative decoding is measured, too.
 
     Raises:
         ElmExportError: nothing that a runtime opens, or a workload beyond the context.

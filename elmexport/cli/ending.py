@@ -1,4 +1,4 @@
-"""How the program ends early: Ctrl-C, termination, a reader that goes away. Nothing half-written, one line that says how to go on.
+"""Early endings of the program: Ctrl-C, termination, a reader that goes away. Nothing half-written, one line that says how to go on.
 
 Commands clean up as exceptions pass through them, so a request to end is always turned into one.
 """

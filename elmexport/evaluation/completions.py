@@ -74,7 +74,9 @@ def side_by_side(
     tokenizer: Path | None = None,
     progress: Progress | None = None,
 ) -> SideBySide:
-    """Complete `prompts` greedily with each of `artifacts`, and with `against` first: "fp16", the model that the first was made from, a path, or None.
+    """Complete `prompts` greedily with `against` and with each of `artifacts`.
+
+    `against`: "fp16", which is the model that the first artifact was made from, a path, or None.
 
     Raises:
         ElmExportError: an artifact without a tokenizer, a reference that cannot be found (see `find_reference`), or a prompt that is too long.

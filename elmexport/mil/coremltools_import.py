@@ -14,7 +14,9 @@ from elmexport.errors import MissingDependencyError
 
 @contextmanager
 def quiet_coremltools() -> Iterator[None]:
-    """Silence coremltools while something is imported from it, and hold back Ctrl-C: its modules catch every exception as they are imported.
+    """Silence coremltools while something is imported from it, and hold back Ctrl-C.
+
+    Its modules catch every exception as they are imported.
 
     Raises:
         MissingDependencyError: it is not installed.

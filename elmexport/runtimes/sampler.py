@@ -1,4 +1,4 @@
-"""Sampling of the next token from logits, with the settings that language models' tools have in common, in the order of transformers.
+"""Sampling of the next token from logits, with transformers' settings in transformers' order.
 
 What is not here: beam search, mirostat, penalties by count.
 """

@@ -1,6 +1,6 @@
-"""Speculative decoding (arXiv:2211.17192): cheap guesses at the next tokens, read by the model in one step; the output is the model's own.
+"""Speculative decoding (arXiv:2211.17192): cheap guesses at the next tokens, read by the model in one step.
 
-`PromptLookup` guesses what followed the last tokens where they stood before, `DraftModel` asks a smaller model. What is sampled has exactly the
+The output is the model's own. `PromptLookup` guesses what followed the last tokens where they stood before, `DraftModel` asks a smaller model. What is sampled has exactly the
 distribution of plain sampling. Greedy output is exactly plain decoding's: engines may round otherwise when they read several tokens at once, so
 the first tokens are decoded plainly and then read again together. Guesses are verified where that gives the very same numbers, or, in engines
 that round nothing to few bits, nearly the same: tokens about as likely as others are then decoded again.
@@ -26,7 +26,7 @@ _TRUSTED = 2e-3  # nats; where more would be needed, too many tokens would be de
 
 @dataclass
 class Speculation:
-    """What speculative decoding did for one text."""
+    """Counts of speculative decoding of one text."""
 
     drafted: int = 0
     accepted: int = 0
@@ -138,6 +138,7 @@ class SpeculativeDecoder:
     def __init__(self, runtime: Runtime, sampler: Sampler, drafter: Drafter) -> None:
         self.speculation = Speculation()
         self._runtime, self._sampler, self._drafter = runtime, sampler, drafter
+        self._count = drafter.count  # of the next step
         self._trial: list[NDArray[np.float32]] = []  # logits of tokens that were decoded plainly
         self._margin: float | None = None  # between the two best logits, that a token must have; None: not known yet
         self._plain = 0  # tokens of the cache that were written one by one
@@ -147,7 +148,7 @@ class SpeculativeDecoder:
         greedy = not self._sampler.settings.temperature
         if greedy and (self._margin is None or self.speculation.note is not None):
             return [self._plain_step(text)]
-        room = min(self._drafter.count, most - 1, self._runtime.context - len(text))
+        room = min(self._count, most - 1, self._runtime.context - len(text))
         draft = self._drafter.draft(text, room) if room > 0 else Draft([])
         rows = read(self._runtime, [text[-1], *draft.tokens], len(text) - 1)
         found = self._verify_greedy(list(text), draft, rows) if greedy else self._verify_sampled(list(text), draft, rows)
@@ -155,6 +156,8 @@ class SpeculativeDecoder:
             self.speculation.steps += 1
             self.speculation.drafted += len(draft.tokens)
             self.speculation.accepted += len(found) - 1
+            # One guess more than were accepted, two more where all were: reading what is then thrown away costs most.
+            self._count = min(self._drafter.count, len(found) + (len(found) > len(draft.tokens)))
         return found
 
     def _plain_step(self, text: Sequence[int]) -> int:

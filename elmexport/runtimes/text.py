@@ -118,7 +118,8 @@ class TextModel:
         return Completion("".join(pieces), tuple(found), stop, len(ids), seconds, rate, tokens.speculation)
 
     def check_fits(self, count: int) -> None:
-        """
+        """Refuse a prompt of `count` tokens that cannot be continued.
+
         Raises:
             ElmExportError: a prompt of `count` tokens is empty, or too long for the context.
         """
@@ -169,7 +170,9 @@ def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: Path | 
 
 
 def open_draft(draft: Path, path: Path, runtime: Runtime, tokenizer: Tokenizer, given: Path | None = None) -> Runtime:
-    """Open the artifact `draft`, to guess for `path`, which is open with its tokenizer; `given` is a tokenizer's file to take instead of its own.
+    """Open the artifact `draft`, to guess for `path`, which is open with its tokenizer.
+
+    `given` is a tokenizer's file to take instead of its own.
 
     Raises:
         ElmExportError: see `open_artifact`; or another vocabulary.
@@ -194,7 +197,7 @@ class StopStrings:
         self._texts, self._held = texts, ""
 
     def feed(self, piece: str) -> str:
-        """What of the text so far can be shown."""
+        """Take a piece; returns the part of the text so far that can be shown and was not."""
         self._held += piece
         places = [place for text in self._texts if (place := self._held.find(text)) >= 0]
         if places:

@@ -17,6 +17,12 @@ import pytest
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run
 
+
+def heed_interrupts() -> None:
+    """A test run in the background ignores Ctrl-C, as do its children unless told otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 PROGRAM = [sys.executable, "-m", "elmexport"]
 
 
@@ -46,7 +52,7 @@ def test_a_report_into_a_pipe_that_is_closed() -> None:
 def test_an_export_that_is_ended(number: signal.Signals, code: int, word: str, delay: float, tmp_path: Path) -> None:
     """At once after it began to write, while coremltools may be on its way in, and later."""
     command = [*PROGRAM, "coreml", "--model", "tiny", "--calibrate", "none", "--out", str(tmp_path / "artifact")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     while process.poll() is None and not any(tmp_path.iterdir()):
         time.sleep(0.002)
     time.sleep(delay)
@@ -71,6 +77,8 @@ SWALLOWING = """
     import signal, sys
     from elmexport.cli.ending import clean_endings
     from elmexport.mil.coremltools_import import quiet_coremltools
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
     def swallow():
         try:
@@ -99,6 +107,8 @@ def test_an_import_that_swallows_everything_does_not_lose_an_interrupt(number: s
 CALLBACK = """
     import ctypes, signal, time
     from elmexport.cli.ending import clean_endings
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @ctypes.CFUNCTYPE(None)
     def callback():

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -283,6 +284,7 @@ def test_a_session_on_a_terminal(long_chat_model: Path, tmp_path: Path) -> None:
     if not child:
         command = [sys.executable, "-m", "elmexport", "generate", str(long_chat_model), "--chat", "--max-tokens", "200"]
         os.chdir(tmp_path)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background
         os.execve(sys.executable, command, {**os.environ, "TERM": "dumb"})
     shown = b""
 

@@ -21,7 +21,7 @@ from elmexport.errors import ElmExportError
 
 @dataclass(frozen=True)
 class Message:
-    """What one side said."""
+    """Message of a chat: one side's turn."""
 
     role: str  # "user" or "assistant"
     content: str

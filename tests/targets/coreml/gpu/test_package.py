@@ -201,7 +201,7 @@ def test_the_tokenizer_for_swift_transformers(small_checkpoint: MemoryCheckpoint
     artifact = export_to(small_checkpoint, "coreml", "fp16", settings=GPU)
     files = {path.name for path in artifact.iterdir()}
     assert files == {
-        "small-fp16.mlpackage", "config.json", "manifest.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+        "README.md", "small-fp16.mlpackage", "config.json", "manifest.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
     assert json.loads((artifact / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(artifact / "tokenizer.model"))

@@ -300,7 +300,7 @@ def digests(artifact: Path) -> dict[str, str]:
 def test_files_of_the_artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
     artifact = export_to(small_checkpoint, "coreml", "int8")
     assert {path.name for path in artifact.iterdir()} == {
-        "small-int8.mlpackage", "config.json", "manifest.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
+        "README.md", "small-int8.mlpackage", "config.json", "manifest.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
     }  # fmt: skip
     assert read_config(artifact / "config.json") == OpenELMConfig.from_dict(small_checkpoint.config.to_dict())
 
