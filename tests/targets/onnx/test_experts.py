@@ -123,3 +123,18 @@ def test_an_expert_without_tokens(export_to: ExportTo) -> None:
     folder, ids = export_to(checkpoint, "onnx", "fp32"), some_ids(SMALL, 9)
     expected = transformers_logits(checkpoint, ids)
     assert kl(expected, logits_of(folder, ids)).max() < 1e-9
+
+
+def test_accuracy_level_may_be_set_afterwards(checkpoint: MemoryCheckpoint, export_to: ExportTo) -> None:
+    """As docs/experts.md says: the same function in 8-bit products, from onnxruntime 1.31 on."""
+    folder, ids = export_to(checkpoint, "onnx", "int4", weights=RTN), some_ids(SMALL)
+    (path,) = folder.glob("onnx/*.onnx")
+    before = open_artifact(path).logits(ids)
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "QMoE":
+            node.attribute.append(onnx.helper.make_attribute("accuracy_level", 4))
+    onnx.save(model, path)
+    after = open_artifact(path).logits(ids)
+    assert not np.array_equal(before, after)
+    assert np.median(kl(before, after)) < 0.01
