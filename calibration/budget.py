@@ -25,10 +25,12 @@ def gptq_seconds(checkpoint: Checkpoint, plan: Plan, tokens: int, rate: float) -
     for name, spec in checkpoint.specs.items():
         if spec.role.is_norm or spec.layer is None:
             continue
-        *_, rows, columns = spec.shape
-        work += _FORWARD * 2 * rows * columns * 2 * tokens  # as published, and as quantized so far
+        rows, columns = spec.shape
+        layer = checkpoint.config.dims.layers[spec.layer]
+        read = tokens * layer.active_experts / layer.experts if spec.role.is_expert else tokens  # of the experts, a token goes to some
+        work += _FORWARD * 2 * rows * columns * 2 * read  # as published, and as quantized so far
         if isinstance(plan.schemes[name], CodedScheme):
-            work += _PRODUCTS * (columns**2 + 2 * min(rows, columns) * columns) * tokens
+            work += _PRODUCTS * (columns**2 + 2 * min(rows, columns) * columns) * read
             work += _SOLVING * columns**3 + _ROUNDING * columns**2 * rows
     return work / rate
 

@@ -162,7 +162,7 @@ def test_experts_close_to_llama_imatrix(llama_cpp_tools: LlamaCppTools, export_t
     """A slice for each expert, and its count of tokens."""
     checkpoint = open_checkpoint("tiny-moe")
     (model,) = export_to(checkpoint, "gguf", "fp32").glob("*.gguf")
-    text = files("calibration") / "texts" / "prose.txt"
+    text = files("calibration") / "texts" / "weighting.txt"
     options = ("-c", CHUNK, "-b", CHUNK, "--no-ppl", "-ctk", "f32", "-ctv", "f32", "-fa", "off", "--chunks", 4, "-t", 2)
     llama_cpp_tools.run("llama-imatrix", "-m", model, "-f", text, "-o", tmp_path / "theirs.gguf", *options)
     tokenizer = open_tokenizer(checkpoint)

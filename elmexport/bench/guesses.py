@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from calibration.text import bundled_text
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.runtimes import artifact_kind
@@ -105,6 +105,6 @@ def _prompt(runtime: Runtime, tokenizer: Tokenizer | None) -> list[int]:
     if tokenizer is None:
         passage = np.random.default_rng(0).integers(0, runtime.vocab_size, _REPEATED).tolist()
         return passage * _TIMES
-    text = (files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8")[:2000]
+    text = bundled_text("weighting")[:2000]
     passage = tokenizer.encode(text, bos=False)[:_REPEATED]
     return [*tokenizer.special.prefix, *passage * _TIMES]

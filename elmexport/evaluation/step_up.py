@@ -24,6 +24,7 @@ from elmexport.target import Target
 from elmexport.weights import WeightSpec
 
 _WIDER = 1.05  # times the bits: less is no step
+_LARGEST = 1_500_000_000  # parameters: to quantize a larger model once more takes minutes
 
 
 def next_wider(target: Target, plan: Plan, checkpoint: Checkpoint) -> tuple[str, Plan] | None:
@@ -44,7 +45,12 @@ def next_wider(target: Target, plan: Plan, checkpoint: Checkpoint) -> tuple[str,
 def measure_step_up(
     target: Target, plan: Plan, checkpoint: Checkpoint, graph: Graph, reference: ReferenceRun, progress: Progress
 ) -> StepUp | None:
-    """Measure the KL (nats per token, weights only, scales of least squared error) of `next_wider` on the ids of `reference`."""
+    """Measure the KL (nats per token, weights only, scales of least squared error) of `next_wider` on the ids of `reference`.
+
+    None where there is none, and for models so large that it would cost minutes.
+    """
+    if checkpoint.config.parameter_count > _LARGEST:
+        return None
     found = next_wider(target, plan, checkpoint)
     if found is None:
         return None

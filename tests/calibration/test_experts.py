@@ -19,7 +19,7 @@ from calibration.statistics import Statistics
 from calibration.text import Sample
 from elmexport.artifact import Artifact
 from elmexport.errors import ElmExportError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.importance import read_importance, write_importance
 from elmexport.progress import SilentProgress
 from elmexport.quantization.quantize import quantize

@@ -11,7 +11,7 @@ from calibration import guard
 from calibration.options import WeightOptions
 from calibration.weight_set import WeightSet
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.export import ExportResult, export_checkpoint
+from elmexport.exporting import ExportResult, export_checkpoint
 from elmexport.files import MappedTensors
 from tests.memory_checkpoint import MemoryCheckpoint
 

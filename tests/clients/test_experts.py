@@ -43,7 +43,7 @@ def prose() -> NDArray[np.int64]:
     """128 tokens of prose."""
     tokenizer = open_tokenizer(open_checkpoint("tiny-moe"))
     assert tokenizer is not None
-    return np.array(tokenizer.encode((files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8"))[:128])
+    return np.array(tokenizer.encode((files("calibration") / "texts" / "weighting.txt").read_text(encoding="utf-8"))[:128])
 
 
 @cache

@@ -10,7 +10,7 @@ from elmexport.artifact import Artifact
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.cli.describe import describe
 from elmexport.evaluation.step_up import next_wider
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from elmexport.quantization.recipes import resolve
 from elmexport.target import find_target
 

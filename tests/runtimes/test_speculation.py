@@ -178,7 +178,7 @@ def prompts() -> list[list[int]]:
     """Beginnings of the bundled prose, every tenth twice over, so that there is something to look up."""
     from importlib.resources import files
 
-    text = (files("calibration") / "texts" / "prose.txt").read_text(encoding="utf-8")
+    text = (files("calibration") / "texts" / "weighting.txt").read_text(encoding="utf-8")
     ids = load_tokenizer(TINY_FOLDER / "tokenizer.model").encode(text, bos=False)
     starts = np.linspace(0, len(ids) - 100, PROMPTS).astype(int)
     return [[1, *(ids[start : start + 8 + i % 17] * (2 if i % 10 == 0 else 1))] for i, start in enumerate(starts)]

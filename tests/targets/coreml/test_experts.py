@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from elmexport.errors import ElmExportError
-from elmexport.export import export_checkpoint
+from elmexport.exporting import export_checkpoint
 from tests.moe_models import random_moe
 
 
