@@ -113,7 +113,7 @@ def test_help_fits_80_columns(run: Run, command: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("target", ["onnx", "gguf"])
 def test_an_empty_option(run: Run, target: str, option: str) -> None:
     outcome = run(target, option, "")
-    outcome.refused("int4" if option == "--quant" else "--model is empty; give one of tiny, 270M")
+    outcome.refused("int4" if option == "--quant" else "--model is empty; give one of tiny, tiny-moe, 270M")
     assert not list(Path.cwd().iterdir())
 
 
