@@ -66,6 +66,9 @@ def _show(found: SideBySide) -> None:
         typer.echo()
     rows: list[tuple[str, ...]] = [("artifact", "tokens until it differs", "texts that do")]
     for model in found.models[1:]:
+        if model.divergence is None:
+            rows.append((model.name, "another tokenizer", "-"))
+            continue
         differing = sum(text.diverges_at is not None for text in model.texts)
         rows.append((model.name, f"{model.divergence:g} of {found.max_tokens}", f"{differing} of {len(model.texts)}"))
     typer.echo(f"compared with {found.models[0].name}:")

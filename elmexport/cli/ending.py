@@ -53,7 +53,8 @@ def ended_early(command: Callable[[], str | None] = lambda: None) -> Iterator[No
     """Exit with the code that belongs to an interrupt or a closed pipe; `command` tells what is running, where that is known."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: closed by the caller
+            sys.stdout.flush()
     except KeyboardInterrupt as error:
         what, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         with contextlib.suppress(BrokenPipeError):

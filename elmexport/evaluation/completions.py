@@ -13,7 +13,7 @@ from elmexport.evaluation.evaluated_model import FP16, find_reference
 from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import artifact_kind, open_as
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.text import TextModel, TextOptions, artifact_tokenizer
+from elmexport.runtimes.text import TextModel, TextOptions, artifact_tokenizer, same_tokens
 
 MAX_TOKENS = 48
 
@@ -34,9 +34,8 @@ class ComparedModel:
 
     name: str
     texts: tuple[ComparedText, ...]
-    divergence: (
-        float | None
-    )  # median of tokens until the first difference, all tokens where there is none; None for what others are compared with
+    # Median of tokens until the first difference, all tokens where there is none; None for what others are compared with, and of another tokenizer.
+    divergence: float | None
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,9 @@ def side_by_side(
         model.close()  # large models do not fit in memory together
     compared = []
     for i, ((name, _, own), completions) in enumerate(zip(models, found, strict=True)):
+        if not same_tokens(own, models[0][2]):
+            compared.append(ComparedModel(name, tuple(ComparedText(text, "", None, len(tokens)) for text, tokens in completions), None))
+            continue
         texts = tuple(
             _compared(own, prompt, text, tokens, wanted)
             for prompt, (text, tokens), (_, wanted) in zip(prompts, completions, found[0], strict=True)

@@ -39,11 +39,10 @@ def generate(
     sampling: Sampling,
     eos_ids: Collection[int],
     drafter: Drafter | None = None,
-    position: int = 0,
 ) -> Generation:
     """Continue `ids` (BOS included by the caller) by up to `max_tokens` tokens. Any of `eos_ids` ends the text and is not given.
 
-    With `drafter`, decoding is speculative. The first `position` of `ids` are in the cache already.
+    With `drafter`, decoding is speculative.
 
     Raises:
         ElmExportError: `max_tokens` below 1, a temperature, penalty or guesses where the artifact gives no logits, or see `Runtime.logits`: no
@@ -61,14 +60,13 @@ def generate(
                 raise ElmExportError(f"{what}, but {runtime.only_greedy}, or use --temperature 0 alone")
     sampler = Sampler(sampling)
     decoder = None if drafter is None else SpeculativeDecoder(runtime, sampler, drafter)
-    tokens = _generate(runtime, list(ids), position, max_tokens, sampler, eos_ids, decoder)
+    tokens = _generate(runtime, list(ids), max_tokens, sampler, eos_ids, decoder)
     return Generation(tokens, None if decoder is None else decoder.speculation)
 
 
 def _generate(
     runtime: Runtime,
     text: list[int],
-    position: int,
     max_tokens: int,
     sampler: Sampler,
     eos_ids: Collection[int],
@@ -83,10 +81,7 @@ def _generate(
             return decoder.step(text, most)
         return [sampler(read(runtime, text[-1:], len(text) - 1)[0], text)]
 
-    if runtime.only_greedy is not None:
-        tokens = [runtime.greedy(text[position:], position)]
-    else:
-        tokens = [sampler(runtime.logits(text[position:], position, last=1)[-1], text)]
+    tokens = [runtime.greedy(text)] if runtime.only_greedy is not None else [sampler(runtime.logits(text, last=1)[-1], text)]
     count = 0
     while True:
         for token in tokens:

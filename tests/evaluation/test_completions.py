@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,3 +70,14 @@ def test_the_command_and_the_page(run: Run, tiny: Checkpoint, export_to: ExportT
     assert "It was a dark" in re.findall(r"<h3>(.*?)</h3>", page)
     run("report", artifact, *options, "--out", "page.json").refused("--prompts adds a section to a page; give --out FILE.html")
     run("compare", artifact, "--against", "none").refused("nothing to compare it with; name two")
+
+
+@pytest.mark.slow
+def test_a_model_of_another_tokenizer_is_shown_and_not_compared(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    other = tmp_path / "other"
+    shutil.copytree(TINY_FOLDER, other)
+    (other / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    Path("one.txt").write_text("It was a dark\n")
+    outcome = run("compare", TINY_FOLDER, other, "--against", "none", "--prompts", "one.txt", "--max-tokens", "6")
+    assert outcome.code == 0 and "»" not in outcome.out
+    assert outcome.out.splitlines()[-1].split() == ["other", "another", "tokenizer", "-"]

@@ -79,7 +79,7 @@ def expected_names(config: OpenELMConfig) -> dict[str, tuple[str, slice]]:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_one_self_contained_file(exported: Exported, quant: str) -> None:
     names = sorted(path.name for path in exported(quant).iterdir())
-    assert names == ["Modelfile", f"Small-1.4M-{QUANTS[quant]}.gguf", "manifest.json"]
+    assert names == ["Modelfile", "README.md", f"Small-1.4M-{QUANTS[quant]}.gguf", "manifest.json"]
 
 
 def test_modelfile(exported: Exported) -> None:

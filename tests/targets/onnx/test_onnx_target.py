@@ -69,6 +69,7 @@ def test_folder(exported: Exported, small_checkpoint: MemoryCheckpoint, quant: s
     stem = STEMS[quant]
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
         "config.json",
+        "README.md",
         "manifest.json",
         "generation_config.json",
         "genai_config.json",
