@@ -192,8 +192,8 @@ def save_weights(checkpoint: Checkpoint, prepared: Prepared, out: Path) -> None:
 
 
 def _is_foldable(spec: WeightSpec) -> bool:
-    """Whether it is the norm before the attention or the feed-forward network of a layer."""
-    return spec.role in (Role.NORM_ATTENTION, Role.NORM_FFN)
+    """Whether folding may change it though nothing quantizes it: the norms before attention and feed-forward network, and the router."""
+    return spec.role in (Role.NORM_ATTENTION, Role.NORM_FFN, Role.MOE_ROUTER)
 
 
 @torch.inference_mode()

@@ -2,10 +2,11 @@
 
 For a linear W and a positive scale s per input channel, W' = W diag(s) on inputs x' = x / s gives the same output. Where x comes from
 
-- a norm (inputs of `attention.qkv` and `ffn.gate_up`), the norm's weight is divided by s;
-- `silu(gate) * up` (inputs of `ffn.down`), the rows of `up` are: the product is linear in them;
-- attention (inputs of `attention.out`), the rows of the values are. A channel of a KV head reaches `out` through every query head that reads
-  that KV head, so it has one scale: s is given for `[KV heads * head_dim]`.
+- a norm (inputs of `attention.qkv` and `ffn.gate_up`), the norm's weight is divided by s. Every matrix that reads the norm has the same s: queries,
+  keys and values where they are separate, and in a mixture the gate and up of all experts and the router, which so sends tokens where it did;
+- `silu(gate) * up` (inputs of `ffn.down`, of each expert in a mixture), the rows of `up` are: the product is linear in them;
+- attention (inputs of `attention.out`), the rows of the values are: no norm comes between. A channel of a KV head reaches `out` through every
+  query head that reads that KV head, so it has one scale: s is given for `[KV heads * head_dim]`.
 
 The head cannot be folded: its norm feeds nothing else, but it is the embedding, whose rows enter the stream as they are.
 """
@@ -35,7 +36,7 @@ _FP16_NORMAL = (2.0**-14, 65504.0)  # a folded norm stays within: smaller number
 class LayerFold:
     """Scales of one layer's inputs, float32, positive; None where nothing is folded. The weight's column is multiplied by its scale.
 
-    `qkv` `[D]`, `gate_up` `[D]`, `down` `[ffn width]`, `out` `[KV heads * head_dim]`.
+    `qkv` `[D]`, `gate_up` `[D]`, `down` `[ffn width]` (of a mixture `[experts, ffn width]`), `out` `[KV heads * head_dim]`.
     """
 
     qkv: Tensor | None = None
@@ -72,12 +73,14 @@ class FoldedCheckpoint(Checkpoint):
         if fold is None or spec.layer is None:
             return None
         match spec.role:
-            case Role.ATTENTION_QKV:
+            case Role.ATTENTION_QKV | Role.ATTENTION_Q | Role.ATTENTION_K | Role.ATTENTION_V:
                 return fold.qkv
-            case Role.FFN_GATE_UP | Role.FFN_UP:
+            case Role.FFN_GATE_UP | Role.FFN_UP | Role.MOE_ROUTER | Role.MOE_EXPERTS_GATE | Role.MOE_EXPERTS_UP:
                 return fold.gate_up
             case Role.FFN_DOWN:
                 return fold.down
+            case Role.MOE_EXPERTS_DOWN:
+                return None if fold.down is None else fold.down[spec.expert]
             case Role.ATTENTION_OUT:
                 return None if fold.out is None else for_query_heads(fold.out, self.config.dims, spec.layer)
         return None
@@ -126,6 +129,10 @@ class FoldedCheckpoint(Checkpoint):
                 return fold.gate_up
             case Role.FFN_GATE_UP if fold.down is not None:
                 return torch.cat((torch.ones(layer.ffn_dim), fold.down))
+            case Role.MOE_EXPERTS_UP if fold.down is not None:
+                return fold.down[spec.expert]
+            case Role.ATTENTION_V:
+                return fold.out
             case Role.ATTENTION_QKV if fold.out is not None:
                 return torch.cat((torch.ones((layer.query_heads + layer.kv_heads) * dims.head_dim), fold.out))
         return None
@@ -163,8 +170,8 @@ def folded_moments(moments: Moments, scale: Tensor) -> Moments:
 
 
 def has_gate(checkpoint: Checkpoint, layer: int) -> bool:
-    """Whether the feed-forward network of `layer` is a gated one, whose product is linear in `up`."""
-    return any(spec.layer == layer and spec.role is Role.FFN_GATE_UP for spec in checkpoint.specs.values())
+    """Whether the feed-forward network of `layer` is a gated one, as experts' are, whose product is linear in `up`."""
+    return any(spec.layer == layer and spec.role in (Role.FFN_GATE_UP, Role.MOE_EXPERTS_GATE) for spec in checkpoint.specs.values())
 
 
 def _check(checkpoint: Checkpoint, folds: Folds) -> None:
@@ -175,13 +182,14 @@ def _check(checkpoint: Checkpoint, folds: Folds) -> None:
         if fold.down is not None and not has_gate(checkpoint, layer):
             raise ElmExportError("the inputs of ffn.down cannot be rescaled in a model without a gate")
         sizes = dims.layers[layer]
-        lengths = {"qkv": dims.model_dim, "gate_up": dims.model_dim, "down": sizes.ffn_dim, "out": sizes.kv_heads * dims.head_dim}
-        for name, length in lengths.items():
+        down = (sizes.experts, sizes.ffn_dim) if sizes.experts else (sizes.ffn_dim,)
+        shapes = {"qkv": (dims.model_dim,), "gate_up": (dims.model_dim,), "down": down, "out": (sizes.kv_heads * dims.head_dim,)}
+        for name, shape in shapes.items():
             scale = getattr(fold, name)
             if scale is None:
                 continue
-            if scale.shape != (length,):
-                raise ElmExportError(f"layer {layer}: the scales of {name} have the shape {list(scale.shape)}; it takes [{length}]")
+            if scale.shape != shape:
+                raise ElmExportError(f"layer {layer}: the scales of {name} have the shape {list(scale.shape)}; it takes {list(shape)}")
             if not (torch.isfinite(scale).all() and (scale > 0).all()):
                 raise ElmExportError(
                     f"layer {layer}: the scales of {name} must be finite and above 0; they run from {float(scale.min()):.3g}"

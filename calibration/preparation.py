@@ -107,8 +107,6 @@ def _check_experts(options: WeightOptions) -> None:
             "a search for bits (--bits-per-weight, --max-drop) does not take mixtures of experts: formats store all experts of a layer in one type. "
             "Choose a --quant, or give a recipe by roles and layers"
         )
-    if options.method.startswith("awq"):
-        raise ElmExportError(f"--method {options.method} does not take mixtures of experts; choose --method gptq")
 
 
 def check_schemes(target: Target, checkpoint: Checkpoint, plan: Plan) -> None:

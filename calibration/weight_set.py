@@ -1,7 +1,7 @@
 """Calibrated weight sets: the codes and scales of every quantized tensor of a model in one file, computed once, for every format.
 
 A safetensors file. A tensor NAME is stored in the parts that the codec of its scheme names (`NAME.codes`, `NAME.scales`, …; see
-`docs/artifacts.md`), a folded norm as `NAME`, float32. `damping` float32 `[tensors]`, in the order of the metadata's `schemes`, is the damping that
+`docs/artifacts.md`), a folded norm or router as `NAME`, float32. `damping` float32 `[tensors]`, in the order of the metadata's `schemes`, is the damping that
 GPTQ had to raise a tensor's Hessian by, 0 where the usual one was enough. In a model with experts, `scarce` int64 `[tensors]` likewise is the
 number of tokens that reached a matrix which GPTQ left to weighted least squares because they were too few, -1 for all others.
 """
@@ -40,7 +40,7 @@ class WeightFacts:
     model: str  # display name
     identity: str  # SHA-256 of `Checkpoint.identity`
     schemes: Mapping[str, str]  # by tensor, as recipe files call them; quantized tensors only
-    folded: tuple[str, ...]  # norms that folding or distillation changed, held by the file too
+    folded: tuple[str, ...]  # norms, and routers, that folding or distillation changed, held by the file too
     method: str
     sequential: bool  # fitted to what the quantized layers before hand on; false: to the statistics of the model as published
     text: str  # what was read, in words
@@ -108,7 +108,7 @@ class WeightSet:
         return {name: count for name, count in zip(self.facts.schemes, self._tensors[SCARCE].tolist(), strict=True) if count >= 0}
 
     def norms(self) -> dict[str, Tensor]:
-        """The norms that a folding changed, float32, by name."""
+        """The norms and routers that a folding changed, float32, by name."""
         return {name: self._tensors[name] for name in self.facts.folded}
 
     def get(self, spec: WeightSpec) -> Quantized:
@@ -123,7 +123,7 @@ class WeightSet:
 
 
 class StoredWeights(WeightSource):
-    """Weights of a weight set, norms that a folding changed included. Of `checkpoint`, only tensors that are not in the set are read."""
+    """Weights of a weight set, norms and routers that a folding changed included. Of `checkpoint`, only tensors that are not in the set are read."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, weights: WeightSet) -> None:
         """`weights` have passed `WeightSet.check` with `checkpoint` and `plan`."""
@@ -173,6 +173,7 @@ class WeightWriter:
         self._scarce[spec.name] = tokens
 
     def add_norm(self, name: str, tensor: Tensor) -> None:
+        """Write a norm, or a router, that folding or distillation changed."""
         self._writer.write(name, tensor)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from calibration.collect import collect
 from calibration.experts import is_scarce
 from calibration.gptq import output_error
 from calibration.options import WeightOptions
+from calibration.preparation import prepare
 from calibration.statistics import Statistics
 from calibration.text import Sample
 from elmexport.artifact import Artifact
@@ -133,16 +134,11 @@ def test_along_the_text_it_loses_less_and_says_which_experts_were_scarce(checkpo
     assert f"{name} ({count} tokens)" in note
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (WeightOptions(bits_per_weight=5.0), "a search for bits .* does not take mixtures of experts"),
-        (WeightOptions(method="awq"), "--method awq does not take mixtures of experts; choose --method gptq"),
-    ],
-)
-def test_refusals(checkpoint: MemoryCheckpoint, tmp_path: Path, options: WeightOptions, words: str) -> None:
-    with pytest.raises(ElmExportError, match=words):
-        export_checkpoint(checkpoint, "onnx", "int4", out=tmp_path / "out", weights=options)
+@pytest.mark.parametrize("options", [WeightOptions(bits_per_weight=5.0), WeightOptions(max_drop=1.0)])
+def test_refusals(checkpoint: MemoryCheckpoint, options: WeightOptions) -> None:
+    target = find_target("onnx")
+    with pytest.raises(ElmExportError, match=r"a search for bits .* does not take mixtures of experts: .* Choose a --quant"):
+        prepare(checkpoint, target, target.recipe("int4"), options, SilentProgress())
 
 
 def test_an_importance_matrix_has_a_slice_for_each_expert(checkpoint: MemoryCheckpoint, statistics: Statistics, tmp_path: Path) -> None:
