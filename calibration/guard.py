@@ -87,7 +87,8 @@ def _known_losses(job: Job, prepared: Prepared, sample: Sample, plain: WeightSou
     if not text or not text["text_sha256"]:  # llama.cpp's importance matrix does not say what it was measured on
         return _measure(job, prepared, sample, plain)
     schemes = {name: scheme.recipe_name for name, scheme in job.plan.schemes.items()}
-    key = json.dumps([__version__, job.checkpoint.identity(), schemes, prepared.facts["method"], text, sample.sha256])
+    hessian = prepared.statistics is not None and prepared.statistics.facts.hessian  # by which some methods judge, and find other codes
+    key = json.dumps([__version__, job.checkpoint.identity(), schemes, prepared.facts["method"], text, hessian, sample.sha256])
     path = cache_folder() / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
         return Losses(**_floats(json.loads(path.read_text(encoding="utf-8"))))
