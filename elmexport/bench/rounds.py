@@ -61,7 +61,7 @@ def benchmark(
     """
     workload.check()
     if guesses is not None:
-        guesses.check()
+        guesses.check(paths)
     if repeat < 1:
         raise ElmExportError(f"repeat is {repeat}; it must be 1 or more")
     if threads is not None and threads < 1:

@@ -40,7 +40,8 @@ def bench(
         ),
     ] = None,
     draft_model: Annotated[
-        Path | None, typer.Option(metavar="ARTIFACT", help="Measure speculative decoding too, tokens guessed by this artifact.")
+        str | None,
+        typer.Option(metavar="ARTIFACT|MODEL", help="Measure speculative decoding too, tokens guessed by this artifact or model."),
     ] = None,
     num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
@@ -65,7 +66,7 @@ def bench(
     )
     guesses = None
     if prompt_lookup is not None or draft_model is not None:
-        guesses = Guesses(prompt_lookup, draft_model=None if draft_model is None else str(draft_model), draft_tokens=num_draft_tokens)
+        guesses = Guesses(prompt_lookup, draft_model=draft_model, draft_tokens=num_draft_tokens)
     with progress_bar() as progress:
         fit = [part for part, given in zip(PARTS, (prompt, depth, generate), strict=True) if given is None]
         result = benchmark(artifacts, workload, repeat=repeat, threads=threads, fit=fit, guesses=guesses, progress=progress)

@@ -47,7 +47,11 @@ def generate(
     ] = None,
     ngram_size: Annotated[int, typer.Option(metavar="N", help="Tokens that --prompt-lookup compares, at most.")] = 3,
     draft_model: Annotated[
-        Path | None, typer.Option(metavar="ARTIFACT", help="Let a smaller artifact or checkpoint guess tokens, and verify them at once.")
+        str | None,
+        typer.Option(
+            metavar="ARTIFACT|MODEL",
+            help="Let a smaller model guess tokens, and verify them at once: an artifact, a name of `elmexport models`, a hub id, a checkpoint's folder.",
+        ),
     ] = None,
     num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
     tokenizer: Annotated[

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, StreamDecoder, Tokenizer, load_tokenizer
-from elmexport.checkpoint.tokenizer.probes import probes
+from elmexport.checkpoint.tokenizer import StreamDecoder, Tokenizer
 from elmexport.errors import ElmExportError
-from elmexport.formats import find_format, load
-from elmexport.models import read_config
-from elmexport.runtimes import CHECKPOINT, artifact_kind, open_as
+from elmexport.runtimes import artifact_kind, open_as
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.draft_model import find_draft
 from elmexport.runtimes.generation import Stop, generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.speculation import Drafter, DraftModel, PromptLookup, Speculation, read
@@ -154,39 +153,22 @@ class TextModel:
             self._draft.close()
 
 
-def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: Path | None = None) -> TextModel:
-    """Open the artifact `path`, and the model `draft` that guesses for it.
+def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: str | None = None) -> TextModel:
+    """Open the artifact `path`, and the artifact or model `draft` that guesses for it (see `find_draft`).
 
     `tokenizer` is a tokenizer file, the artifact's own where None.
 
     Raises:
-        ElmExportError: see `open_artifact` and `artifact_tokenizer`; a draft model of another vocabulary.
-        MissingDependencyError: the engine is not installed.
+        ElmExportError: see `open_artifact`, `artifact_tokenizer` and `find_draft`; a draft model of another vocabulary.
+        MissingDependencyError: the engine is not installed, or a hub that cannot be reached.
     """
     kind = artifact_kind(path)
     chosen = artifact_tokenizer(kind, path, tokenizer)
+    found = None if draft is None else find_draft(draft, tokenizer)
+    if found is not None:
+        found.check_tokenizer(path, chosen)
     runtime = open_as(kind, path)
-    return TextModel(path.name, runtime, chosen, None if draft is None else open_draft(draft, path, runtime, chosen, tokenizer))
-
-
-def open_draft(draft: Path, path: Path, runtime: Runtime, tokenizer: Tokenizer, given: Path | None = None) -> Runtime:
-    """Open the artifact `draft`, to guess for `path`, which is open with its tokenizer.
-
-    `given` is a tokenizer's file to take instead of its own.
-
-    Raises:
-        ElmExportError: see `open_artifact`; or another vocabulary.
-        MissingDependencyError: the engine is not installed.
-    """
-    kind = artifact_kind(draft)
-    fix = "use a smaller model of the same family, or another quantization of the same model"
-    if not same_tokens(tokenizer, artifact_tokenizer(kind, draft, given)):
-        raise ElmExportError(f"the draft model {draft} has another tokenizer than {path}, so its guesses would mean other words; {fix}")
-    other = open_as(kind, draft)
-    if other.vocab_size != runtime.vocab_size:
-        raise ElmExportError(f"the draft model {draft} has {other.vocab_size} tokens, {path} has {runtime.vocab_size}; {fix}")
-    other.prepare_generation()
-    return other
+    return TextModel(path.name, runtime, chosen, None if found is None else found.open_for(path, runtime))
 
 
 class StopStrings:
@@ -224,54 +206,3 @@ def text_of(prompt: str) -> str:
     except UnicodeEncodeError:
         raise ElmExportError(f"the prompt {prompt!r} is not text in the encoding {sys.getfilesystemencoding()}; use UTF-8") from None
     return prompt
-
-
-def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers, of files of whatever kind, give texts the same ids and end them alike."""
-    return one.special.eos == other.special.eos and all(one.encode(text) == other.encode(text) for text in probes(one))
-
-
-def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer:
-    """Find the tokenizer of an artifact of `kind`; `given` is a tokenizer's file to take instead (`find_tokenizer`).
-
-    Raises:
-        ElmExportError: there is none.
-        MissingDependencyError: what reads it is not installed.
-    """
-    found = find_tokenizer(kind, path, given)
-    if found is None:
-        raise ElmExportError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}) with it; pass the model's with --tokenizer PATH")
-    return found
-
-
-def find_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer | None:
-    """Find the tokenizer of an artifact: inside the model file, in the folder, or beside or above a bare file.
-
-    `given` is a tokenizer's file to take instead; which ids begin and end texts, the artifact's `config.json` says all the same. None where
-    there is none.
-
-    Raises:
-        ElmExportError: a damaged file, or one of another model.
-        MissingDependencyError: what reads it is not installed.
-    """
-    suffixes: tuple[str, ...] = ()
-    if kind != CHECKPOINT:
-        row = find_format(kind)
-        if row.tokenizer is not None and given is None:
-            tokenizer: Tokenizer = load(row.tokenizer)(path)
-            return tokenizer
-        suffixes = row.suffixes
-    folders = (path,) if path.is_dir() and path.suffix not in suffixes else path.absolute().parents[:2]
-    found = given or next((file for folder in folders for name in TOKENIZER_FILES if (file := folder / name).is_file()), None)
-    if found is None:
-        return None
-    config = next((file for folder in folders if (file := folder / "config.json").is_file()), None)
-    return load_tokenizer(found, None if config is None else _model_ids(config))
-
-
-def _model_ids(config: Path) -> ModelIds | None:
-    """What a `config.json` says of texts; None where it is of a model that is not known here (a bare file of another's)."""
-    try:
-        return ModelIds.of(read_config(config))
-    except ElmExportError:
-        return None

@@ -14,7 +14,7 @@ from tests.cli.conftest import Run, run  # noqa: F401  (a fixture)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [("--prompt-lookup", "6"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3")], ids=["lookup", "draft"]
+    "options", [("--prompt-lookup", "6"), ("--draft-model", "tiny", "--num-draft-tokens", "3")], ids=["lookup", "draft"]
 )
 def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
     workload = ("--prompt", "none", "--depth", "0", "--generate", "48", "--repeat", "1", "--threads", "1")
@@ -32,12 +32,13 @@ def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
     [
         (Guesses(0), "prompt-lookup is 0"),
         (Guesses(4, draft_model=str(TINY_FOLDER)), "exclude each other"),
-        (Guesses(draft_model="nowhere"), "nowhere: no such file or folder"),
+        (Guesses(draft_model="nowhere"), "nowhere: no such file or folder, and no model"),
+        (Guesses(draft_model="tiny", draft_tokens=0), "num-draft-tokens is 0"),
     ],
 )
 def test_bad_guesses(guesses: Guesses, message: str) -> None:
     with pytest.raises(ElmExportError, match=message):
-        guesses.check()
+        guesses.check([TINY_FOLDER])
 
 
 def test_without_guesses_nothing_is_said_of_them(run: Run) -> None:  # noqa: F811

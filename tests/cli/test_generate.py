@@ -188,7 +188,7 @@ def test_stop_strings_across_pieces() -> None:
 @pytest.mark.slow
 def test_guesses(run: Run) -> None:
     plain = run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "48")
-    for options in (("--prompt-lookup", "4"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3")):
+    for options in (("--prompt-lookup", "4"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3"), ("--draft-model", "tiny")):
         outcome = run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "48", *options)
         assert (outcome.code, outcome.out) == (0, plain.out)
         assert re.fullmatch(
