@@ -62,7 +62,7 @@ class Guesses:
 def measure_guesses(runtime: Runtime, path: Path, tokenizer: Tokenizer | None, guesses: Guesses, tokens: int) -> dict[str, Any]:
     """Decode up to `tokens` tokens after a prompt that repeats a passage, plainly and with `guesses`.
 
-    Returns seconds of each, and counts of guesses.
+    Returns seconds of each, and counts of guesses; of prompt lookup in llama.cpp also `own`, what llama-cpp-python's takes (`time_own_lookup`).
 
     Raises:
         ElmExportError: a draft model of another vocabulary, or an artifact that gives no logits.
@@ -94,7 +94,13 @@ def measure_guesses(runtime: Runtime, path: Path, tokenizer: Tokenizer | None, g
     plain_s, plain, _ = timed(None)
     guessed_s, guessed, speculation = timed(drafter())
     assert guessed == plain, "speculative decoding gave another text"
+    own = None
+    if guesses.prompt_lookup is not None and runtime.name == "llama.cpp":
+        from elmexport.bench.own_lookup import time_own_lookup
+
+        own = time_own_lookup(path, prompt, tokens, runtime.context, count=guesses.prompt_lookup, ngram_size=guesses.ngram_size)
     return {
+        "own": own,
         "tokens": len(plain) - 1,
         "plain_s": plain_s,
         "guessed_s": guessed_s,

@@ -89,6 +89,9 @@ def _guessed(artifacts: tuple[ArtifactResult, ...]) -> list[tuple[str, ...]]:
         if (one := artifact.speculation) is not None:
             accepted, rates = f"{one.accepted}/{one.drafted}", (f"{one.tokens_per_s.median:.1f}", f"{one.plain_tokens_per_s.median:.1f}")
             rows.append((one.how, artifact.name, accepted, f"{one.mean_accepted:.2f}", *rates, f"{one.speed_up:.2f}"))
+            if (own := one.own) is not None:
+                rates = f"{own.tokens_per_s.median:.1f}", f"{own.plain_tokens_per_s.median:.1f}"
+                rows.append((own.how, artifact.name, "-", "-", *rates, f"{own.speed_up:.2f}"))
     return rows
 
 

@@ -7,9 +7,11 @@ import json
 import pytest
 
 from elmexport.bench import Guesses
+from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run, run  # noqa: F401  (a fixture)
+from tests.conftest import ExportTo
 
 
 @pytest.mark.slow
@@ -25,6 +27,22 @@ def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
     assert found["speed_up"] == pytest.approx(found["tokens_per_s"]["median"] / found["plain_tokens_per_s"]["median"])
     if "--draft-model" in options:
         assert found["accepted"] == found["drafted"]  # the model guesses for itself
+
+
+@pytest.mark.slow
+def test_llama_cpps_own_lookup(run: Run, tiny: Checkpoint, export_to: ExportTo) -> None:  # noqa: F811
+    """Beside ours, in the table and the document; other engines have none, and draft models are not compared."""
+    artifact = export_to(tiny, "gguf", "q4_0")
+    workload = ("--prompt", "none", "--depth", "0", "--generate", "40", "--repeat", "1", "--threads", "1")
+    (row,) = json.loads(run("bench", artifact, *workload, "--prompt-lookup", "6", "--json").out)["artifacts"]
+    own = row["speculation"]["own"]
+    assert own["how"] == "llama.cpp's own lookup 6"
+    assert own["speed_up"] == pytest.approx(own["tokens_per_s"]["median"] / own["plain_tokens_per_s"]["median"])
+    assert own["plain_tokens_per_s"]["median"] == pytest.approx(row["speculation"]["plain_tokens_per_s"]["median"], rel=0.9)
+    lines = run("bench", artifact, TINY_FOLDER, *workload, "--prompt-lookup", "6").out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-3:]] == ["lookup 6", "llama.cpp's own lookup 6", "lookup 6"]
+    (row,) = json.loads(run("bench", artifact, *workload, "--draft-model", "tiny", "--json").out)["artifacts"]
+    assert row["speculation"]["own"] is None
 
 
 @pytest.mark.parametrize(
