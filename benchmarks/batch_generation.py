@@ -1,6 +1,6 @@
 """Many prompts decoded at once against one after the other: the same texts, in one process, in turns.
 
-    python benchmarks/batch_generation.py [--model tiny] [--subjects checkpoint "gguf q4_0" "gguf q8_0"] [--prompts 16] [--tokens 64] [--rounds 3]
+    python benchmarks/batch_generation.py [--model tiny] [--subjects checkpoint "gguf int4" "gguf q8_0"] [--prompts 16] [--tokens 64] [--rounds 3]
 
 Exports the model, continues as many of the bundled prompts (from the first again where there are not enough), greedily. The texts are compared.
 Figures are medians of the rounds, after a first that is not counted; CPU seconds are of all threads. One thread unless ELMEXPORT_THREADS and
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--random-weights", type=int, metavar="SEED")
-    parser.add_argument("--subjects", nargs="+", default=["checkpoint", "gguf q4_0", "gguf q8_0"])
+    parser.add_argument("--subjects", nargs="+", default=["checkpoint", "gguf int4", "gguf q8_0"])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)

@@ -14,9 +14,9 @@ _F32 = 0  # ggml's number of the type
 
 
 def time_own_lookup(path: Path, prompt: Sequence[int], tokens: int, context: int, *, count: int, ngram_size: int) -> dict[str, float]:
-    """Seconds of a token, decoding up to `tokens` tokens after `prompt` greedily, by llama-cpp-python's `Llama`, plainly and with its lookup.
+    """Time greedy decoding by llama-cpp-python's `Llama`, plainly and with its lookup: seconds of a token.
 
-    Settings are those that generation has here: threads, batch, float32 keys and values, flash attention. The first token is not timed; up to
+    Up to `tokens` tokens after `prompt`. Settings are those that generation has here: threads, batch, float32 keys and values, flash attention. The first token is not timed; up to
     `count` tokens are guessed in a step.
     """
     engine()  # whose messages are collected

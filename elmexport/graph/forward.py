@@ -81,9 +81,9 @@ def forward(
 
 
 def step(graph: Graph, weight: GetWeight, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCaches]) -> Tensor:
-    """Compute the logits `[sequences, vocab]` of one token each of several sequences, `ids` `[sequences]`, at its position of its own caches.
+    """Compute the logits `[sequences, vocab]` of one token each of several sequences.
 
-    All but attention runs on every sequence at once.
+    Each of `ids` `[sequences]` stands at its position of its own caches. All but attention runs on every sequence at once.
     """
     device, dtype = caches[0].device, caches[0].dtype
 

@@ -77,7 +77,7 @@ class BatchDecoder:
         return found
 
     def stop(self, text: Sequence[int], count: int) -> Stop | None:
-        """Why `text` ends with its token number `count`, or None."""
+        """Reason for which `text` ends with its token number `count`, or None."""
         if count == self._max_tokens:
             return "max tokens"
         return "context full" if len(text) > self._runtime.context else None

@@ -54,8 +54,9 @@ class FoundDraft:
 
 
 def find_draft(draft: str, tokenizer: Path | None = None) -> FoundDraft:
-    """Find `draft`: an artifact or bare model file, or what `open_checkpoint` takes (a checkpoint, a name like `tiny`, a hub id), which torch runs.
+    """Find a draft model: an artifact or bare model file, or what `open_checkpoint` takes.
 
+    The latter, a checkpoint, a name like `tiny` or a hub id, torch runs.
     `tokenizer` is a tokenizer's file to take instead of its own. Weights from the hub are downloaded here, where the cache lacks them.
 
     Raises:

@@ -133,7 +133,7 @@ def read(runtime: Runtime, ids: Sequence[int], position: int) -> NDArray[np.floa
 
 
 def margin_of(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """What must lie between the two best logits of a token, given the logits of the same tokens computed in two ways."""
+    """Margin between the two best logits that a token must have, given the logits of the same tokens computed in two ways."""
     return _FACTOR * float(np.abs(one - other).max())
 
 

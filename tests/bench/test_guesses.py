@@ -31,7 +31,7 @@ def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
 
 @pytest.mark.slow
 def test_llama_cpps_own_lookup(run: Run, tiny: Checkpoint, export_to: ExportTo) -> None:  # noqa: F811
-    """Beside ours, in the table and the document; other engines have none, and draft models are not compared."""
+    """Beside ours, in the table and the document; other engines have none."""
     artifact = export_to(tiny, "gguf", "q4_0")
     workload = ("--prompt", "none", "--depth", "0", "--generate", "40", "--repeat", "1", "--threads", "1")
     (row,) = json.loads(run("bench", artifact, *workload, "--prompt-lookup", "6", "--json").out)["artifacts"]
@@ -41,8 +41,6 @@ def test_llama_cpps_own_lookup(run: Run, tiny: Checkpoint, export_to: ExportTo) 
     assert own["plain_tokens_per_s"]["median"] == pytest.approx(row["speculation"]["plain_tokens_per_s"]["median"], rel=0.9)
     lines = run("bench", artifact, TINY_FOLDER, *workload, "--prompt-lookup", "6").out.splitlines()
     assert [line.split("  ")[0] for line in lines[-3:]] == ["lookup 6", "llama.cpp's own lookup 6", "lookup 6"]
-    (row,) = json.loads(run("bench", artifact, *workload, "--draft-model", "tiny", "--json").out)["artifacts"]
-    assert row["speculation"]["own"] is None
 
 
 @pytest.mark.parametrize(
