@@ -25,12 +25,11 @@ from numpy.typing import NDArray
 from elmexport.cores import asked_threads, available_cores
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import batches
+from elmexport.runtimes.batching import FULL_CACHES, batches
 from elmexport.runtimes.sequences import Sequences
 
 BATCH = 512  # tokens in one call of the engine
 SEQUENCES = 32  # that one call can hold beside the one of `logits`
-_FULL_CACHES = 4  # as large as these are those of a batch of sequences, at most
 _F32 = 0  # ggml's number of the type
 _ERROR = 4  # ggml's level of messages that say what went wrong
 _LATER_PART = re.compile(r"-(?!00001-)\d{5}-of-\d{5}\.gguf$")  # of a split file; llama.cpp finds these by the first one's name
@@ -67,7 +66,7 @@ class LlamaCppRuntime(Runtime):
             )
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         self.context = self._lib.llama_model_n_ctx_train(self._model)
-        self.batch_tokens = max(_FULL_CACHES * self.context, BATCH)
+        self.batch_tokens = max(FULL_CACHES * self.context, BATCH)
         self._path = path
         self._handle = self._open_context(self._context_params())
         self._batch = self._new_batch()

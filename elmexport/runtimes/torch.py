@@ -16,11 +16,9 @@ from elmexport.graph.device import torch_device
 from elmexport.graph.forward import KVCaches, forward, step
 from elmexport.models import trace
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import in_padded_batches
+from elmexport.runtimes.batching import FULL_CACHES, in_padded_batches
 from elmexport.runtimes.sequences import Sequences
 from elmexport.weights import WeightSpec
-
-_FULL_CACHES = 4  # as large as these are those of a batch of sequences, at most
 
 
 class TorchRuntime(Runtime):
@@ -50,7 +48,7 @@ class TorchRuntime(Runtime):
         self._dtype, self._device = dtype, torch_device()
         self._weights = {name: _rounded(name, checkpoint.tensor(name), rounded_to).to(self._device, dtype) for name in checkpoint.specs}
         self._caches = KVCaches(self.graph, dtype=dtype, device=self._device)
-        self.batch_tokens = _FULL_CACHES * self.context
+        self.batch_tokens = FULL_CACHES * self.context
 
     @torch.inference_mode()
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:

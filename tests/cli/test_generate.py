@@ -264,6 +264,17 @@ def test_a_session_from_a_pipe(long_chat_model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_many_turns_that_are_first_ones(run: Run, long_chat_model: Path) -> None:
+    Path("turns.txt").write_text("Who is there?\nSay <|im_end|> please\n", encoding="utf-8")
+    found = json.loads(run("generate", long_chat_model, "--chat", "--prompts", "turns.txt", "--max-tokens", "6", "--json").out)[
+        "completions"
+    ]
+    for one in found:
+        alone = json.loads(run("generate", long_chat_model, one["prompt"], "--chat", "--max-tokens", "6", "--json").out)
+        assert (one["text"], one["tokens"], one["prompt_tokens"]) == (alone["text"], alone["tokens"], alone["prompt_tokens"])
+
+
+@pytest.mark.slow
 def test_what_no_longer_fits_is_forgotten(long_chat_model: Path) -> None:
     from elmexport.runtimes.chat import Chat
     from elmexport.runtimes.text import TextOptions, open_text_model
