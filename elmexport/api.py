@@ -120,14 +120,16 @@ class OpenArtifact:
 
 
 def open(path: str | Path, *, tokenizer: str | Path | None = None, draft_model: str | Path | None = None) -> OpenArtifact:
-    """Open an artifact folder, a bare model file, or a checkpoint folder, to generate with it. `draft_model` guesses tokens for it.
+    """Open an artifact folder, a bare model file, or a checkpoint folder, to generate with it.
+
+    `draft_model` guesses tokens for it: an artifact too, or a model as `export` takes it, "tiny" or a hub id.
 
     Raises:
-        ElmExportError: nothing there, damaged files, or no tokenizer.
-        MissingDependencyError: the engine is not installed.
+        ElmExportError: nothing there, damaged files, no tokenizer, or a draft model of another one.
+        MissingDependencyError: the engine is not installed, or the hub cannot be reached.
     """
     given = None if tokenizer is None else Path(tokenizer)
-    draft = None if draft_model is None else Path(draft_model)
+    draft = None if draft_model is None else str(draft_model)
     return OpenArtifact(open_text_model(Path(path), tokenizer=given, draft=draft))
 
 

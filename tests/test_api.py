@@ -30,7 +30,7 @@ def test_export_open_evaluate(tmp_path: Path) -> None:
 
 
 def test_a_draft_model() -> None:
-    with elmexport.open(TINY_FOLDER, draft_model=TINY_FOLDER) as artifact:
+    with elmexport.open(TINY_FOLDER, draft_model="tiny") as artifact:
         logits = artifact.logits([1, 450])
         assert np.isfinite(logits).all()
 

@@ -26,7 +26,7 @@ from elmexport.inspection import inspect_artifact
 from elmexport.manifest import Chain, ChainedPackage, Joint, read_manifest
 from elmexport.models.base import ModelConfig
 from elmexport.runtimes import artifact_kind, open_artifact
-from elmexport.runtimes.text import artifact_tokenizer
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from targets.coreml.lint import lint
 from tests.conftest import ExportTo
 from tests.damage import Place, having, places, spoilt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from calibration.text import bundled_text
 from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.runtimes import artifact_kind
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.draft_model import find_draft
 from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.speculation import Drafter, DraftModel, PromptLookup
-from elmexport.runtimes.text import open_draft
 
 _REPEATED, _TIMES = 24, 3  # tokens of the passage, and how often the prompt holds it
 
@@ -38,16 +40,21 @@ class Guesses:
             return f"draft {self.draft_tokens} by {Path(self.draft_model).name}"
         return f"lookup {self.prompt_lookup}"
 
-    def check(self) -> None:
-        """Refuse what cannot be measured.
+    def check(self, paths: Sequence[Path]) -> None:
+        """Refuse what cannot be measured on the artifacts `paths`.
 
         Raises:
-            ElmExportError: counts below 1, two sources, or no such draft model.
+            ElmExportError: counts below 1, two sources, no such draft model, or one whose tokenizer is not that of every artifact.
+            MissingDependencyError: a tokenizer's reader is not installed, or the hub cannot be reached.
         """
         if self.prompt_lookup is not None and self.draft_model is not None:
             raise ElmExportError("--prompt-lookup and --draft-model exclude each other; leave one of them out")
         if self.draft_model is not None:
-            artifact_kind(Path(self.draft_model))
+            if self.draft_tokens < 1:
+                raise ElmExportError(f"num-draft-tokens is {self.draft_tokens}; it must be 1 or above")
+            draft = find_draft(self.draft_model)
+            for path in paths:
+                draft.check_tokenizer(path, artifact_tokenizer(artifact_kind(path), path))
         else:
             PromptLookup(self.prompt_lookup or 0, self.ngram_size)
 
@@ -55,7 +62,7 @@ class Guesses:
 def measure_guesses(runtime: Runtime, path: Path, tokenizer: Tokenizer | None, guesses: Guesses, tokens: int) -> dict[str, Any]:
     """Decode up to `tokens` tokens after a prompt that repeats a passage, plainly and with `guesses`.
 
-    Returns seconds of each, and counts of guesses.
+    Returns seconds of each, and counts of guesses; of prompt lookup in llama.cpp also `own`, what llama-cpp-python's takes (`time_own_lookup`).
 
     Raises:
         ElmExportError: a draft model of another vocabulary, or an artifact that gives no logits.
@@ -66,9 +73,7 @@ def measure_guesses(runtime: Runtime, path: Path, tokenizer: Tokenizer | None, g
         )
     draft = None
     if guesses.draft_model is not None:
-        if tokenizer is None:
-            raise ElmExportError(f"{path} has no tokenizer, by which to tell that the draft model's guesses mean the same words")
-        draft = open_draft(Path(guesses.draft_model), path, runtime, tokenizer)
+        draft = find_draft(guesses.draft_model).open_for(path, runtime)
     runtime.prepare_generation()
     prompt = _prompt(runtime, tokenizer)
     tokens = min(tokens, runtime.context - len(prompt))
@@ -89,7 +94,13 @@ def measure_guesses(runtime: Runtime, path: Path, tokenizer: Tokenizer | None, g
     plain_s, plain, _ = timed(None)
     guessed_s, guessed, speculation = timed(drafter())
     assert guessed == plain, "speculative decoding gave another text"
+    own = None
+    if guesses.prompt_lookup is not None and runtime.name == "llama.cpp":
+        from elmexport.bench.own_lookup import time_own_lookup
+
+        own = time_own_lookup(path, prompt, tokens, runtime.context, count=guesses.prompt_lookup, ngram_size=guesses.ngram_size)
     return {
+        "own": own,
         "tokens": len(plain) - 1,
         "plain_s": plain_s,
         "guessed_s": guessed_s,

@@ -52,10 +52,20 @@ class DecodeResult(Struct, frozen=True):
     bandwidth_fraction: float | None
 
 
+class OwnLookup(Struct, frozen=True):
+    """The same text by the engine's own prompt lookup, plainly and with guesses, in the same process."""
+
+    how: str
+    tokens_per_s: Summary
+    plain_tokens_per_s: Summary
+    speed_up: float
+
+
 class SpeculationResult(Struct, frozen=True):
     """Speculative decoding of `tokens` of a repetitive text, and plain decoding of the same in the same process, greedily.
 
-    `accepted` and `drafted` are of the last run; `speed_up` the ratio of the medians. `note`: why nothing was guessed.
+    `accepted` and `drafted` are of the last run; `speed_up` the ratio of the medians. `note`: why nothing was guessed. `own`: the engine's own
+    lookup, where it has one.
     """
 
     how: str
@@ -67,6 +77,7 @@ class SpeculationResult(Struct, frozen=True):
     drafted: int
     mean_accepted: float
     note: str | None
+    own: OwnLookup | None = None
 
 
 class ArtifactResult(Struct, frozen=True):

@@ -15,7 +15,7 @@ from typing import Any
 
 from elmexport.artifact import MANIFEST, Artifact
 from elmexport.bench.guesses import Guesses
-from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, PrefillResult, SpeculationResult, Summary
+from elmexport.bench.results import ArtifactResult, Benchmark, DecodeResult, Machine, OwnLookup, PrefillResult, SpeculationResult, Summary
 from elmexport.bench.traffic import Traffic, traffic
 from elmexport.bench.workload import Workload
 from elmexport.cores import VARIABLE, available_cores
@@ -61,7 +61,7 @@ def benchmark(
     """
     workload.check()
     if guesses is not None:
-        guesses.check()
+        guesses.check(paths)
     if repeat < 1:
         raise ElmExportError(f"repeat is {repeat}; it must be 1 or more")
     if threads is not None and threads < 1:
@@ -138,7 +138,12 @@ def _speculation(guesses: Guesses, answers: Sequence[dict[str, Any]]) -> Specula
     rate, plain = (Summary.of([answer["tokens"] / answer[key] for answer in answers]) for key in ("guessed_s", "plain_s"))
     last = answers[-1]
     counted = {key: last[key] for key in ("tokens", "accepted", "drafted", "mean_accepted", "note")}
-    return SpeculationResult(how=guesses.words, tokens_per_s=rate, plain_tokens_per_s=plain, speed_up=rate.median / plain.median, **counted)
+    own = None
+    if last["own"] is not None:
+        theirs, base = (Summary.of([1 / answer["own"][key] for answer in answers]) for key in ("guessed_s", "plain_s"))
+        own = OwnLookup(f"llama.cpp's own {guesses.words}", theirs, base, theirs.median / base.median)
+    speed_up = rate.median / plain.median
+    return SpeculationResult(how=guesses.words, tokens_per_s=rate, plain_tokens_per_s=plain, speed_up=speed_up, own=own, **counted)
 
 
 def _subject(path: Path, workload: Workload, fit: Collection[str]) -> _Subject:

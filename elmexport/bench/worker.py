@@ -18,7 +18,7 @@ from elmexport.bench.memory import peak_bytes, resident_bytes
 from elmexport.bench.workload import Workload
 from elmexport.errors import ElmExportError
 from elmexport.runtimes import artifact_kind, open_as, preload
-from elmexport.runtimes.text import find_tokenizer
+from elmexport.runtimes.artifact_tokenizer import find_tokenizer
 
 
 def run(path: Path, workload: Workload, fit: Collection[str], guesses: Guesses | None = None) -> dict[str, Any]:

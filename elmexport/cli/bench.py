@@ -40,7 +40,8 @@ def bench(
         ),
     ] = None,
     draft_model: Annotated[
-        Path | None, typer.Option(metavar="ARTIFACT", help="Measure speculative decoding too, tokens guessed by this artifact.")
+        str | None,
+        typer.Option(metavar="ARTIFACT|MODEL", help="Measure speculative decoding too, tokens guessed by this artifact or model."),
     ] = None,
     num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
@@ -65,7 +66,7 @@ def bench(
     )
     guesses = None
     if prompt_lookup is not None or draft_model is not None:
-        guesses = Guesses(prompt_lookup, draft_model=None if draft_model is None else str(draft_model), draft_tokens=num_draft_tokens)
+        guesses = Guesses(prompt_lookup, draft_model=draft_model, draft_tokens=num_draft_tokens)
     with progress_bar() as progress:
         fit = [part for part, given in zip(PARTS, (prompt, depth, generate), strict=True) if given is None]
         result = benchmark(artifacts, workload, repeat=repeat, threads=threads, fit=fit, guesses=guesses, progress=progress)
@@ -88,6 +89,9 @@ def _guessed(artifacts: tuple[ArtifactResult, ...]) -> list[tuple[str, ...]]:
         if (one := artifact.speculation) is not None:
             accepted, rates = f"{one.accepted}/{one.drafted}", (f"{one.tokens_per_s.median:.1f}", f"{one.plain_tokens_per_s.median:.1f}")
             rows.append((one.how, artifact.name, accepted, f"{one.mean_accepted:.2f}", *rates, f"{one.speed_up:.2f}"))
+            if (own := one.own) is not None:
+                rates = f"{own.tokens_per_s.median:.1f}", f"{own.plain_tokens_per_s.median:.1f}"
+                rows.append((own.how, artifact.name, "-", "-", *rates, f"{own.speed_up:.2f}"))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,7 +48,11 @@ def generate(
     ] = None,
     ngram_size: Annotated[int, typer.Option(metavar="N", help="Tokens that --prompt-lookup compares, at most.")] = 3,
     draft_model: Annotated[
-        Path | None, typer.Option(metavar="ARTIFACT", help="Let a smaller artifact or checkpoint guess tokens, and verify them at once.")
+        str | None,
+        typer.Option(
+            metavar="ARTIFACT|MODEL",
+            help="Let a smaller model guess tokens, and verify them at once: an artifact, a name of `elmexport models`, a hub id, a checkpoint's folder.",
+        ),
     ] = None,
     num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
     tokenizer: Annotated[
@@ -87,31 +92,34 @@ def generate(
             from elmexport.runtimes.chat import Chat
 
             session(Chat(model, options))
-        elif json:
-            answers = [(one, _complete(model, one, options, chat=chat, show=False)) for one in many or [prompt or ""]]
-            documents = [{"prompt": one, **_document(done)} for one, done in answers]
+            return
+        texts = many or [prompt or ""]
+        completions = _completions(model, texts, options, chat=chat, show=not json)
+        if json:
+            documents = [{"prompt": one, **_document(done)} for one, done in zip(texts, completions, strict=True)]
             print_json(documents[0] if many is None else {"completions": documents})
-        else:
-            for number, one in enumerate(many or [prompt or ""]):
-                if many is not None:
-                    typer.echo(f"{'' if number == 0 else chr(10)}{one}", nl=False)
-                done = _complete(model, one, options, chat=chat, show=True)
-                typer.echo()
-                _notes(done)
+            return
+        for number, one in enumerate(texts):
+            if many is not None:
+                typer.echo(f"{'' if number == 0 else chr(10)}{one}", nl=False)
+            done = next(completions)
+            typer.echo()
+            _notes(done)
+        next(completions, None)  # what is said when all are there
     finally:
         model.close()
 
 
-def _complete(model: TextModel, prompt: str, options: TextOptions, *, chat: bool, show: bool) -> Completion:
+def _completions(model: TextModel, texts: list[str], options: TextOptions, *, chat: bool, show: bool) -> Iterator[Completion]:
+    from elmexport.runtimes.chat import Chat
+
+    encode: Callable[[str], list[int]] = Chat(model, options).encode if chat else model.encode
+
     def write(text: str) -> None:
         if show:
             typer.echo(text, nl=False)  # flushes
 
-    if chat:
-        from elmexport.runtimes.chat import Chat
-
-        return Chat(model, options).say(prompt, write)
-    return model.complete(prompt, options, write)
+    return model.complete_many([encode(text) for text in texts], options, write, lambda line: typer.echo(f"note: {line}", err=True))
 
 
 def _notes(done: Completion) -> None:

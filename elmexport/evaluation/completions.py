@@ -12,8 +12,9 @@ from elmexport.checkpoint.tokenizer import Tokenizer
 from elmexport.evaluation.evaluated_model import FP16, find_reference
 from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import artifact_kind, open_as
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer, same_tokens
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.text import TextModel, TextOptions, artifact_tokenizer, same_tokens
+from elmexport.runtimes.text import TextModel, TextOptions
 
 MAX_TOKENS = 48
 

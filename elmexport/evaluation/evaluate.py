@@ -22,8 +22,8 @@ from elmexport.evaluation.text import text_pass
 from elmexport.evaluation.windows import DEFAULT_TOKENS, Windows, text_windows
 from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import artifact_kind, engine_version
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.text import artifact_tokenizer
 
 if TYPE_CHECKING:
     from elmexport.evaluation.tasks.documents import Document

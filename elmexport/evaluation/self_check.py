@@ -22,7 +22,7 @@ from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
-from elmexport.runtimes.text import find_tokenizer
+from elmexport.runtimes.artifact_tokenizer import find_tokenizer
 from elmexport.target import Target, wider_formats
 from elmexport.weights import Role, WeightSpec
 

@@ -76,8 +76,24 @@ def forward(
     def get(spec: WeightSpec) -> Tensor:
         return weight(spec).to(caches.device, caches.dtype)
 
-    found = _run(graph.nodes, values, get, caches.layer, position, {graph.result}, last=last, observe=observe)
+    found = _run(graph.nodes, values, get, _attend(caches.layer, position), {graph.result}, last=last, observe=observe)
     return found[graph.result].cpu()
+
+
+def step(graph: Graph, weight: GetWeight, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCaches]) -> Tensor:
+    """Compute the logits `[sequences, vocab]` of one token each of several sequences.
+
+    Each of `ids` `[sequences]` stands at its position of its own caches. All but attention runs on every sequence at once.
+    """
+    device, dtype = caches[0].device, caches[0].dtype
+
+    def attend(node: Node, qkv: Tensor, *norms: Tensor | None) -> Tensor:
+        alone = (_attend(own.layer, position) for own, position in zip(caches, positions, strict=True))
+        return torch.cat([one(node, row[None], *norms) for one, row in zip(alone, qkv, strict=True)])
+
+    values = {graph.source: ids[:, None].to(device)}
+    found = _run(graph.nodes, values, lambda spec: weight(spec).to(device, dtype), attend, {graph.result})
+    return found[graph.result][:, 0].cpu()
 
 
 @dataclass(frozen=True)
@@ -127,7 +143,8 @@ class LoadedStage:
             return torch.empty(shape, device=self.device), torch.empty(shape, device=self.device)
 
         own = {name: values[name].to(self.device) for name in stage.inputs}
-        found = _run(stage.nodes, own, lambda spec: self.weights[spec.name], caches, 0, stage.outputs, observe=observe, products=products)
+        attend = _attend(caches, 0)
+        found = _run(stage.nodes, own, lambda spec: self.weights[spec.name], attend, stage.outputs, observe=observe, products=products)
         return {name: found[name].cpu() for name in stage.outputs}
 
     def __call__(self, x: Tensor, *, observe: Observer | None = None, products: torch.dtype | None = None) -> Tensor:
@@ -189,8 +206,7 @@ def _run(
     nodes: Sequence[Node],
     values: dict[str, Tensor],
     weight: GetWeight,
-    caches: Callable[[int], tuple[Tensor, Tensor]],
-    position: int,
+    attend: Callable[[Node, Tensor, Tensor | None, Tensor | None], Tensor],
     wanted: Collection[str],
     *,
     last: int | None = None,
@@ -199,7 +215,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """Run `nodes` on `values`, activations by name, which are dropped after their last use unless they are `wanted`.
 
-    `caches` gives the key and value cache of a layer.
+    `attend` computes an attention node from queries, keys and values together and the weights of their norms.
     """
     remaining = Counter(name for node in nodes for name in node.inputs.values())
     remaining.update(wanted)
@@ -211,9 +227,7 @@ def _run(
         if node.op == "moe":
             out = _experts(node, x, weight, observe)
         elif node.op == "attention":
-            assert node.layer is not None
-            k_cache, v_cache = caches(node.layer)
-            out = ops.attention_(x["qkv"], w.get("q_norm"), w.get("k_norm"), k_cache, v_cache, position, **node.attrs)
+            out = attend(node, x["qkv"], w.get("q_norm"), w.get("k_norm"))
         else:
             if products is not None and node.op == "linear":
                 x, w = ({name: tensor.to(products) for name, tensor in tensors.items()} for tensors in (x, w))
@@ -230,6 +244,18 @@ def _run(
             if not remaining[name]:
                 values.pop(name, None)
     return values
+
+
+def _attend(
+    caches: Callable[[int], tuple[Tensor, Tensor]], position: int
+) -> Callable[[Node, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """Attention of tokens at `position`; `caches` gives the key and value cache of a layer."""
+
+    def attend(node: Node, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+        assert node.layer is not None
+        return ops.attention_(qkv, q_norm, k_norm, *caches(node.layer), position, **node.attrs)
+
+    return attend
 
 
 def _experts(node: Node, x: Mapping[str, Tensor], weight: GetWeight, observe: Observer | None) -> Tensor:

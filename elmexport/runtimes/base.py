@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elmexport.errors import ElmExportError
+from elmexport.runtimes.sequences import Sequences
 
 TokenIds = Sequence[int] | NDArray[np.integer]
 
@@ -24,6 +25,7 @@ class Runtime(ABC):
     context: int  # tokens that the cache can hold
     step_tokens: int = 1  # the fewest that are rounded as any larger number is; generation feeds as many, padded
     smooth: bool = False  # whether tiny differences stay tiny: activations that are rounded to few bits make them jump
+    batch_tokens: int = 0  # that the `sequences` of a batch may have together; 0: the engine decodes one sequence at a time
     only_greedy: str | None = None  # why there are no logits, only the most likely token; None where there are
 
     def __init__(self) -> None:
@@ -77,11 +79,20 @@ class Runtime(ABC):
         self.length = position
         return results
 
-    def _check_logits(self) -> None:
-        if self.only_greedy is not None:
-            raise ElmExportError(self.only_greedy)
+    def sequences(self, lengths: Sequence[int]) -> Sequences:
+        """Sequences of up to `lengths` tokens, together at most `batch_tokens`, to decode at once; `logits` starts anew after them.
 
-    def _checked(self, ids: TokenIds, position: int) -> NDArray[np.int64]:
+        Only where `batch_tokens` is above 0.
+        """
+        self.length = 0
+        return self._sequences(lengths)
+
+    def check_ids(self, ids: TokenIds) -> NDArray[np.int64]:
+        """`ids` as an array.
+
+        Raises:
+            ElmExportError: no ids, or an id outside the vocabulary.
+        """
         tokens = np.asarray(ids, dtype=np.int64).reshape(-1)
         if not len(tokens):
             raise ElmExportError("no token ids were given; logits need at least one")
@@ -89,6 +100,14 @@ class Runtime(ABC):
             raise ElmExportError(
                 f"token id {int(tokens[(tokens < 0) | (tokens >= self.vocab_size)][0])} is outside the vocabulary, 0 to {self.vocab_size - 1}"
             )
+        return tokens
+
+    def _check_logits(self) -> None:
+        if self.only_greedy is not None:
+            raise ElmExportError(self.only_greedy)
+
+    def _checked(self, ids: TokenIds, position: int) -> NDArray[np.int64]:
+        tokens = self.check_ids(ids)
         self._check_position(position)
         end = position + len(tokens)
         if end > self.context:
@@ -112,6 +131,10 @@ class Runtime(ABC):
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         """`continuations`, arguments already checked, at least one; engines that can batch override it."""
         return [self._forward(ids, position, len(ids)) for ids in continuations]
+
+    def _sequences(self, lengths: Sequence[int]) -> Sequences:
+        """`sequences`; engines with `batch_tokens` override it."""
+        raise NotImplementedError
 
     def prepare_generation(self) -> None:  # noqa: B027  (optional)
         """Set up to generate texts, before any is fed: as fast as the engine is, and rounding alike however many tokens are read at once."""

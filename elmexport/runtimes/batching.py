@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TOKENS = 512  # of one batch, padding included; bounds the memory of its logits and copied caches
+FULL_CACHES = 4  # as large as these are those of a batch of sequences, at most
 PADDING = 16  # tokens by which a row may be padded: a call of its own would cost about as much
 
 

@@ -56,6 +56,14 @@ class Chat:
         finally:
             self.messages += [*turn, Message("assistant", "".join(said))]
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` as the next turn, after what is kept.
+
+        Raises:
+            ElmExportError: a text that is none.
+        """
+        return self._ids([*self.messages, Message("user", text_of(text))])
+
     def reset(self) -> None:
         """Forget everything."""
         self.messages = []

@@ -13,6 +13,8 @@ import ctypes
 import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from numpy.typing import NDArray
 from elmexport.cores import asked_threads, available_cores
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import batches
+from elmexport.runtimes.batching import FULL_CACHES, batches
+from elmexport.runtimes.sequences import Sequences
 
 BATCH = 512  # tokens in one call of the engine
 SEQUENCES = 32  # that one call can hold beside the one of `logits`
@@ -49,6 +52,7 @@ class LlamaCppRuntime(Runtime):
         super().__init__()
         self._model: Any = None
         self._handle: Any = None
+        self._flash = 0
         self._batch: Any = None
         self._lib = engine()
         check_magic(path)
@@ -62,25 +66,26 @@ class LlamaCppRuntime(Runtime):
             )
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         self.context = self._lib.llama_model_n_ctx_train(self._model)
+        self.batch_tokens = max(FULL_CACHES * self.context, BATCH)
         self._path = path
-        self._open_context(self._context_params())
+        self._handle = self._open_context(self._context_params())
         self._batch = self._new_batch()
 
-    def _open_context(self, params: Any) -> None:
-        self._handle = self._lib.llama_init_from_model(self._model, params)
-        if not self._handle:
+    def _open_context(self, params: Any) -> Any:
+        handle = self._lib.llama_init_from_model(self._model, params)
+        if not handle:
             raise ElmExportError(
-                f"llama.cpp cannot make a context of {self.context} tokens for {self._path}: {reason()}. Free memory and try again"
+                f"llama.cpp cannot make a context of {params.n_ctx} tokens for {self._path}: {reason()}. Free memory and try again"
             )
+        return handle
 
     def prepare_generation(self) -> None:
         """Switch to flash attention, which computes each token alike however many there are; plain attention's products do not."""
-        params = self._context_params()
-        params.flash_attn_type = 1
         self._memory()
         self._lib.llama_free(self._handle)
-        self.length = 0
-        self._open_context(params)
+        self._handle, self.length = None, 0
+        self._flash = 1
+        self._handle = self._open_context(self._context_params())
 
     def _context_params(self) -> Any:
         params = self._lib.llama_context_default_params()
@@ -90,7 +95,7 @@ class LlamaCppRuntime(Runtime):
         params.n_batch = params.n_ubatch = BATCH
         params.n_threads = params.n_threads_batch = asked_threads() or available_cores()
         params.type_k = params.type_v = _F32
-        params.flash_attn_type = 0  # disabled; versions that lack the field have it off by default
+        params.flash_attn_type = self._flash  # 0: disabled; versions that lack the field have it off by default
         params.offload_kqv = params.op_offload = False
         return params
 
@@ -102,14 +107,18 @@ class LlamaCppRuntime(Runtime):
         return batch
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
-        self._lib.llama_memory_seq_rm(self._memory(), 0, position, -1)
+        return self.feed(0, ids, position, last)
+
+    def feed(self, sequence: int, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
+        """Feed `ids` at `position` of a sequence, which forgets what came after; logits `[last, vocab]` of the last `last` tokens."""
+        self.cut(sequence, position)
         result = np.empty((last, self.vocab_size), dtype=np.float32)
         wanted = np.arange(len(ids)) >= len(ids) - last
         done = 0
         for start in range(0, len(ids), BATCH):
             part = slice(start, start + BATCH)
             positions = np.arange(position + start, position + start + len(ids[part]))
-            logits = self._decode(ids[part], positions, np.zeros_like(positions), wanted[part])
+            logits = self.decode(ids[part], positions, np.full_like(positions, sequence), wanted[part])
             result[done : done + len(logits)] = logits
             done += len(logits)
         return result
@@ -127,7 +136,7 @@ class LlamaCppRuntime(Runtime):
             for sequence in range(1, len(members) + 1):
                 self._lib.llama_memory_seq_cp(memory, 0, sequence, 0, position)
             try:
-                logits = self._decode(
+                logits = self.decode(
                     np.concatenate(members),
                     position + np.concatenate([np.arange(length) for length in lengths]),
                     np.repeat(np.arange(1, len(members) + 1), lengths),
@@ -144,7 +153,32 @@ class LlamaCppRuntime(Runtime):
             raise ElmExportError("this runtime has been closed; open the artifact again")
         return self._lib.llama_get_memory(self._handle)
 
-    def _decode(
+    def _sequences(self, lengths: Sequence[int]) -> Sequences:
+        self._memory()
+        params = self._context_params()
+        # A pool for each: in a shared one, where a prompt's cells lie changes how attention rounds.
+        params.kv_unified, params.n_seq_max = False, len(lengths)
+        params.n_ctx = len(lengths) * max(lengths)  # llama.cpp rounds it up
+        return _LlamaCppSequences(self, self._open_context(params))
+
+    def cut(self, sequence: int, position: int) -> None:
+        """Forget what a sequence holds from `position` on."""
+        self._lib.llama_memory_seq_rm(self._memory(), sequence, position, -1)
+
+    @contextmanager
+    def using(self, handle: Any) -> Iterator[None]:
+        """Compute in another context for a while."""
+        own, self._handle = self._handle, handle
+        try:
+            yield
+        finally:
+            self._handle = own
+
+    def free(self, handle: Any) -> None:
+        """Free another context."""
+        self._lib.llama_free(handle)
+
+    def decode(
         self, ids: NDArray[np.int64], positions: NDArray[np.int64], sequences: NDArray[np.int64], wanted: NDArray[np.bool_]
     ) -> NDArray[np.float32]:
         """Feed at most `BATCH` tokens, each at its position of its sequence; logits where `wanted`, which the next call overwrites."""
@@ -178,6 +212,27 @@ class LlamaCppRuntime(Runtime):
         # When the interpreter ends, the library's functions may be gone already, and the system takes the memory.
         if getattr(self, "_lib", None) is not None and not sys.is_finalizing():
             self.close()
+
+
+class _LlamaCppSequences(Sequences):
+    """Sequences in a context of their own, `handle`."""
+
+    def __init__(self, runtime: LlamaCppRuntime, handle: Any) -> None:
+        self._runtime, self._handle = runtime, handle
+
+    def read(self, number: int, ids: Sequence[int], position: int) -> NDArray[np.float32]:
+        with self._runtime.using(self._handle):
+            return self._runtime.feed(number, self._runtime.check_ids(ids), position, 1)[0]
+
+    def step(self, numbers: Sequence[int], ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        tokens, places, sequences = (np.asarray(values, np.int64) for values in (ids, positions, numbers))
+        with self._runtime.using(self._handle):
+            for number, position in zip(numbers, positions, strict=True):
+                self._runtime.cut(number, position)
+            return self._runtime.decode(tokens, places, sequences, np.ones(len(ids), np.bool_)).copy()
+
+    def close(self) -> None:
+        self._runtime.free(self._handle)
 
 
 def open_runtime(path: Path) -> LlamaCppRuntime:

@@ -132,6 +132,22 @@ def read(runtime: Runtime, ids: Sequence[int], position: int) -> NDArray[np.floa
     return runtime.logits(given, position)[: len(ids)]
 
 
+def margin_of(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Margin between the two best logits that a token must have, given the logits of the same tokens computed in two ways."""
+    return _FACTOR * float(np.abs(one - other).max())
+
+
+def trusted(margin: float, runtime: Runtime) -> bool:
+    """Whether a token of that margin is surely the one of the other way of computing."""
+    return margin <= (_TRUSTED if runtime.smooth else 0)
+
+
+def too_close(scores: NDArray[np.float64], margin: float) -> bool:
+    """Whether the two best of `scores` `[vocab]` are nearer than `margin`."""
+    second, best = np.partition(scores, -2)[-2:]
+    return bool(best - second < margin)
+
+
 class SpeculativeDecoder:
     """Decoding with guesses. The cache of `runtime` holds all of a text but its last token before and after each step."""
 
@@ -172,9 +188,9 @@ class SpeculativeDecoder:
         """Read the tokens of the trial again, at once, and see how much that changes."""
         self._plain = len(text) - TRIAL
         again = read(self._runtime, text[-TRIAL:], self._plain)
-        self._margin = _FACTOR * float(np.abs(again - np.stack(self._trial)).max())
+        self._margin = margin_of(again, np.stack(self._trial))
         self._trial = []
-        if self._margin > (_TRUSTED if self._runtime.smooth else 0):
+        if not trusted(self._margin, self._runtime):
             self.speculation.note = f"{self._runtime.name} rounds otherwise when it reads several tokens at once, so nothing was guessed: the text is that of plain decoding"
             self._repeat(text)
 
@@ -191,10 +207,8 @@ class SpeculativeDecoder:
         for i, row in enumerate(rows):
             scores = self._sampler.settings.scores(row, text)
             token, repeated = int(scores.argmax()), False
-            if self._margin:
-                second, best = np.partition(scores, -2)[-2:]
-                if best - second < self._margin:
-                    token, repeated = self._sampler(self._repeat(text), text), True
+            if self._margin and too_close(scores, self._margin):
+                token, repeated = self._sampler(self._repeat(text), text), True
             found.append(token)
             text.append(token)
             if repeated or i == len(draft.tokens) or token != draft.tokens[i]:  # what was read after a repeated token is gone

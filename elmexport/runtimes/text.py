@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, StreamDecoder, Tokenizer, load_tokenizer
-from elmexport.checkpoint.tokenizer.probes import probes
+from elmexport.checkpoint.tokenizer import StreamDecoder, Tokenizer
 from elmexport.errors import ElmExportError
-from elmexport.formats import find_format, load
-from elmexport.models import read_config
-from elmexport.runtimes import CHECKPOINT, artifact_kind, open_as
+from elmexport.runtimes import artifact_kind, open_as
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.batch_generation import BatchDecoder, text_groups
+from elmexport.runtimes.draft_model import find_draft
 from elmexport.runtimes.generation import Stop, generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.speculation import Drafter, DraftModel, PromptLookup, Speculation, read
@@ -53,7 +53,9 @@ class Completion:
     tokens: tuple[int, ...]  # those that `text` was made of, and in a text that a stop string ended perhaps more
     stop: Stop
     prompt_tokens: int
-    seconds: float  # of all tokens but the first, whose time is that of reading the prompt
+    seconds: (
+        float  # of all tokens but the first, whose time is that of reading the prompt; with other texts, where they were decoded at once
+    )
     plain_rate: float | None  # tokens per second of plain decoding, measured on the last tokens; None where nothing was guessed
     speculation: Speculation | None
 
@@ -77,20 +79,20 @@ class TextModel:
         Raises:
             ElmExportError: a prompt that is not text, has no token, or is too long for the context; or see `generate`.
         """
-        return self.complete_ids(self.tokenizer.encode(text_of(prompt)), options, write)
+        return self.complete_ids(self.encode(prompt), options, write)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of `prompt`, after BOS where the model has one.
+
+        Raises:
+            ElmExportError: a prompt that is not text.
+        """
+        return self.tokenizer.encode(text_of(prompt))
 
     def complete_ids(self, ids: Sequence[int], options: TextOptions, write: Callable[[str], None] = lambda text: None) -> Completion:
         """Continue token ids; see `complete`."""
         self.check_fits(len(ids))
-        decoder, ends = StreamDecoder(self.tokenizer, ids), StopStrings(options.stop)
-        pieces: list[str] = []
-        found: list[int] = []
-
-        def give(text: str) -> None:
-            if text:
-                pieces.append(text)
-                write(text)
-
+        answer = _Answer(self.tokenizer, ids, options, write)
         tokens = generate(
             self.runtime,
             ids,
@@ -99,23 +101,56 @@ class TextModel:
             eos_ids=self.tokenizer.special.eos,
             drafter=self._drafter(options),
         )
-        start = time.perf_counter()
         for token in tokens:
-            found.append(token)
-            if len(found) == 1:
-                start = time.perf_counter()
-            give(ends.feed(decoder.feed(token)))
-            if ends.found:
+            if not answer.feed(token):
                 break
+        done = answer.finish(tokens.stop or "max tokens")
+        if tokens.speculation is None:
+            return done
+        rate = self._plain_rate([*ids, *done.tokens]) if tokens.speculation.steps else None
+        return replace(done, plain_rate=rate, speculation=tokens.speculation)
+
+    def complete_many(
+        self,
+        prompts: Sequence[Sequence[int]],
+        options: TextOptions,
+        write: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> Iterator[Completion]:
+        """Continue the token ids of each of `prompts`; see `complete`. Texts are what they are alone, and come in the order of the prompts.
+
+        Neighbours are decoded at once where the engine can and nothing is guessed; `write` gets each of these whole. `note` hears why not,
+        where that depends on the artifact.
+
+        Raises:
+            ElmExportError: as `complete`, before anything is computed.
+        """
+        for ids in prompts:
+            self.check_fits(len(ids))
+        return self._complete_many(prompts, options, write, note)
+
+    def _complete_many(
+        self, prompts: Sequence[Sequence[int]], options: TextOptions, write: Callable[[str], None], note: Callable[[str], None]
+    ) -> Iterator[Completion]:
+        runtime, context = self.runtime, self.runtime.context
+        if self._drafter(options) is not None or runtime.only_greedy is not None or options.max_tokens < 1:
+            tokens = 0
         else:
-            give(ends.feed(decoder.finish()))
-            give(ends.finish())
-        seconds = time.perf_counter() - start
-        stop: Stop = "stop string" if ends.found else tokens.stop or "max tokens"
-        rate = None
-        if tokens.speculation is not None and tokens.speculation.steps:
-            rate = self._plain_rate([*ids, *found])
-        return Completion("".join(pieces), tuple(found), stop, len(ids), seconds, rate, tokens.speculation)
+            tokens = runtime.batch_tokens
+        batches = BatchDecoder(runtime, options.sampling, max_tokens=options.max_tokens, eos_ids=self.tokenizer.special.eos)
+        for part in text_groups([min(len(ids) + options.max_tokens, context) for ids in prompts], tokens):
+            group = prompts[part]
+            if len(group) == 1 or batches.note is not None:
+                yield from (self.complete_ids(ids, options, write) for ids in group)
+                continue
+            answers = [_Answer(self.tokenizer, ids, options) for ids in group]
+            stops = batches.decode(group, lambda i, token, answers=answers: answers[i].feed(token))  # type: ignore[misc]
+            for answer, stop in zip(answers, stops, strict=True):
+                done = answer.finish(stop)
+                write(done.text)
+                yield done
+        if batches.note is not None and tokens and len(prompts) > 1:
+            note(batches.note)
 
     def check_fits(self, count: int) -> None:
         """Refuse a prompt of `count` tokens that cannot be continued.
@@ -154,39 +189,58 @@ class TextModel:
             self._draft.close()
 
 
-def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: Path | None = None) -> TextModel:
-    """Open the artifact `path`, and the model `draft` that guesses for it.
+def open_text_model(path: Path, *, tokenizer: Path | None = None, draft: str | None = None) -> TextModel:
+    """Open the artifact `path`, and the artifact or model `draft` that guesses for it (see `find_draft`).
 
     `tokenizer` is a tokenizer file, the artifact's own where None.
 
     Raises:
-        ElmExportError: see `open_artifact` and `artifact_tokenizer`; a draft model of another vocabulary.
-        MissingDependencyError: the engine is not installed.
+        ElmExportError: see `open_artifact`, `artifact_tokenizer` and `find_draft`; a draft model of another vocabulary.
+        MissingDependencyError: the engine is not installed, or a hub that cannot be reached.
     """
     kind = artifact_kind(path)
     chosen = artifact_tokenizer(kind, path, tokenizer)
+    found = None if draft is None else find_draft(draft, tokenizer)
+    if found is not None:
+        found.check_tokenizer(path, chosen)
     runtime = open_as(kind, path)
-    return TextModel(path.name, runtime, chosen, None if draft is None else open_draft(draft, path, runtime, chosen, tokenizer))
+    return TextModel(path.name, runtime, chosen, None if found is None else found.open_for(path, runtime))
 
 
-def open_draft(draft: Path, path: Path, runtime: Runtime, tokenizer: Tokenizer, given: Path | None = None) -> Runtime:
-    """Open the artifact `draft`, to guess for `path`, which is open with its tokenizer.
+class _Answer:
+    """The text that continues `ids`, token by token."""
 
-    `given` is a tokenizer's file to take instead of its own.
+    def __init__(
+        self, tokenizer: Tokenizer, ids: Sequence[int], options: TextOptions, write: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._decoder, self._ends, self._write = StreamDecoder(tokenizer, ids), StopStrings(options.stop), write
+        self._prompt_tokens = len(ids)
+        self._pieces: list[str] = []
+        self._tokens: list[int] = []
+        self._start = self._end = time.perf_counter()
 
-    Raises:
-        ElmExportError: see `open_artifact`; or another vocabulary.
-        MissingDependencyError: the engine is not installed.
-    """
-    kind = artifact_kind(draft)
-    fix = "use a smaller model of the same family, or another quantization of the same model"
-    if not same_tokens(tokenizer, artifact_tokenizer(kind, draft, given)):
-        raise ElmExportError(f"the draft model {draft} has another tokenizer than {path}, so its guesses would mean other words; {fix}")
-    other = open_as(kind, draft)
-    if other.vocab_size != runtime.vocab_size:
-        raise ElmExportError(f"the draft model {draft} has {other.vocab_size} tokens, {path} has {runtime.vocab_size}; {fix}")
-    other.prepare_generation()
-    return other
+    def feed(self, token: int) -> bool:
+        """Take a token; whether the text goes on, which it does not after a stop string."""
+        self._tokens.append(token)
+        if len(self._tokens) == 1:
+            self._start = time.perf_counter()
+        self._give(self._ends.feed(self._decoder.feed(token)))
+        self._end = time.perf_counter()
+        return not self._ends.found
+
+    def finish(self, stop: Stop) -> Completion:
+        """The whole, which ended because of `stop` if not because of a stop string."""
+        if not self._ends.found:
+            self._give(self._ends.feed(self._decoder.finish()))
+            self._give(self._ends.finish())
+        stop = "stop string" if self._ends.found else stop
+        seconds = max(0.0, self._end - self._start)
+        return Completion("".join(self._pieces), tuple(self._tokens), stop, self._prompt_tokens, seconds, None, None)
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
+            self._write(text)
 
 
 class StopStrings:
@@ -224,54 +278,3 @@ def text_of(prompt: str) -> str:
     except UnicodeEncodeError:
         raise ElmExportError(f"the prompt {prompt!r} is not text in the encoding {sys.getfilesystemencoding()}; use UTF-8") from None
     return prompt
-
-
-def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers, of files of whatever kind, give texts the same ids and end them alike."""
-    return one.special.eos == other.special.eos and all(one.encode(text) == other.encode(text) for text in probes(one))
-
-
-def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer:
-    """Find the tokenizer of an artifact of `kind`; `given` is a tokenizer's file to take instead (`find_tokenizer`).
-
-    Raises:
-        ElmExportError: there is none.
-        MissingDependencyError: what reads it is not installed.
-    """
-    found = find_tokenizer(kind, path, given)
-    if found is None:
-        raise ElmExportError(f"{path} has no tokenizer ({' or '.join(TOKENIZER_FILES)}) with it; pass the model's with --tokenizer PATH")
-    return found
-
-
-def find_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer | None:
-    """Find the tokenizer of an artifact: inside the model file, in the folder, or beside or above a bare file.
-
-    `given` is a tokenizer's file to take instead; which ids begin and end texts, the artifact's `config.json` says all the same. None where
-    there is none.
-
-    Raises:
-        ElmExportError: a damaged file, or one of another model.
-        MissingDependencyError: what reads it is not installed.
-    """
-    suffixes: tuple[str, ...] = ()
-    if kind != CHECKPOINT:
-        row = find_format(kind)
-        if row.tokenizer is not None and given is None:
-            tokenizer: Tokenizer = load(row.tokenizer)(path)
-            return tokenizer
-        suffixes = row.suffixes
-    folders = (path,) if path.is_dir() and path.suffix not in suffixes else path.absolute().parents[:2]
-    found = given or next((file for folder in folders for name in TOKENIZER_FILES if (file := folder / name).is_file()), None)
-    if found is None:
-        return None
-    config = next((file for folder in folders if (file := folder / "config.json").is_file()), None)
-    return load_tokenizer(found, None if config is None else _model_ids(config))
-
-
-def _model_ids(config: Path) -> ModelIds | None:
-    """What a `config.json` says of texts; None where it is of a model that is not known here (a bare file of another's)."""
-    try:
-        return ModelIds.of(read_config(config))
-    except ElmExportError:
-        return None

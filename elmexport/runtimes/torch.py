@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from elmexport.checkpoint import open_checkpoint
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.graph.device import torch_device
-from elmexport.graph.forward import KVCaches, forward
+from elmexport.graph.forward import KVCaches, forward, step
 from elmexport.models import trace
 from elmexport.runtimes.base import Runtime
-from elmexport.runtimes.batching import in_padded_batches
+from elmexport.runtimes.batching import FULL_CACHES, in_padded_batches
+from elmexport.runtimes.sequences import Sequences
+from elmexport.weights import WeightSpec
 
 
 class TorchRuntime(Runtime):
@@ -45,25 +48,54 @@ class TorchRuntime(Runtime):
         self._dtype, self._device = dtype, torch_device()
         self._weights = {name: _rounded(name, checkpoint.tensor(name), rounded_to).to(self._device, dtype) for name in checkpoint.specs}
         self._caches = KVCaches(self.graph, dtype=dtype, device=self._device)
+        self.batch_tokens = FULL_CACHES * self.context
 
     @torch.inference_mode()
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         tokens = torch.from_numpy(ids)[None]
-        rows: NDArray[np.float32] = self._run(tokens, position, self._caches, last)[0]
+        rows: NDArray[np.float32] = self.run(tokens, position, self._caches, last)[0]
         return rows
+
+    def _sequences(self, lengths: Sequence[int]) -> Sequences:
+        return _TorchSequences(self, [KVCaches(self.graph, 1, self._dtype, length, self._device) for length in lengths])
 
     @torch.inference_mode()
     def _continuations(self, continuations: list[NDArray[np.int64]], position: int) -> list[NDArray[np.float32]]:
         def read(ids: NDArray[np.int64]) -> NDArray[np.float32]:
             caches = KVCaches(self.graph, len(ids), self._dtype, position + ids.shape[1], self._device)
             caches.copy_prefix(self._caches, position)
-            return self._run(torch.from_numpy(ids), position, caches, None)
+            return self.run(torch.from_numpy(ids), position, caches, None)
 
         return in_padded_batches(continuations, self.context, position, read)
 
-    def _run(self, ids: torch.Tensor, position: int, caches: KVCaches, last: int | None) -> NDArray[np.float32]:
-        out = forward(self.graph, lambda spec: self._weights[spec.name], ids, position, caches, last=last)
+    def run(self, ids: torch.Tensor, position: int, caches: KVCaches, last: int | None) -> NDArray[np.float32]:
+        """Logits of `ids` `[batch, tokens]` at `position` of `caches`; of the last `last` tokens where given."""
+        out = forward(self.graph, self._weight, ids, position, caches, last=last)
         return out.to(torch.float32).numpy()
+
+    def step(self, ids: torch.Tensor, positions: Sequence[int], caches: Sequence[KVCaches]) -> NDArray[np.float32]:
+        """Logits `[sequences, vocab]` of one token each, `ids` `[sequences]`, at its position of its caches."""
+        return step(self.graph, self._weight, ids, positions, caches).to(torch.float32).numpy()
+
+    def _weight(self, spec: WeightSpec) -> torch.Tensor:
+        return self._weights[spec.name]
+
+
+class _TorchSequences(Sequences):
+    """Sequences with a cache each."""
+
+    def __init__(self, runtime: TorchRuntime, caches: list[KVCaches]) -> None:
+        self._runtime, self._caches = runtime, caches
+
+    @torch.inference_mode()
+    def read(self, number: int, ids: Sequence[int], position: int) -> NDArray[np.float32]:
+        tokens = torch.from_numpy(self._runtime.check_ids(ids))[None]
+        row: NDArray[np.float32] = self._runtime.run(tokens, position, self._caches[number], 1)[0, 0]
+        return row
+
+    @torch.inference_mode()
+    def step(self, numbers: Sequence[int], ids: Sequence[int], positions: Sequence[int]) -> NDArray[np.float32]:
+        return self._runtime.step(torch.tensor(ids), positions, [self._caches[number] for number in numbers])
 
 
 def _rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -7,14 +7,16 @@ import json
 import pytest
 
 from elmexport.bench import Guesses
+from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run, run  # noqa: F401  (a fixture)
+from tests.conftest import ExportTo
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [("--prompt-lookup", "6"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3")], ids=["lookup", "draft"]
+    "options", [("--prompt-lookup", "6"), ("--draft-model", "tiny", "--num-draft-tokens", "3")], ids=["lookup", "draft"]
 )
 def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
     workload = ("--prompt", "none", "--depth", "0", "--generate", "48", "--repeat", "1", "--threads", "1")
@@ -27,17 +29,32 @@ def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
         assert found["accepted"] == found["drafted"]  # the model guesses for itself
 
 
+@pytest.mark.slow
+def test_llama_cpps_own_lookup(run: Run, tiny: Checkpoint, export_to: ExportTo) -> None:  # noqa: F811
+    """Beside ours, in the table and the document; other engines have none."""
+    artifact = export_to(tiny, "gguf", "q4_0")
+    workload = ("--prompt", "none", "--depth", "0", "--generate", "40", "--repeat", "1", "--threads", "1")
+    (row,) = json.loads(run("bench", artifact, *workload, "--prompt-lookup", "6", "--json").out)["artifacts"]
+    own = row["speculation"]["own"]
+    assert own["how"] == "llama.cpp's own lookup 6"
+    assert own["speed_up"] == pytest.approx(own["tokens_per_s"]["median"] / own["plain_tokens_per_s"]["median"])
+    assert own["plain_tokens_per_s"]["median"] == pytest.approx(row["speculation"]["plain_tokens_per_s"]["median"], rel=0.9)
+    lines = run("bench", artifact, TINY_FOLDER, *workload, "--prompt-lookup", "6").out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-3:]] == ["lookup 6", "llama.cpp's own lookup 6", "lookup 6"]
+
+
 @pytest.mark.parametrize(
     ("guesses", "message"),
     [
         (Guesses(0), "prompt-lookup is 0"),
         (Guesses(4, draft_model=str(TINY_FOLDER)), "exclude each other"),
-        (Guesses(draft_model="nowhere"), "nowhere: no such file or folder"),
+        (Guesses(draft_model="nowhere"), "nowhere: no such file or folder, and no model"),
+        (Guesses(draft_model="tiny", draft_tokens=0), "num-draft-tokens is 0"),
     ],
 )
 def test_bad_guesses(guesses: Guesses, message: str) -> None:
     with pytest.raises(ElmExportError, match=message):
-        guesses.check()
+        guesses.check([TINY_FOLDER])
 
 
 def test_without_guesses_nothing_is_said_of_them(run: Run) -> None:  # noqa: F811

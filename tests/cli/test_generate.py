@@ -188,7 +188,7 @@ def test_stop_strings_across_pieces() -> None:
 @pytest.mark.slow
 def test_guesses(run: Run) -> None:
     plain = run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "48")
-    for options in (("--prompt-lookup", "4"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3")):
+    for options in (("--prompt-lookup", "4"), ("--draft-model", TINY_FOLDER, "--num-draft-tokens", "3"), ("--draft-model", "tiny")):
         outcome = run("generate", TINY_FOLDER, PROMPT, "--max-tokens", "48", *options)
         assert (outcome.code, outcome.out) == (0, plain.out)
         assert re.fullmatch(
@@ -261,6 +261,17 @@ def test_a_session_from_a_pipe(long_chat_model: Path) -> None:
         said.append(Message("assistant", answer))
         out += answer + "\n"
     assert done.stdout == out
+
+
+@pytest.mark.slow
+def test_many_turns_that_are_first_ones(run: Run, long_chat_model: Path) -> None:
+    Path("turns.txt").write_text("Who is there?\nSay <|im_end|> please\n", encoding="utf-8")
+    found = json.loads(run("generate", long_chat_model, "--chat", "--prompts", "turns.txt", "--max-tokens", "6", "--json").out)[
+        "completions"
+    ]
+    for one in found:
+        alone = json.loads(run("generate", long_chat_model, one["prompt"], "--chat", "--max-tokens", "6", "--json").out)
+        assert (one["text"], one["tokens"], one["prompt_tokens"]) == (alone["text"], alone["tokens"], alone["prompt_tokens"])
 
 
 @pytest.mark.slow

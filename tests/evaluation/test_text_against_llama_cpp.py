@@ -21,7 +21,7 @@ from elmexport.evaluation.text import text_pass
 from elmexport.evaluation.windows import Windows, text_windows
 from elmexport.progress import SilentProgress
 from elmexport.runtimes import open_artifact
-from elmexport.runtimes.text import artifact_tokenizer
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from tests.clients.llama_cpp_tools import llama_cpp_tools
 from tests.conftest import ExportTo
 

@@ -16,6 +16,7 @@ from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.draft_model import find_draft
 from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.speculation import Draft, Drafter, DraftModel, PromptLookup
@@ -241,4 +242,51 @@ def test_a_draft_model_with_another_tokenizer(tmp_path: Path) -> None:
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     with pytest.raises(ElmExportError, match="has another tokenizer than"):
-        open_text_model(TINY_FOLDER, draft=folder)
+        open_text_model(TINY_FOLDER, draft=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ("nowhere", "--draft-model nowhere: no such file or folder, and no model; give an artifact, .* tiny, "),
+        ("", "no such file or folder, and no model"),
+        ("x" * 300, "no such file or folder, and no model"),
+        ("some/where/else", "no such file or folder, and no model"),
+        ("folder/model.gguf", "folder/model.gguf: no such file or folder"),
+        ("empty", "empty: neither an artifact"),
+    ],
+)
+def test_no_draft_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, draft: str, message: str) -> None:
+    """Said before the model is opened."""
+    from elmexport.runtimes import text
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text, "open_as", lambda kind, path: pytest.fail("opened"))
+    with pytest.raises(ElmExportError, match=message):
+        text.open_text_model(TINY_FOLDER, draft=draft)
+
+
+def test_a_draft_model_is_an_artifact_or_a_models_name(
+    tiny: Checkpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A folder of a model's name is meant where it holds a model."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert find_draft("tiny").open_runtime().name == "torch"
+    assert find_draft(str(TINY_FOLDER)).open_runtime().name == "torch"
+    (tmp_path / "tiny").rmdir()
+    (tmp_path / "tiny").symlink_to(export_to(tiny, "onnx", "int4"))
+    assert find_draft("tiny").open_runtime().name == "onnxruntime"
+
+
+def test_a_draft_model_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks like a hub id is asked of the hub, by the code that exports use."""
+    from elmexport.runtimes import draft_model as module
+
+    def open_checkpoint(model: str, *, tokenizer: str | None) -> None:
+        raise ElmExportError(f"asked for {model} with {tokenizer}")
+
+    monkeypatch.setattr(module, "open_checkpoint", open_checkpoint)
+    with pytest.raises(ElmExportError, match=r"asked for someone/model with t\.model"):
+        find_draft("someone/model", Path("t.model"))
