@@ -25,9 +25,11 @@ from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 # The files that take longest, in that order: the others fill the gaps, so that no worker waits for another at the end.
 LONGEST = (
     *("targets/gguf/test_llama_cpp_parity", "clients/test_onnx_runtimes", "targets/coreml/neural_engine/test_package"),
+    *("runtimes/test_speculation", "calibration/test_awq_experts", "targets/gguf/test_moe_parity", "calibration/test_guard"),
     *("targets/coreml/test_lint", "targets/coreml/test_palettized", "evaluation/test_against_lm_eval", "evaluation/test_hub"),
     *("clients/test_mlx_lm", "targets/coreml/neural_engine/test_chain", "runtimes/test_coreml", "test_readme", "mil/test_foreign"),
     *("clients/test_bit_identity", "test_interrupted_export", "targets/onnx/test_onnx_target", "test_toy_format", "checkpoint/test_hub"),
+    *("bench/test_guesses", "cli/test_ending", "runtimes/test_batch_generation"),
     *("runtimes/test_continuations", "calibration/test_mixed", "test_export", "targets/coreml/test_verify"),
 )
 
