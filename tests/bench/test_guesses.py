@@ -57,6 +57,7 @@ def test_bad_guesses(guesses: Guesses, message: str) -> None:
         guesses.check([TINY_FOLDER])
 
 
+@pytest.mark.slow
 def test_without_guesses_nothing_is_said_of_them(run: Run) -> None:  # noqa: F811
     outcome = run("bench", TINY_FOLDER, "--prompt", "none", "--depth", "0", "--generate", "2", "--repeat", "1")
     assert outcome.code == 0 and "guesses" not in outcome.out

@@ -115,6 +115,7 @@ def test_the_function_stays_the_same(names: tuple[str, ...], changed: int, kv_he
     np.testing.assert_allclose(transformers_logits(folded, ids), transformers_logits(checkpoint, ids), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_scales_found_for_tiny_moe_leave_its_logits() -> None:
     checkpoint = open_checkpoint("tiny-moe")
     sample = bundled_sample(open_tokenizer(checkpoint), checkpoint.config, "calibration", tokens=1024, window=256)
@@ -143,6 +144,7 @@ def test_loud_channels_cost_less(hessian: bool) -> None:
         assert after < 0.8 * before, (role, before, after)
 
 
+@pytest.mark.slow
 def test_experts_that_no_token_reached_have_no_say() -> None:
     """They are folded with the others, keep their own scales at 1, and do not change those that are shared."""
     config = replace(SMALL, num_experts=40)
@@ -222,6 +224,7 @@ def test_weight_sets_hold_the_norms_and_routers(uneven: MemoryCheckpoint, tmp_pa
             assert not np.array_equal(kept.norms()[name].numpy(), uneven.arrays[name])
 
 
+@pytest.mark.slow
 def test_tiny_moe_loses_less_than_by_rounding() -> None:
     checkpoint = open_checkpoint("tiny-moe")
     plan = resolve(find_target("onnx").recipe("int4"), checkpoint.config)

@@ -121,6 +121,7 @@ def test_gptq_makes_less_error_where_its_tokens_are(checkpoint: MemoryCheckpoint
             assert errors[0] < errors[1]
 
 
+@pytest.mark.slow
 def test_along_the_text_it_loses_less_and_says_which_experts_were_scarce(checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
     """Of 40 experts some see few of so short a text: they are listed with their tokens, in the manifest and in a note."""
     many = random_moe(replace(SMALL, num_experts=40))

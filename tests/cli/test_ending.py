@@ -153,6 +153,7 @@ def test_no_color() -> None:
     assert b"cloze" in plain and not styles.search(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "LANG": ""}], ids=str)
 def test_text_in_the_plainest_locale(locale: dict[str, str]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "PYTHONUTF8", "PYTHONIO"))}

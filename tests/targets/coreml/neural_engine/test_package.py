@@ -138,6 +138,7 @@ def test_weights_read_by_coremltools_are_the_quantized_ones(package: PackageOf, 
             assert np.array_equal(values, exact) or (into_stream and np.array_equal(values, exact / 32)), spec.name
 
 
+@pytest.mark.slow
 def test_the_recipes_give_what_they_say(package: PackageOf) -> None:
     def kinds(quant: str, name: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         inputs = package(quant).operation("decode", name).inputs
