@@ -66,9 +66,11 @@ def _facts(artifact: Artifact) -> Iterator[tuple[str, str]]:
         yield "self-check", f"{kl}, over {check.tokens} tokens of {check.text}"
         if check.step_up is not None:
             step = check.step_up
-            same_size = "; at this size, try --method gptq" if quant.method in ("mse", "rtn") and manifest.bits_per_weight < 8 else ""
+            plain = quant.method in ("mse", "rtn")
+            found = "" if plain else ", by mse"  # what a step up loses is measured without a calibration
+            same_size = "; at this size, try --method gptq" if plain and manifest.bits_per_weight < 8 else ""
             yield (
                 "loss",
-                f"KL {check.kl_mean:.3g}; one step up, --quant {step.quant} ({step.bits_per_weight:.2f} bits per weight): {step.kl_mean:.3g}{same_size}",
+                f"KL {check.kl_mean:.3g}; one step up, --quant {step.quant} ({step.bits_per_weight:.2f} bits per weight){found}: {step.kl_mean:.3g}{same_size}",
             )
     yield "path", str(artifact.path)
