@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from math import ceil
 
@@ -96,14 +97,12 @@ def measure_costs(checkpoint: Checkpoint, target: Target, base: Recipe, find: Fi
     weighting = bundled_sample(tokenizer, config, "weighting", tokens=TOKENS, window=window)
     specs = list(checkpoint.specs.values())
     evaluator = KLEvaluator(checkpoint, sample)
-    measured = known_sensitivities(checkpoint, candidates(target, specs), weighting, sample, evaluator, progress)
+    weigh = cache(lambda: collect(checkpoint, weighting, progress=progress))
+    measured = known_sensitivities(checkpoint, candidates(target, specs), weighting, weigh, sample, evaluator, progress)
     if find is not None:
-        progress.stage("measuring what the method gains", 1)
-
-        statistics = collect(checkpoint, weighting, progress=progress)
 
         def plain(plan: Plan) -> WeightSource:
-            return CheckpointWeights(checkpoint, plan, "mse", mean_square_of(statistics.moments))
+            return CheckpointWeights(checkpoint, plan, "mse", mean_square_of(weigh().moments))
 
         gain = measure_gain(measured, evaluator, config, base, find, plain)
         measured = [with_gain(item, gain) for item in measured]

@@ -5,8 +5,6 @@ Exports of one model to several formats so hold the same codes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +24,7 @@ from calibration.table import quantize_table
 from calibration.text import Sample
 from calibration.weight_set import FORMAT, StoredWeights, WeightFacts, WeightSet, WeightWriter, quantized_schemes, weight_writer
 from elmexport import __version__
-from elmexport.cache import cache_folder
+from elmexport.cache import cached_path, unwritable
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.files import complete_file
@@ -141,7 +139,7 @@ def _facts(checkpoint: Checkpoint, plan: Plan, source: Sample | Statistics, meth
 def _path(facts: WeightFacts) -> Path:
     """Place of a weight set in the cache, by what it is computed from."""
     key = [FORMAT, _CODES, facts.identity, facts.schemes, facts.method, facts.sequential, facts.text_sha256, facts.tokens, __version__]
-    return cache_folder() / "weights" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.safetensors"
+    return cached_path("weights", key, ".safetensors")
 
 
 def _written(path: Path, facts: WeightFacts, checkpoint: Checkpoint, fill: Callable[[WeightWriter], None]) -> WeightSet:
@@ -149,9 +147,7 @@ def _written(path: Path, facts: WeightFacts, checkpoint: Checkpoint, fill: Calla
         with weight_writer(path, facts, checkpoint.specs) as writer:
             fill(writer)
     except OSError as error:
-        raise ElmExportError(
-            f"cannot write {path}: {error.strerror or error}; free space, or choose another folder with the environment variable ELMEXPORT_CACHE"
-        ) from error
+        raise unwritable(path, error) from error
     return WeightSet.load(path)
 
 

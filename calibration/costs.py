@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from calibration.collect import collect
 from calibration.sensitivity import KLEvaluator, Sensitivity, sensitivities
+from calibration.statistics import Statistics
 from calibration.text import Sample
 from elmexport import __version__
-from elmexport.cache import cache_folder
+from elmexport.cache import cached_path, keep_document
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError
-from elmexport.files import complete_file
 from elmexport.progress import Progress
 from elmexport.quantization.schemes import CodedScheme, find_scheme
 
@@ -25,33 +22,26 @@ def known_sensitivities(
     checkpoint: Checkpoint,
     candidates: Mapping[str, Sequence[CodedScheme]],
     weighting: Sample,
+    weigh: Callable[[], Statistics],
     sample: Sample,
     evaluator: KLEvaluator,
     progress: Progress,
 ) -> list[Sensitivity]:
     """Measure `sensitivities`, or take them out of the cache if they have been measured before.
 
-    Errors are weighted by `weighting`; `evaluator` reads `sample`.
+    Errors are weighted by what `weigh` measures on `weighting`; `evaluator` reads `sample`.
 
     Raises:
         ElmExportError: the cache cannot be written.
     """
     names = {name: [scheme.recipe_name for scheme in schemes] for name, schemes in candidates.items()}
-    key = json.dumps([FORMAT, __version__, checkpoint.identity(), weighting.sha256, sample.sha256, names])
-    path = cache_folder() / "sensitivities" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    key = [FORMAT, __version__, checkpoint.identity(), weighting.sha256, sample.sha256, names]
+    path = cached_path("sensitivities", key, ".json")
     known = _read(path, checkpoint, names)
     if known is not None:
         return known
-    found = sensitivities(checkpoint, candidates, collect(checkpoint, weighting, progress=progress), evaluator, progress)
-    document = {item.spec.name: {scheme.recipe_name: kl for scheme, kl in item.kl.items()} for item in found}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(path) as partial:
-            partial.write_text(json.dumps(document), encoding="utf-8")
-    except OSError as error:
-        raise ElmExportError(
-            f"cannot write {path}: {error.strerror or error}; free space, or choose another folder with the environment variable ELMEXPORT_CACHE"
-        ) from error
+    found = sensitivities(checkpoint, candidates, weigh(), evaluator, progress)
+    keep_document(path, {item.spec.name: {scheme.recipe_name: kl for scheme, kl in item.kl.items()} for item in found})
     return found
 
 

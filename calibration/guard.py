@@ -5,10 +5,8 @@ A calibration text may be too short, or say the same thing over and over; codes 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from calibration.collect import collect
@@ -19,11 +17,9 @@ from calibration.sensitivity import KLEvaluator
 from calibration.statistics import Statistics, mean_square_of
 from calibration.text import Sample, bundled_sample
 from elmexport import __version__
-from elmexport.cache import cache_folder
+from elmexport.cache import cached_path, keep_document
 from elmexport.checkpoint import open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError
-from elmexport.files import complete_file
 from elmexport.quantization.weight_source import CheckpointWeights, WeightSource
 
 TOKENS, WINDOW = 1024, 256  # of the text that judges
@@ -88,21 +84,15 @@ def _known_losses(job: Job, prepared: Prepared, sample: Sample, plain: WeightSou
         return _measure(job, prepared, sample, plain)
     schemes = {name: scheme.recipe_name for name, scheme in job.plan.schemes.items()}
     hessian = prepared.statistics is not None and prepared.statistics.facts.hessian  # by which some methods judge, and find other codes
-    key = json.dumps([__version__, job.checkpoint.identity(), schemes, prepared.facts["method"], text, hessian, sample.sha256])
-    path = cache_folder() / "losses" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    key = [__version__, job.checkpoint.identity(), schemes, prepared.facts["method"], text, hessian, sample.sha256]
+    path = cached_path("losses", key, ".json")
     try:
-        return Losses(**_floats(json.loads(path.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, TypeError, AttributeError):
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return Losses(float(known["found"]), float(known["mse"]))
+    except (OSError, ValueError, TypeError, KeyError):
         pass  # not measured yet, or damaged
     losses = _measure(job, prepared, sample, plain)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(path) as partial:
-            partial.write_text(json.dumps({"found": losses.found, "mse": losses.mse}), encoding="utf-8")
-    except OSError as error:
-        raise ElmExportError(
-            f"cannot write {path}: {error.strerror or error}; free space, or choose another folder with the environment variable ELMEXPORT_CACHE"
-        ) from error
+    keep_document(path, asdict(losses))
     return losses
 
 
@@ -118,7 +108,3 @@ def _measure(job: Job, prepared: Prepared, sample: Sample, plain: WeightSource) 
 
 def _described(sample: Sample, kl: float) -> dict[str, Any]:
     return {"text": sample.words, "tokens": sample.tokens, "kl": rounded(kl)}
-
-
-def _floats(document: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in document.items()}

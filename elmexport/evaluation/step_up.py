@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from calibration.dequantized import Dequantized
+from calibration.facts import rounded
 from calibration.preparation import with_own_codes
 from calibration.statistics import mean_square_of
 from elmexport.checkpoint.base import Checkpoint
@@ -55,14 +57,13 @@ def measure_step_up(
     if found is None:
         return None
     quant, wider = found
-    weights = CheckpointWeights(checkpoint, wider, "mse", mean_square_of(reference.statistics.moments))
+    weights = Dequantized(CheckpointWeights(checkpoint, wider, "mse", mean_square_of(reference.statistics.moments)))
     progress.stage(f"trying {quant}", sum(spec.size for node in graph.nodes for spec in node.weights.values()))
 
     def weight(spec: WeightSpec) -> torch.Tensor:
         progress.advance(spec.size)
-        stored = weights.get(spec)
-        return stored if isinstance(stored, torch.Tensor) else stored.dequantize()
+        return weights[spec.name]
 
     caches = KVCaches(graph, context=len(reference.ids), device=torch_device())
     logits = forward(graph, weight, torch.from_numpy(reference.ids)[None], 0, caches)[0].numpy()
-    return StepUp(quant, round(wider.bits_per_weight, 4), float(f"{divergence(reference.logits, logits).kl_mean:.4g}"))
+    return StepUp(quant, round(wider.bits_per_weight, 4), rounded(divergence(reference.logits, logits).kl_mean))

@@ -11,8 +11,8 @@ from torch import Tensor
 from elmexport.errors import ElmExportError
 from elmexport.quantization import packed_bits
 from elmexport.quantization.codec import FP16_MAX, Codec, Part, Quantized, Rounding, beyond_fp16, fp16_times
-from elmexport.quantization.ggml_coded import IQ4_LEVELS, GgmlCoded
-from elmexport.quantization.ggml_search import levels, search
+from elmexport.quantization.ggml_coded import GgmlCoded
+from elmexport.quantization.ggml_search import iq4_edges, levels, search
 from elmexport.quantization.grids import Grid, finite_fp16
 from elmexport.quantization.threads import in_threads
 
@@ -156,8 +156,7 @@ class BlockGrid(Grid):
         self.blocks = start.d.shape[-1]
         self.codes = start.codes.t().contiguous()
         self.level = levels(self.codes, self.scheme)
-        self._table = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=self.codes.device)
-        self._edges = (self._table[1:] + self._table[:-1]) / 2
+        self._edges = iq4_edges(self.codes.device)
         self._spread()
 
     def round(self, column: int, target: Tensor) -> Tensor:
@@ -165,7 +164,7 @@ class BlockGrid(Grid):
         ratio = (target + self.minimum[sub]) * self.inverse[sub]
         if self.scheme.low is None:
             codes = torch.bucketize(ratio, self._edges)
-            self.codes[column], self.level[column] = codes, self._table[codes]
+            self.codes[column], self.level[column] = codes, levels(codes, self.scheme)
         else:
             self.level[column] = ratio.round_().clamp_(self.scheme.low, self.scheme.high)
             self.codes[column] = self.level[column]

@@ -59,7 +59,7 @@ def nearest(x: Tensor, kind: GgmlCoded, scale: Tensor, minimum: Tensor) -> Tenso
     inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
     ratio = (x + minimum[..., None]) * inverse[..., None]
     if kind.low is None:
-        return torch.bucketize(ratio, _edges(x.device)).to(torch.int8)
+        return torch.bucketize(ratio, iq4_edges(x.device)).to(torch.int8)
     return ratio.round_().clamp_(kind.low, kind.high).to(torch.int8)
 
 
@@ -70,7 +70,7 @@ def levels(codes: Tensor, kind: GgmlCoded) -> Tensor:
     return codes.to(torch.float32)
 
 
-def _edges(device: torch.device) -> Tensor:
+def iq4_edges(device: torch.device) -> Tensor:
     """Bounds between the levels of IQ4."""
     table = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=device)
     return (table[1:] + table[:-1]) / 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from calibration import costs
+from calibration.collect import collect
 from calibration.costs import known_sensitivities
 from calibration.sensitivity import KLEvaluator, Sensitivity
 from calibration.text import Sample
@@ -30,7 +32,8 @@ def measure(checkpoint: MemoryCheckpoint, schemes: tuple[str, ...] = ("int4-bloc
     kinds = tuple(scheme for name in schemes if isinstance(scheme := find_scheme(name), Integer))
     weighting = Sample(np.random.default_rng(99).integers(0, checkpoint.config.vocab_size, (1, 32)), "random")
     evaluator = KLEvaluator(checkpoint, sample)
-    return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), weighting, sample, evaluator, SilentProgress())
+    weigh = partial(collect, checkpoint, weighting)
+    return known_sensitivities(checkpoint, dict.fromkeys(NAMES, kinds), weighting, weigh, sample, evaluator, SilentProgress())
 
 
 @pytest.mark.slow
