@@ -37,8 +37,8 @@ class LlamaCppTokenizer(Tokenizer):
             ElmExportError: llama.cpp cannot load the file, or it holds no vocabulary, or one of a kind that is not supported.
             MissingDependencyError: llama-cpp-python is not installed.
         """
+        self._model: Any = None  # first: `__del__` asks for it, whatever fails below
         self.path = gguf_file(path)
-        self._model: Any = None
         self._lib = engine()
         check_magic(self.path)
         params = self._lib.llama_model_default_params()

@@ -195,16 +195,19 @@ print(os.environ["ORT_DISABLE_TELEMETRY"], len(os.listdir("/proc/self/task")))
 """
 
 
-def test_telemetry_is_switched_off(folder: Path) -> None:
-    """The thread that would send it is not even started. Who sets the variable decides."""
-    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+def test_telemetry_is_switched_off(folder: Path, tmp_path: Path) -> None:
+    """The thread that would send it is not even started, and no database is written for it. Who sets the variable decides."""
 
-    def opened(**more: str) -> list[int]:
+    def opened(home: str, **more: str) -> tuple[list[int], list[str]]:
+        """What the process says and the files below its home. The environment is bare: onnxruntime sends nothing where CI is set, whatever we do."""
+        (tmp_path / home).mkdir()
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / home), "ELMEXPORT_THREADS": "1", **more}
         command = [sys.executable, "-c", OPENED, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, "ELMEXPORT_THREADS": "1", **more})
-        return [int(word) for word in done.stdout.split()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return [int(word) for word in done.stdout.split()], [file.name for file in (tmp_path / home).rglob("*") if file.is_file()]
 
-    off, threads = opened()
-    on, more = opened(ORT_DISABLE_TELEMETRY="0")
+    (off, threads), files = opened("off")
+    (on, more), database = opened("on", ORT_DISABLE_TELEMETRY="0")
     assert (off, on) == (1, 0)
     assert threads < more
+    assert not files and "onnxruntime.db" in database
