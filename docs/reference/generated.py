@@ -22,6 +22,12 @@ from elmexport.formats import FORMATS, load
 ROOT = Path(__file__).parents[2]
 GUIDES = {"contributing.md": "CONTRIBUTING.md", "benchmark-scripts.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
 
+ABOUT = """Made from the program itself: what `elmexport COMMAND --help` says.
+
+Exit codes: 0 done, 1 an artifact failed its check or a gate, 2 bad use or bad input, 3 the environment lacks something (named, with the fix), 130 interrupted, 141 the reader
+of its output went away, 143 terminated. Reading commands take `--json`: one document on stdout, everything else on stderr. `elmexport --install-completion` sets up the shell's completion; `NO_COLOR`
+is honoured. `ELMEXPORT_CACHE` names the folder for caches, `ELMEXPORT_THREADS` the number of threads, `ELMEXPORT_TORCH_DEVICE` (`auto`, `cpu`, `cuda`, `mps`) what torch computes on."""
+
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site's."""
@@ -40,21 +46,13 @@ def command_line() -> str:
     """The reference of all commands: help, quantizations of a format, options."""
     program: Any = typer.main.get_command(app)
     context = program.make_context("elmexport", [], resilient_parsing=True)
-    parts = [
-        "# Command line",
-        "Made from the program itself: what `elmexport COMMAND --help` says.",
-        inspect.cleandoc(_exit_codes(program)),
-    ]
+    parts = ["# Command line", ABOUT]
     for name in program.list_commands(context):
         command = program.get_command(context, name)
         # a format's command is declared when it is used
         inner = command.make_context(name, ["--help"], parent=context, resilient_parsing=True)
         parts += _command(name, inner)
     return "\n\n".join(parts) + "\n"
-
-
-def _exit_codes(program: Any) -> str:
-    return next(part for part in (program.help or "").split("\n\n") if part.strip().startswith("Exit codes"))
 
 
 def _command(name: str, context: Any) -> Iterator[str]:
