@@ -54,6 +54,7 @@ def loaded(page: str) -> list[str]:
     return parser.addresses
 
 
+@pytest.mark.slow
 def test_pages_show_without_a_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 15
@@ -64,6 +65,7 @@ def test_pages_show_without_a_network(site: Path) -> None:
         assert not re.search(r"@import|url\(['\"]?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
+@pytest.mark.slow
 def test_every_command_is_in_the_reference(site: Path) -> None:
     page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     for sought in ("elmexport coreml", "elmexport eval", "--max-package-mb", "--max-kl", "int4-block128", "q4_k_m"):
