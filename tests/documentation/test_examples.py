@@ -21,7 +21,7 @@ from tests.documentation.blocks import ROOT
 from tests.documentation.syntax import syntax_error
 
 EXAMPLES = ROOT / "examples"
-PROMPT, COUNT = "The old captain looked at the sea", 24
+PROMPT, COUNT = "The old captain looked at the sea", 12
 SWIFT = sorted((EXAMPLES / "ios").rglob("*.swift"))
 STRING = re.compile(r'"(\w+)"')
 
