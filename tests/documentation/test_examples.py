@@ -44,7 +44,7 @@ def said(tiny: Checkpoint, export_to: ExportTo) -> Said:
 def output(*command: object, cwd: Path | None = None) -> str:
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.rstrip("\n")
+    return done.stdout.removesuffix("\n")
 
 
 @pytest.mark.slow
