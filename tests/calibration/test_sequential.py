@@ -75,19 +75,20 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
     assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.4 * evaluator.divergence(alone)
 
 
+@pytest.mark.slow
 def test_codes_do_not_depend_on_the_number_of_threads(small_checkpoint: MemoryCheckpoint) -> None:
     plan = plan_of(small_checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int4-block32")))
     ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (9, 64))
     before = torch.get_num_threads()
     try:
         parts = []
-        for threads in (1, 2, 3):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             parts.append([q.parts() for _, q in quantize_in_order(small_checkpoint, plan, Sample(ids, "random"), SilentProgress())])
     finally:
         torch.set_num_threads(before)
-    for one, two, three in zip(*parts, strict=True):
-        assert all(torch.equal(one[name], two[name]) and torch.equal(one[name], three[name]) for name in one)
+    for one, several in zip(*parts, strict=True):
+        assert all(torch.equal(one[name], several[name]) for name in one)
 
 
 def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:
