@@ -26,7 +26,8 @@ from elmexport.cli.main import app, main
 from tests.documentation.blocks import EXECUTED, LANGUAGES, ROOT, Block, blocks, elmexport_arguments, parse
 from tests.documentation.syntax import syntax_error
 
-PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+PLACES = ("*.md", "benchmarks/*.md", "examples/*.md", "examples/*/*.md", "docs/**/*.md")
+PAGES = tuple(sorted(path for place in PLACES for path in ROOT.glob(place)))
 BLOCKS = tuple(block for page in PAGES for block in blocks(page))
 RUN = tuple(page for page in PAGES if any(block.language in EXECUTED and block.not_run is None for block in blocks(page)))
 

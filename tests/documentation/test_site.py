@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = tuple(
-    sorted(path for pattern in ("*.md", "benchmarks/*.md", "examples/**/*.md") for path in ROOT.glob(pattern))
+    sorted(path for pattern in ("*.md", "benchmarks/*.md", "examples/*.md", "examples/*/*.md") for path in ROOT.glob(pattern))
 )  # not of the site
 LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
