@@ -72,7 +72,7 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
         return checkpoint.tensor(spec.name)
 
     caches = KVCaches(graph, batch=2, context=count, device=torch_device())
-    logits = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)[1]
+    logits = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)[1].clone()  # the other half is given up
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"
