@@ -19,7 +19,9 @@ from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role, WeightSpec
 
 BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
-_WIDENED = 1 << 22  # values of a weight that are brought to another dtype or device at a time: an embedding takes more than all else together
+_WIDENED = (
+    1 << 22
+)  # values of a weight that are brought to another dtype or device at a time: an embedding takes more than all else together
 
 
 class Rows(Protocol):

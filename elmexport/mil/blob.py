@@ -116,8 +116,25 @@ class BlobFile:
         return ElmExportError(f"{self.path}: damaged weight file ({reason}); copy the package again or export it again")
 
 
+_TAKEN = 1 << 18  # bytes unpacked at a time, so that their numbers as indices stay in the cache
+
+
+def _unpacked_nibbles(packed: NDArray[np.uint8], signed: bool) -> NDArray[Any]:
+    """Both halves of each byte, the low one first, out of a table of 256 pairs: several times as fast as shifts over the whole array."""
+    byte = np.arange(256)
+    halves = np.stack((byte & 15, byte >> 4), axis=1)
+    pairs = ((halves ^ 8) - 8 if signed else halves).astype(np.int8 if signed else np.uint8).view(np.uint16).reshape(-1)
+    out = np.empty(len(packed), np.uint16)
+    for start in range(0, len(packed), _TAKEN):
+        part = slice(start, start + _TAKEN)
+        np.take(pairs, packed[part], out=out[part], mode="clip")
+    return out.view(np.int8 if signed else np.uint8)
+
+
 def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, signed: bool = False) -> NDArray[Any]:
     """Unpack `count` integers of `bits` (1, 2, 3, 4 or 6) each from bytes filled from the lowest bit up; int8 if `signed`, else uint8."""
+    if bits == 4:
+        return _unpacked_nibbles(packed, signed)[:count]
     group = 1 if 8 % bits == 0 else 3  # bytes that hold a whole number of elements
     padded = np.zeros(-(-len(packed) // group) * group, np.uint8)
     padded[: len(packed)] = packed
