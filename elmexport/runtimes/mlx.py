@@ -60,19 +60,23 @@ class MlxRuntime(Runtime):
         self._new_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(self._model)
         self._cache = self._new_cache()
 
+    @property
+    def _layers(self) -> Any:
+        """The model without its head, by either of the names that mlx-lm's models give it."""
+        return self._model.transformer if "transformer" in self._model else self._model.model
+
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         mx = self._mx
         self._rewind(position)
         tokens = mx.array(ids.astype(np.int32))[None]
         rows: list[NDArray[np.float32]] = []
         first = len(ids) - last  # whose logits are wanted
-        # Logits that nothing asks for are never computed, for evaluation is lazy.
         cuts = sorted({*range(0, len(ids), CHUNK), first, len(ids)})
         for start, end in pairwise(cuts):
-            out = self._model(tokens[:, start:end], cache=self._cache)
             if start >= first:
-                rows.append(self._read(out)[0])
+                rows.append(self._read(self._model(tokens[:, start:end], cache=self._cache))[0])
             else:
+                self._layers(tokens[:, start:end], cache=self._cache)
                 mx.eval([layer.state for layer in self._cache])
         return np.concatenate(rows)
 
