@@ -19,9 +19,7 @@ from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role, WeightSpec
 
 BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
-_WIDENED = (
-    1 << 22
-)  # values of a weight that are brought to another dtype or device at a time: an embedding takes more than all else together
+_WIDENED = 1 << 22  # values of a matrix that are brought to another dtype at a time: an embedding's would take more than all else
 
 
 class Rows(Protocol):
@@ -92,7 +90,8 @@ def forward(
 
     def get(spec: WeightSpec) -> Tensor | Rows:
         found = weight(spec)
-        if not isinstance(found, Tensor) or (found.dtype != caches.dtype and found.dim() == 2 and found.numel() > _WIDENED):
+        wide = not spec.role.is_expert and len(found.shape) == 2 and spec.size > _WIDENED
+        if not isinstance(found, Tensor) or (wide and found.dtype != caches.dtype):
             return _Widened(found, caches.device, caches.dtype)
         return found.to(caches.device, caches.dtype)
 

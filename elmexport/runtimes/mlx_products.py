@@ -71,10 +71,10 @@ def _few(x: Any) -> bool:
 def _product(layer: Any, weight: Callable[[Any, slice], Any], x: Any) -> Any:
     import mlx.core as mx
 
-    flat = np.array(x.astype(mx.float32), copy=False).reshape(-1, x.shape[-1])
+    flat = np.asarray(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     out = np.empty((len(flat), layer["weight"].shape[0]), np.float32)
     for rows in _slices(len(out[0]), x.shape[-1]):
-        np.matmul(flat, np.array(weight(layer, rows).astype(mx.float32), copy=False).T, out=out[:, rows])
+        np.matmul(flat, np.asarray(weight(layer, rows).astype(mx.float32)).T, out=out[:, rows])
     return mx.array(out.reshape(*x.shape[:-1], -1))
 
 
