@@ -24,7 +24,7 @@ from elmexport.manifest import StepUp
 from elmexport.progress import Progress
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, resolve
-from elmexport.quantization.schemes import CodedScheme, Float, Lut
+from elmexport.quantization.schemes import CodedScheme, Float
 from elmexport.quantization.weight_source import cast
 from elmexport.target import Target
 from elmexport.weights import WeightSpec
@@ -36,7 +36,7 @@ _LARGEST = 1_500_000_000  # parameters: to quantize a larger model once more tak
 def next_wider(target: Target, plan: Plan, checkpoint: Checkpoint) -> tuple[str, Plan] | None:
     """Find the quantization of `target` with the fewest bits above those of `plan`, its codes by this project; None where there is none.
 
-    Look-up tables are passed over: to find them takes several times as long as an export.
+    Look-up tables are passed over, for they take several times as long to find as an export takes.
     """
     found: list[tuple[float, str, Plan]] = []
     for quant in target.quants:
@@ -45,8 +45,8 @@ def next_wider(target: Target, plan: Plan, checkpoint: Checkpoint) -> tuple[str,
         except MissingDependencyError:
             continue
         refused = any(target.refuses(other.schemes[name], spec.role) for name, spec in checkpoint.specs.items())
-        tables = any(isinstance(scheme, Lut) for scheme in other.schemes.values())
-        if other.bits_per_weight > _WIDER * plan.bits_per_weight and not refused and not tables:
+        slow = any(isinstance(scheme, CodedScheme) and scheme.is_slow for scheme in other.schemes.values())
+        if other.bits_per_weight > _WIDER * plan.bits_per_weight and not refused and not slow:
             found.append((other.bits_per_weight, quant, other))
     return min(found, key=lambda entry: entry[0])[1:] if found else None
 

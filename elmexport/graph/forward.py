@@ -19,7 +19,7 @@ from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role, WeightSpec
 
 BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
-_WIDENED = 1 << 22  # values of a matrix that are brought to another dtype at a time: an embedding's would take more than all else
+_WIDENED = 1 << 21  # values of a matrix that are brought to another dtype at a time: an embedding's would take more than all else
 
 
 class Rows(Protocol):

@@ -88,7 +88,7 @@ class WeightStore:
         result = CONSTEXPR[constant.type](**arguments)
         tensor = result[constant.output] if isinstance(result, tuple) else result
         if constant.round and self._round:
-            for part in tensor.split(_ROUNDED_ROWS) if tensor.ndim else (tensor,):
+            for part in torch.split(tensor, _ROUNDED_ROWS) if tensor.ndim else (tensor,):
                 part.copy_(part.half())
         return tensor
 

@@ -25,7 +25,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
 @pytest.mark.parametrize("tokens", [1, 3, 4, 9])
 def test_products_are_those_of_mlx(form: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mx.random.seed(0)
-    model = nn.Sequential(nn.Linear(128, 256, bias=False), nn.Linear(256, 96), nn.Embedding(70, 96))
+    model = nn.Sequential(nn.Linear(128, 256, bias=False), nn.Linear(256, 128), nn.Embedding(70, 128))
     options = FORMS[form]
     if options is not None:
         nn.quantize(model, **options)
