@@ -73,9 +73,9 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
         return checkpoint.tensor(spec.name)
 
     caches = KVCaches(graph, batch=2, context=count, device=torch_device())
-    logits = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)[
-        1
-    ].clone()  # the other half is given up
+    both = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)
+    logits = both[1].clone()  # the other half is given up
+    del both
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"

@@ -7,6 +7,7 @@ coremltools has a reader too; this one gives views instead of copies, and says w
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,10 +63,14 @@ class BlobFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._map: mmap.mmap | None = None
         try:
             size = path.stat().st_size
-            # "c", copy on write: nothing is ever written, but torch takes only writable memory.
-            self._bytes: NDArray[np.uint8] = np.memmap(path, np.uint8, "c") if size else np.zeros(0, np.uint8)
+            if size:
+                with path.open("rb") as file:
+                    # Copy on write: nothing is ever written, but torch takes only writable memory.
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._bytes: NDArray[np.uint8] = np.zeros(0, np.uint8) if self._map is None else np.frombuffer(self._map, np.uint8)
         except OSError as error:
             raise ElmExportError(
                 f"{path}: cannot read the weight file ({error.strerror}); copy the package again or export it again"
@@ -87,6 +92,11 @@ class BlobFile:
         if element.bits < 8:
             return unpack(data, element.bits, prod(shape), signed=dtype.startswith("int")).reshape(shape)
         return data.view(element.dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Take what was read out of this process's memory; arrays stay valid, and what is read again comes from the file."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def check(self, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
         """Check that a blob of this type and shape lies at `offset`; `read` without reading.

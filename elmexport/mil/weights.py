@@ -81,6 +81,9 @@ class WeightStore:
         if size <= self._left:
             self._left -= size
             self._kept[key] = tensor
+        else:
+            for file in self._files.values():
+                file.release()
         return tensor
 
     def _decompress(self, constant: Compressed) -> Tensor:
