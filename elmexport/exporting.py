@@ -34,6 +34,7 @@ from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
 from elmexport.importance import read_importance
 from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Quantization, SelfCheck
+from elmexport.memory import give_back
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
@@ -152,7 +153,9 @@ def export_checkpoint(
 
     @cache
     def reference() -> ReferenceRun:
-        return reference_pass(checkpoint, graph, tokenizer, progress)
+        run = reference_pass(checkpoint, graph, tokenizer, progress)
+        give_back()
+        return run
 
     if not options.mixes:  # what a search for bits will choose is not known before it
         chosen.check_plan(graph, resolve(recipe, config))
@@ -184,6 +187,7 @@ def export_checkpoint(
         progress.stage(f"writing {target}", config.parameter_count)
         job = ExportJob(checkpoint.source.name, config, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
         written = chosen.write(job, folder) or Written()
+        give_back()
         notes += written.notes
         if options.mixes:
             write_recipe(recipe, folder / RECIPE, f"chosen for {checkpoint.source.name}; use it again with --quant {RECIPE}")
@@ -191,6 +195,7 @@ def export_checkpoint(
         if verify:
             checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
+            give_back()
             if checked.done and _loses(plan):
                 step = measure_step_up(chosen, plan, checkpoint, graph, reference(), progress)
                 checked = msgspec.structs.replace(checked, step_up=step)
