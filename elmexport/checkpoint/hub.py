@@ -7,7 +7,6 @@ it broke (by the library); when the command is run again, complete files are kep
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -18,6 +17,7 @@ from elmexport.checkpoint import pickled
 from elmexport.checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
 from elmexport.checkpoint.safetensors import INDEX, SINGLE
 from elmexport.checkpoint.tokenizer import BESIDE, TOKENIZER_FILES
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import known_models
 from elmexport.progress import Progress
@@ -112,7 +112,7 @@ def _all_there(snapshot: Path, single: str, index: str) -> bool:
     if (snapshot / single).exists():
         return True
     try:
-        files = set(json.loads((snapshot / index).read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(decode_json((snapshot / index).read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return all((snapshot / str(file)).exists() for file in files)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 CONFIG = "tokenizer_config.json"
@@ -121,7 +121,7 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(_read(path))
+        data = decode_json(_read(path))
     except ValueError as error:
         raise ElmExportError(f"{path} is not JSON ({error}); download it again, or remove it") from None
     if not isinstance(data, dict):

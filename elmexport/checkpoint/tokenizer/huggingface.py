@@ -15,6 +15,7 @@ from typing import Any
 from elmexport.checkpoint.tokenizer.added import GAP, added_tokens, complete, merged_texts, merges, vocabulary
 from elmexport.checkpoint.tokenizer.base import FIX, Piece, PieceKind, Span, SpecialIds, Tokenizer
 from elmexport.checkpoint.tokenizer.beside import AddedToken, Beside
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 FILE_NAME = "tokenizer.json"
@@ -39,7 +40,7 @@ class JsonTokenizer(Tokenizer):
         beside = beside or Beside()
         self._source = _read(path) if data is None else None
         try:
-            given = data if data is not None else json.loads(self._source or "")
+            given = data if data is not None else decode_json(self._source or "")
             self.data = complete(given, beside, control, path)
             self._tokenizer = _load(self.data)
         except ElmExportError:
