@@ -58,6 +58,10 @@ class JsonTokenizer(Tokenizer):
         self._before = self._put_before()
         self.puts_bos = bool(self._before)
         self.special = self._special_ids(beside, ids)
+        named = (*self._before, self.special.bos, *self.special.eos, self.special.unk, self.special.pad)
+        beyond = next((token_id for token_id in named if token_id is not None and not 0 <= token_id < self.vocab_size), None)
+        if beyond is not None:
+            raise damaged(path, ValueError(f"it names a token of id {beyond}, the vocabulary ends at {self.vocab_size - 1}"))
 
     @property
     def model(self) -> Mapping[str, Any]:
