@@ -89,9 +89,18 @@ def remove_stale(path: Path, kind: str) -> None:
 
     In containers every process may have the same number.
     """
-    for leftover in path.parent.glob(f".{_glob_escape(path.name)}.{kind}-*"):
+    _remove_leftovers(path.parent, _glob_escape(path.name), kind, own=True)
+
+
+def remove_all_stale(folder: Path) -> None:
+    """Remove what killed processes left unfinished in `folder`, which nobody but us writes into, whatever it was to become."""
+    _remove_leftovers(folder, "*", "partial", own=False)  # another thread of this process may be writing
+
+
+def _remove_leftovers(folder: Path, pattern: str, kind: str, *, own: bool) -> None:
+    for leftover in folder.glob(f".{pattern}.{kind}-*"):
         pid = re.fullmatch(rf".*\.{kind}-(\d+)", leftover.name)
-        if pid is not None and (int(pid[1]) == os.getpid() or not _alive(int(pid[1]))):
+        if pid is not None and (own if int(pid[1]) == os.getpid() else not _alive(int(pid[1]))):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
