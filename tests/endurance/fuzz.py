@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def _rehash(folder: Path, file: Path, content: bytes) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def one_input(name: str, seed: int, corpus: Path, work: Path) -> tuple[str, str] | None:
-    """Give one spoilt input to one command; the finding and what it is about, None where all is well."""
+def one_input(name: str, seed: int, corpus: Path, work: Path) -> tuple[int, tuple[str, str] | None]:
+    """Give one spoilt input to one command; its exit code, and the finding and what it is about, None where all is well."""
     from tests.endurance.corpus import run
 
     kind, rng = KINDS[name], random.Random(f"{name} {seed}")
@@ -87,17 +87,18 @@ def one_input(name: str, seed: int, corpus: Path, work: Path) -> tuple[str, str]
     errors = message[message.find("error: ") :]
     left = sorted(str(path.relative_to(work)) for path in (work / "out").iterdir())
     shutil.rmtree(work / "out")
+    said_of = " ".join(command)
     if finding is not None:
-        return finding[0], f"{' '.join(command)}\n{finding[1]}"
+        return -1, (finding[0], f"{said_of}\n{finding[1]}")
     if code not in (0, 1, 2, 3):
-        return f"exit code {code}", " ".join(command)
+        return code, (f"exit code {code}", said_of)
     if code and not message.strip():
-        return "no message", " ".join(command)
+        return code, ("no message", said_of)
     if code and (len(errors) > LONGEST_MESSAGE or errors.count("\n") > MOST_LINES):
-        return "a long message", f"{' '.join(command)}\n{errors[:2000]}"
+        return code, ("a long message", f"{said_of}\n{errors[:2000]}")
     if any("partial" in name or (code and code != 1) for name in left):
-        return "half-written output", f"{' '.join(command)}: {left}, exit code {code}"
-    return None
+        return code, ("half-written output", f"{said_of}: {left}, exit code {code}")
+    return code, None
 
 
 def _place(error: BaseException) -> str:
@@ -112,7 +113,10 @@ def _place(error: BaseException) -> str:
     return f"{'/'.join(Path(frame.filename).parts[-3:])}:{frame.name}"
 
 
-def child(name: str, corpus: Path, work: Path, first: int, count: int) -> None:
+Item = tuple[str, int]  # kind and seed
+
+
+def child(items: Sequence[Item], corpus: Path, work: Path) -> None:
     """Run the inputs and say so on the original standard output, line by line."""
     tell = os.fdopen(os.dup(1), "w", buffering=1)
     with (work / "noise").open("wb") as noise:  # what foreign code writes
@@ -123,19 +127,25 @@ def child(name: str, corpus: Path, work: Path, first: int, count: int) -> None:
     from elmexport.cli import main as program
 
     program.app = typer.main.get_command(program.app)  # type: ignore[assignment]  # made anew for each command otherwise
-    one_input(name, -1, corpus, work)  # what is loaded once is not the first input's
-    for seed in range(first, first + count):
+    warm = set[str]()
+    for name, seed in items:
+        (work / name).mkdir(exist_ok=True)
+        if name not in warm:  # what is loaded once is not the first input's
+            warm.add(name)
+            one_input(name, -1, corpus, work / name)
         print(json.dumps({"start": seed}), file=tell)
-        finding = one_input(name, seed, corpus, work)
+        code, finding = one_input(name, seed, corpus, work / name)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"done": seed, "memory": memory, "finding": finding}), file=tell)
+        print(json.dumps({"done": seed, "code": code, "memory": memory, "finding": finding}), file=tell)
         os.truncate(work / "noise", 0)
 
 
-def fuzz(name: str, corpus: Path, first: int, count: int) -> Iterator[dict[str, Any]]:
-    """Run `count` inputs of a kind from seed `first` on: a record for each finding, and one of the whole at the end."""
-    started, peak, seed, end, findings = time.perf_counter(), 0, first, first + count, 0
-    while seed < end:
+def fuzz(kinds: Sequence[str], corpus: Path, first: int, count: int) -> Iterator[dict[str, Any]]:
+    """Run `count` inputs of each of `kinds` from seed `first` on: a record for each finding, and one of the whole at the end."""
+    started, peak, findings, codes = time.perf_counter(), 0, 0, Counter[int]()
+    items = [(name, seed) for name in kinds for seed in range(first, first + count)]
+    done = 0
+    while done < len(items):
         with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
             environment = os.environ | {
                 "ELMEXPORT_CACHE": f"{work}/cache",
@@ -143,40 +153,31 @@ def fuzz(name: str, corpus: Path, first: int, count: int) -> Iterator[dict[str, 
                 "ELMEXPORT_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
             }
-            arguments = [
-                "--child",
-                "--kind",
-                name,
-                "--corpus",
-                str(corpus),
-                "--work",
-                work,
-                "--seed",
-                str(seed),
-                "--count",
-                str(end - seed),
-            ]
-            process = subprocess.Popen([sys.executable, "-m", __spec__.name, *arguments], stdout=subprocess.PIPE, env=environment)
+            arguments = ["--child", str(done), *(f"--kind={name}" for name in kinds), "--corpus", str(corpus), "--work", work]
+            command = [sys.executable, "-m", "tests.endurance.fuzz", *arguments, "--seed", str(first), "--count", str(count)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
             try:
                 for line in _lines(process):
+                    found = None
                     if "finding" in line:
-                        seed, peak = line["done"] + 1, max(peak, line["memory"])
-                        found = line["finding"]
-                        if found is None and line["memory"] > MEMORY_LIMIT:
-                            found = ("memory", f"{line['memory'] >> 20} MiB")
-                        if found is not None:
-                            findings += 1
-                            yield {"kind": name, "seed": line["done"], "finding": found[0], "about": found[1]}
-                        if line["memory"] > MEMORY_LIMIT:
-                            break
-                    elif "ended" in line and seed < end:
+                        peak = max(peak, line["memory"])
+                        codes[line["code"]] += 1
+                        found = line["finding"] or (("memory", f"{line['memory'] >> 20} MiB") if line["memory"] > MEMORY_LIMIT else None)
+                    elif "ended" in line and done < len(items):
+                        found = (line["ended"], _tail(Path(work) / "noise"))
+                    else:
+                        continue
+                    if found is not None:
                         findings += 1
-                        yield {"kind": name, "seed": seed, "finding": line["ended"], "about": _tail(Path(work) / "noise")}
-                        seed += 1
+                        yield {"kind": items[done][0], "seed": items[done][1], "finding": found[0], "about": found[1]}
+                    done += 1
+                    if line.get("memory", 0) > MEMORY_LIMIT:
+                        break
             finally:
                 process.kill()
                 process.wait()
-    yield {"kind": name, "inputs": count, "findings": findings, "seconds": time.perf_counter() - started, "peak_mib": peak >> 20}
+    seconds = round(time.perf_counter() - started)
+    yield {"kinds": list(kinds), "inputs": len(items), "findings": findings, "codes": codes, "seconds": seconds, "peak_mib": peak >> 20}
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
@@ -195,14 +196,14 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
             *lines, buffer = buffer.split(b"\n")
             for line in map(json.loads, lines):
                 yield line
-                since, cpu = (time.monotonic(), _cpu(process.pid)) if "start" in line else (None, 0.0)
-        elif since is not None and (_cpu(process.pid) - cpu > CPU_LIMIT or time.monotonic() - since > WALL_LIMIT):
+                since, cpu = (time.monotonic(), cpu_seconds(process.pid)) if "start" in line else (None, 0.0)
+        elif since is not None and (cpu_seconds(process.pid) - cpu > CPU_LIMIT or time.monotonic() - since > WALL_LIMIT):
             process.kill()
             yield {"ended": "hangs"}
             return
 
 
-def _cpu(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Seconds of processor time of a process so far."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -224,11 +225,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first input")
     parser.add_argument("--corpus", type=Path, help="folder of the sound files; made where it is not there")
     parser.add_argument("--out", type=Path, help="file that findings and figures are added to, as JSON lines")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        child(given.kind[0], given.corpus, given.work, given.seed, given.count)
+    if given.child is not None:
+        items = [(name, seed) for name in given.kind for seed in range(given.seed, given.seed + given.count)]
+        child(items[given.child :], given.corpus, given.work)
         return
     with tempfile.TemporaryDirectory(prefix="corpus-") as temporary:
         corpus = given.corpus or Path(temporary) / "corpus"
@@ -236,7 +238,7 @@ def main() -> None:
             build_corpus(corpus)
         findings = Counter[str]()
         for name in given.kind or KINDS:
-            for record in fuzz(name, corpus, given.seed, given.count):
+            for record in fuzz([name], corpus, given.seed, given.count):
                 if "finding" in record:
                     findings[f"{name}: {record['finding']}"] += 1
                 text = json.dumps(record)
