@@ -20,6 +20,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 from tests.endurance.corpus import EXPORTS, run
 from tests.endurance.fuzz import build_corpus, cpu_seconds
 
+RAISED = 99  # exit code
 _SETTINGS = {"OMP_NUM_THREADS": "1", "ELMEXPORT_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -89,18 +91,25 @@ WORK: Mapping[str, Work] = {
     "calibrate": Work(_calibrations, lambda out: out.read_bytes()),
     "eval": Work(_evaluations, _report),
 }
-_SUFFIX = {"export": "", "calibrate": ".safetensors", "eval": ".json"}
+SUFFIX = {"export": "", "calibrate": ".safetensors", "eval": ".json"}
 
 
-def started(command: Sequence[str], cache: Path) -> int:
-    """Run `command` in a fork; its process id."""
+def started(command: Sequence[str], cache: Path, log: Path = Path(os.devnull), before: Callable[[], None] = lambda: None) -> int:
+    """Run `command` in a fork, after `before`; its process id. What it says goes to `log`; an exception ends it with `RAISED`."""
     pid = os.fork()
     if pid == 0:
-        os.environ["ELMEXPORT_CACHE"] = str(cache)
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
-        os._exit(run(*command))
+        code = RAISED
+        try:
+            os.environ["ELMEXPORT_CACHE"] = str(cache)
+            said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+            before()
+            code = run(*command)
+        except BaseException:
+            os.write(2, traceback.format_exc().encode())
+        finally:
+            os._exit(code)
     return pid
 
 
@@ -128,7 +137,7 @@ def kills(name: str, corpus: Path, count: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         root = Path(folder)
         for number in range(len(work.commands(corpus, root))):
-            place, cache = root / f"{number}" / f"out{_SUFFIX[name]}", root / f"cache{number}"
+            place, cache = root / f"{number}" / f"out{SUFFIX[name]}", root / f"cache{number}"
             place.parent.mkdir()
             command = work.commands(corpus, place)[number]
             status, seconds = ended(started(command, cache))
@@ -144,7 +153,7 @@ def kills(name: str, corpus: Path, count: int, seed: int) -> dict[str, Any]:
                     status, _ = ended(started(command, cache), limit)
                     killed += status == -signal.SIGKILL
                     if place.exists():  # what looks finished
-                        difference = max(difference, _compared(sound, work.result(place)))
+                        difference = max(difference, compared(sound, work.result(place)))
                         if status != 0:
                             break
                 assert status in (0, -signal.SIGKILL), f"{command} after a kill ends with {status}"
@@ -154,16 +163,16 @@ def kills(name: str, corpus: Path, count: int, seed: int) -> dict[str, Any]:
     return {"command": name, "kills": killed, "came to their end": whole, "largest difference": difference}
 
 
-def _compared(one: Any, other: Any) -> float:
+def compared(one: Any, other: Any) -> float:
     """The largest difference of two numbers in the same place; anything else must be equal."""
     if isinstance(one, float) and isinstance(other, float):
         return abs(one - other)
     if isinstance(one, dict) and isinstance(other, dict) and not any(isinstance(value, bytes) for value in one.values()):
         assert one.keys() == other.keys()
-        return max((_compared(one[key], other[key]) for key in one), default=0.0)
+        return max((compared(one[key], other[key]) for key in one), default=0.0)
     if isinstance(one, list) and isinstance(other, list):
         assert len(one) == len(other)
-        return max(map(_compared, one, other), default=0.0)
+        return max(map(compared, one, other), default=0.0)
     assert one == other, "the result differs from an undisturbed run's"
     return 0.0
 
