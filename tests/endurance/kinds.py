@@ -92,7 +92,7 @@ KINDS: Mapping[str, Kind] = {
     "report": Kind("report", ("a.json",), _of_report),
     "rows": Kind("rows", ("*.jsonl",), _of_rows),
     "gguf": Kind("gguf", ("*.gguf",), _of_artifact(bare="*.gguf"), rehash=True),
-    "onnx": Kind("onnx", ("onnx/*", "*.json"), _of_artifact(bare="onnx/*.onnx"), rehash=True),
+    "onnx": Kind("onnx", ("onnx/*", "*config.json", "tokenizer.*"), _of_artifact(bare="onnx/*.onnx"), rehash=True),
     "coreml": Kind("coreml", ("*.mlpackage/**/*", "config.json"), _of_artifact(("lint", "{bare}"), bare="*.mlpackage"), rehash=True),
     "mlx": Kind("mlx", ("config.json", "model.safetensors*", "tokenizer*"), _of_artifact(), rehash=True),
 }
