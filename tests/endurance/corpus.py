@@ -114,13 +114,15 @@ def build(root: Path) -> None:
         json.dumps({"add_bos_token": True, "bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE, "added_tokens_decoder": {"511": {"content": "|", "special": False}}})
     )  # fmt: skip
     (beside / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<s>"], "pad_token": "</s>"}))
-    (beside / "added_tokens.json").write_text(json.dumps({"e": 300}) if False else json.dumps({}))
+    (beside / "added_tokens.json").write_text(json.dumps({}))
     (beside / "chat_template.jinja").write_text(TEMPLATE)
     save_checkpoint(root / "shards", config, tensors, shards=3)
     for name, file in (("pt", "model.pt"), ("bin", "pytorch_model.bin")):
         (root / name).mkdir()
         shutil.copy(model / "config.json", root / name)
         torch.save(tensors if name == "bin" else {"model_state_dict": tensors, "epoch": 1}, root / name / file)
+    for name in ("shards", "pt", "bin"):
+        shutil.copy(model / "tokenizer.model", root / name)
     for name in ("recipe", "statistics", "weights", "imatrix", "report", "rows"):
         (root / name).mkdir()
     (root / "recipe" / "mine.toml").write_text(RECIPE)
