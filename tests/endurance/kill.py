@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.endurance.corpus import EXPORTS, run
+from elmexport.models import trace
+from tests.endurance.corpus import EXPORTS, run, small_config
 from tests.endurance.fuzz import build_corpus, cpu_seconds
 
 RAISED = 99  # exit code
@@ -196,7 +197,12 @@ def prepared(corpus: Path | None) -> Iterator[Path]:
 
         import elmexport.cli.main
         import elmexport.exporting  # noqa: F401
+        from elmexport.mil.coremltools_import import quiet_coremltools
 
+        with quiet_coremltools():
+            import coremltools  # noqa: F401
+        for context in (None, 64):  # as forks cannot keep what they traced
+            trace(small_config(), context)
         yield corpus
 
 
