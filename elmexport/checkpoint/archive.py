@@ -1,4 +1,6 @@
-"""Zip archives of `torch.save`, checked before torch maps them: torch itself looks neither at sizes nor at checksums of what it maps.
+"""Zip archives of `torch.save`, checked before torch maps them.
+
+torch itself looks neither at sizes nor at checksums of what it maps.
 
 Nothing is unpickled here: opcodes are read.
 """

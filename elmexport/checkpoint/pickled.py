@@ -61,7 +61,8 @@ class PickledFiles(TensorFiles):
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """
+        """Give the mapped tensor.
+
         Raises:
             ElmExportError: the file's content is not what its checksums say; the first tensor that is read finds out.
         """

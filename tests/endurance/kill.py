@@ -123,7 +123,7 @@ def ended(pid: int, after: float = float("inf")) -> tuple[int, float]:
         if cpu_seconds(pid) >= after:
             os.kill(pid, signal.SIGKILL)
             after = float("inf")
-        time.sleep(0.001)
+        time.sleep(0.003)
 
 
 def kills(name: str, corpus: Path, count: int, seed: int) -> dict[str, Any]:
