@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -315,6 +316,16 @@ def test_a_damaged_manifest(artifact: Path, text: str | None, message: str) -> N
     else:
         manifest.write_bytes(text.encode("latin-1"))
     with pytest.raises(ElmExportError, match=message):
+        Artifact.open(artifact)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..\\x", "C:\\x", "C:x", "a\0b"])
+def test_files_outside_of_the_folder_are_never_opened(artifact: Path, name: str) -> None:
+    file = artifact / MANIFEST
+    document = json.loads(file.read_bytes())
+    document["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    file.write_text(json.dumps(document))
+    with pytest.raises(ElmExportError, match="under files lies outside of the folder"):
         Artifact.open(artifact)
 
 

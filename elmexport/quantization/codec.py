@@ -101,7 +101,11 @@ class Codec(ABC):
 
     @abstractmethod
     def from_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> Quantized:
-        """The tensor of `shape` that `parts` store: the inverse of `Quantized.parts`."""
+        """The tensor of `shape` that `parts`, of the types and shapes of `layout`, store: the inverse of `Quantized.parts`.
+
+        Raises:
+            ElmExportError: codes that stand for no value.
+        """
 
     @abstractmethod
     def beyond(self, low: float, high: float) -> str | None:
