@@ -114,7 +114,7 @@ def test_without_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
     target = find_target("gguf")
     for quant in LLAMA_CPPS:
         with pytest.raises(
-            MissingDependencyError, match=r"pip install xllamacpp.*Without it, --quant takes int4, int8, fp16, bf16 and fp32"
+            MissingDependencyError, match=r"pip install 'elmexport\[ggml\]'.*Without it, --quant takes int4, int8, fp16, bf16 and fp32"
         ):
             target.recipe(quant)
     for quant in OURS:
