@@ -216,7 +216,7 @@ def export_checkpoint(
             files={},
         )
         write_card(folder, manifest)
-        manifest = write_manifest(folder, manifest)
+        manifest = write_manifest(folder, manifest, progress)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 

@@ -71,7 +71,7 @@ def evaluate(
         require_lm_eval(TEXT_ALONE)
     progress = progress or SilentProgress()
     started = time.monotonic()
-    evaluated = evaluated_artifact(artifact)
+    evaluated = evaluated_artifact(artifact, progress)
     reference = None if against is None else find_reference(artifact, against, adapter=adapter, progress=progress)
     chosen = artifact_tokenizer(artifact_kind(artifact), artifact, tokenizer)
     tasks, notes = _prepare(settings, progress)
