@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,11 +133,18 @@ def _index(names: Sequence[str]) -> Mapping[str, Any]:
     with as_file(files(__package__)) as own:
         folders = [own, *sorted({root / FOLDERS[name] for name in names if name in FOLDERS})]
         # later folders win: our own `cloze` stays ours
-        manager = lm_eval.tasks.TaskManager(include_defaults=bool(unknown), include_path=[own] if unknown else folders)
+        manager = _manager(bool(unknown), (own,) if unknown else tuple(folders))
     for name in unknown:
         if name not in manager.task_index:
             raise _unknown(name, manager.all_tasks)
     return manager.task_index
+
+
+@cache  # to read all definitions takes seconds, and a report on several artifacts asks for them each time
+def _manager(defaults: bool, folders: tuple[Path, ...]) -> Any:
+    import lm_eval.tasks
+
+    return lm_eval.tasks.TaskManager(include_defaults=defaults, include_path=list(folders))
 
 
 def _load(name: str, fewshot: int | None, index: Mapping[str, Any], data: LocalData | None) -> Suite:
