@@ -101,4 +101,4 @@ def test_every_extra_that_a_message_names_is_one() -> None:
     sources = [path for package in ("elmexport", "targets", "calibration") for path in (ROOT / package).rglob("*.py")]
     named = {name for path in sources for name in re.findall(r"pip install 'elmexport\[(\w+)\]'", path.read_text(encoding="utf-8"))}
     assert named == {"eval", "ggml", "llama", "mlx"}
-    assert set(PROJECT["optional-dependencies"]) == named | {"optimum", "test"}
+    assert named <= set(PROJECT["optional-dependencies"])
