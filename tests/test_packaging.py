@@ -70,6 +70,7 @@ def test_the_wheel_of_the_source_distribution_without_any_extra(tmp_path: Path) 
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path / "site")
+    assert (tmp_path / "site" / "optimum" / "commands" / "register" / "register_elmexport.py").is_file()  # where optimum looks
     export = "coreml --model tiny --quant int4 --out a"  # as in README, checked by running the package
     text, tasks, drop = "eval a --tasks none --text-tokens 64", "eval a --limit 3", "onnx --max-drop 1 --out c"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "ELMEXPORT_CACHE": str(tmp_path / "cache")}
