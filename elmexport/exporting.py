@@ -29,6 +29,7 @@ from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyEr
 from elmexport.evaluation.self_check import ReferenceRun, check_texts, reference_pass, self_check
 from elmexport.evaluation.step_up import measure_step_up
 from elmexport.evaluation.task_drop import TaskDrop
+from elmexport.evaluation.tasks.suite import require_lm_eval
 from elmexport.files import check_writable
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
@@ -95,6 +96,8 @@ def export(
     else:
         check_writable(Path(target))  # the name is found later, and lies beside
     weights = options.get("weights")
+    if weights is not None and weights.max_drop is not None:
+        require_lm_eval("--bits-per-weight finds a mix of a size, by sensitivity alone")
     if weights is not None and weights.save_weights_to is not None:
         check_writable(weights.save_weights_to, "--save-weights")
     checkpoint = open_checkpoint(
@@ -218,7 +221,7 @@ def export_checkpoint(
             files={},
         )
         write_card(folder, manifest)
-        manifest = write_manifest(folder, manifest)
+        manifest = write_manifest(folder, manifest, progress)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 

@@ -25,7 +25,8 @@ GUIDES = {"contributing.md": "CONTRIBUTING.md", "benchmark-scripts.md": "benchma
 ABOUT = """Made from the program itself: what `elmexport COMMAND --help` says.
 
 Exit codes: 0 done, 1 an artifact failed its check or a gate, 2 bad use or bad input, 3 the environment lacks something (named, with the fix), 130 interrupted, 141 the reader
-of its output went away, 143 terminated. Reading commands take `--json`: one document on stdout, everything else on stderr. `elmexport --install-completion` sets up the shell's completion; `NO_COLOR`
+of its output went away, 143 terminated. Reading commands take `--json`: one document on stdout, everything else on stderr. `--quiet` leaves only what was asked for
+and errors, `--verbose` says how long each stage took. `elmexport --install-completion` sets up the shell's completion; `NO_COLOR`
 is honoured. `ELMEXPORT_CACHE` names the folder for caches, `ELMEXPORT_THREADS` the number of threads, `ELMEXPORT_TORCH_DEVICE` (`auto`, `cpu`, `cuda`, `mps`) what torch computes on."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from elmexport.cli.command import Command
 from elmexport.errors import ElmExportError
 from elmexport.formats import FORMATS, Format, find_format, format_names, load
 
@@ -50,7 +51,7 @@ def _declared(row: Format, *, helps: bool) -> Any:
 
     target = load(row.target)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(row.name, help=_help(row, target) if helps else None)(command(target))
+    app.command(row.name, cls=Command, help=_help(row, target) if helps else None)(command(target))
     return typer.main.get_command(app)
 
 

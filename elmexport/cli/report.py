@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from elmexport.cli.command import OUTPUT
 from elmexport.cli.eval_options import (
     Against,
     Data,
@@ -21,7 +22,7 @@ from elmexport.cli.eval_options import (
     TokenizerFile,
     settings,
 )
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, note, progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def report(
         list[Path], typer.Argument(metavar="SOURCE...", help="Reports that were stored as .json, and artifacts, which are evaluated.")
     ],
     out: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated.", rich_help_panel=OUTPUT),
     ] = None,
     tasks: Tasks = None,
     preset: PresetName = None,
@@ -49,10 +51,14 @@ def report(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Add what the artifacts say to these prompts, a line each, to an .html report. bundled: elmexport's own."
+            metavar="FILE",
+            help="Add what the artifacts say to these prompts, a line each, to an .html report. bundled: elmexport's own.",
+            rich_help_panel="Text",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Compare artifacts: size, quality, the worst items.
 
@@ -80,7 +86,7 @@ def report(
     asked = None if prompts is None else _asked(prompts, out or ())
     chosen = settings(tasks, preset, fewshot, limit, seed, data, text, text_tokens)
     reports: list[Report] = []
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         for path in sources:
             if path in stored:
                 reports += stored[path]
@@ -92,7 +98,7 @@ def report(
                     against=None if against == "none" else against,
                     tokenizer=tokenizer,
                     progress=progress,
-                    note=lambda line, name=path.name: typer.echo(f"note: {name}: {line}", err=True),  # type: ignore[misc]
+                    note=lambda line, name=path.name: note(f"{name}: {line}", quiet=quiet),  # type: ignore[misc]
                 )
             )
         said = None
@@ -106,7 +112,8 @@ def report(
     for path in out or ():
         there = path.exists()
         write_reports(reports, path, said)
-        typer.echo(f"{'replaced' if there else 'wrote'} {path}", err=True)
+        if not quiet:
+            typer.echo(f"{'replaced' if there else 'wrote'} {path}", err=True)
 
 
 def _asked(prompts: Path, out: Sequence[Path]) -> list[str]:
@@ -132,7 +139,7 @@ def _refuse_options(context: typer.Context) -> None:
     """
     for option in context.command.params:
         source = None if option.name is None else context.get_parameter_source(option.name)
-        if source is not None and source.name == "COMMANDLINE" and option.name not in ("sources", "out", "json"):
+        if source is not None and source.name == "COMMANDLINE" and option.name not in ("sources", "out", "json", "quiet", "verbose"):
             raise ElmExportError(
                 f"{option.opts[0]} changes nothing: all that is compared was evaluated before; leave it out, or name artifacts"
             )

@@ -281,7 +281,7 @@ def engine() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "llama_cpp":
             raise
-        raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install llama-cpp-python") from None
+        raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install 'elmexport[llama]'") from None
     llama_cpp.llama_log_set(_collector(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp
