@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report
+from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report, sweep
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
 from elmexport.errors import ElmExportError
@@ -62,6 +62,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("eval")(eval.evaluate)
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
+app.command("sweep")(sweep.sweep)
 app.command("models")(models.models)
 app.command("generate")(generate.generate)
 app.command("compare")(compare.compare)

@@ -150,8 +150,8 @@ def test_answers_are_kept_for_what_gave_them(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     others.append(load_tokenizer(changed))
     assert others[0].pieces() == own.pieces()
-    names = [_store_name(subject, 256, tokenizer) for tokenizer in (own, *others)]
-    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model"))
+    names = [_store_name(subject, 256, tokenizer.fingerprint()) for tokenizer in (own, *others)]
+    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model").fingerprint())
     monkeypatch.setattr("elmexport.runtimes.version", lambda package: "99.0")
-    names.append(_store_name(subject, 256, own))
+    names.append(_store_name(subject, 256, own.fingerprint()))
     assert len(set(names)) == 5
