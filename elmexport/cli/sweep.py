@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def sweep(
     from elmexport.cli.sweep_progress import describe, print_failures, watched
     from elmexport.sweep.engine import local_client, local_threads, remote_client, run_jobs
     from elmexport.sweep.expansion import expand
-    from elmexport.sweep.folder import open_folder
+    from elmexport.sweep.folder import is_done, keep_jobs, open_folder
     from elmexport.sweep.plan import read_plan
 
     if workers is not None and scheduler is not None:
@@ -57,8 +58,13 @@ def sweep(
         return
     count = workers or 1
     threads = local_threads(count) if scheduler is None else None
-    jobs = expansion.assigned(open_folder(out, plan.read_text(encoding="utf-8")), threads)
-    with local_client(count) if scheduler is None else remote_client(scheduler) as client, watched(jobs, out) as watch:
-        outcomes = run_jobs(client, jobs, watch, retries=retries)
+    with contextlib.ExitStack() as stack:
+        client = None
+        if not all(is_done(out, each.job.kind, each.job.key) for each in expansion.jobs):
+            client = stack.enter_context(local_client(count) if scheduler is None else remote_client(scheduler))
+        jobs = expansion.assigned(open_folder(out, plan.read_text(encoding="utf-8")), threads)
+        keep_jobs(out, [each.job for each in jobs])
+        watch = stack.enter_context(watched(jobs, out))
+        outcomes = {} if client is None else run_jobs(client, jobs, watch, retries=retries)
     if print_failures(jobs, outcomes, out):
         raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 sweep.json           which sweep this is: workers look for it, to be sure that they see the folder
 plan.toml            the plan that was run last
+jobs.json            its jobs: what a report is to show
 cells/KEY/           a finished cell: the artifact, eval-1.json …, bench.json, log.txt, result.json
 references/KEY/      a finished reference
 shared/              the cache of every job (`ELMEXPORT_CACHE`): weight sets, statistics, the references' answers
@@ -12,6 +13,7 @@ work/                what is running
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,9 +22,9 @@ from msgspec import Struct
 from elmexport.documents import parse_json, to_struct
 from elmexport.errors import ElmExportError
 from elmexport.files import check_writable, write_text
-from elmexport.sweep.jobs import SCHEMA, Kind, Result
+from elmexport.sweep.jobs import SCHEMA, Job, Kind, Result
 
-MARKER, PLAN, RESULT, LOG = "sweep.json", "plan.toml", "result.json", "log.txt"
+MARKER, PLAN, JOBS, RESULT, LOG = "sweep.json", "plan.toml", "jobs.json", "result.json", "log.txt"
 SHARED, WORK, FAILURES = "shared", "work", "failures"
 
 
@@ -31,6 +33,14 @@ class Marker(Struct, frozen=True):
 
     schema: int
     id: str
+
+
+class JobName(Struct, frozen=True):
+    """A job of the plan that was run last."""
+
+    key: str
+    kind: Kind
+    label: str
 
 
 def open_folder(out: Path, plan: str) -> str:
@@ -76,6 +86,28 @@ def read_marker(out: Path) -> Marker:
     if found.schema > SCHEMA:
         raise ElmExportError(f"{out / MARKER}: sweep of schema {found.schema}, this version reads up to {SCHEMA}; update elmexport")
     return found
+
+
+def keep_jobs(out: Path, jobs: Sequence[Job]) -> None:
+    """Write which jobs the plan has.
+
+    Raises:
+        ElmExportError: the folder cannot be written.
+    """
+    write_text(out / JOBS, msgspec.json.encode([JobName(job.key, job.kind, job.label) for job in jobs]).decode() + "\n")
+
+
+def read_jobs(out: Path) -> list[JobName]:
+    """Read which jobs the plan that was run last has.
+
+    Raises:
+        ElmExportError: the file is missing or damaged.
+    """
+    where, fix = out / JOBS, "run the sweep again"
+    try:
+        return to_struct(parse_json(where.read_bytes(), str(where), fix), list[JobName], str(where), fix)
+    except OSError as error:
+        raise ElmExportError(f"cannot read {where}: {error.strerror or error}; {fix}") from None
 
 
 def is_done(out: Path, kind: Kind, key: str) -> bool:

@@ -8,16 +8,27 @@ import platform
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
 
 from elmexport.cores import asked_threads, available_cores
 from elmexport.sweep.jobs import Job, Outcome, State
 
+_POLL = 0.5  # seconds between two looks at the worker
+_CLOSING = ("closing", "closed", "failed")  # of `distributed.Status`
+
 
 def run_job(document: bytes) -> bytes:
-    """Run the `Job` in `document` in a process of its own, and return its `Outcome`; both as JSON."""
-    job = _with_share(msgspec.json.decode(document, type=Job))
+    """Run the `Job` in `document` in a process of its own, and return its `Outcome`; both as JSON.
+
+    Raises:
+        ChildProcessError: the worker is closing, and the job was ended.
+    """
+    from distributed import get_worker
+
+    worker = get_worker()
+    job = _with_share(msgspec.json.decode(document, type=Job), worker)
     process = subprocess.Popen(
         [sys.executable, "-m", "elmexport.sweep.process"],
         stdin=subprocess.PIPE,
@@ -26,28 +37,36 @@ def run_job(document: bytes) -> bytes:
         start_new_session=True,
     )
     assert process.stdin is not None and process.stdout is not None and process.stderr is not None
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it ended before it began; the exit code tells
-            process.stdin.write(msgspec.json.encode(job) + b"\n")
-            process.stdin.flush()
-        said = process.stdout.read()  # to its end; standard input stays open until then, see `elmexport.sweep.process`
-        code = process.wait()
-    finally:
-        with contextlib.suppress(ProcessLookupError, AttributeError):
-            os.killpg(process.pid, signal.SIGKILL)  # what a killed process may have left behind
-        process.stdin.close()
-    if code == 0 and said.endswith(b"\n"):
-        return said
+    with process.stdin, process.stdout, process.stderr:  # standard input stays open to the end, see `elmexport.sweep.process`
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended before it began; the exit code tells
+                process.stdin.write(msgspec.json.encode(job) + b"\n")
+                process.stdin.flush()
+            while not _ended(process):
+                if worker.status.name in _CLOSING:  # it would wait for this thread, and the job go on though its scheduler is gone
+                    raise ChildProcessError(f"the worker is closing; {job.label} was ended")
+        finally:
+            with contextlib.suppress(ProcessLookupError, AttributeError):
+                os.killpg(process.pid, signal.SIGKILL)  # the process, or what it left behind if it was killed
+            code = process.wait()
+        said = process.stdout.read()
+        if code == 0 and said.endswith(b"\n"):
+            return said
+        last = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
     how = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
-    last = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
     return msgspec.json.encode(Outcome(job.key, State.CRASHED, ": ".join([how, *last]), code, host=platform.node()))
 
 
-def _with_share(job: Job) -> Job:
-    """`job` with this worker's share of threads and memory, where the sweep did not set them."""
-    from distributed import get_worker
+def _ended(process: subprocess.Popen[bytes]) -> bool:
+    """Wait a little; whether the process has ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_POLL)
+        return True
+    return False
 
-    worker = get_worker()
+
+def _with_share(job: Job, worker: Any) -> Job:
+    """`job` with this worker's share of threads and memory, where the sweep did not set them."""
     slots = worker.state.nthreads
     threads, memory = job.threads, job.memory
     if threads is None:

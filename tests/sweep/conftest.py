@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,7 +33,6 @@ def expanded(tmp_path: Path) -> Expand:
 @pytest.fixture
 def make_job(tmp_path: Path) -> MakeJob:
     """`make_job(key, code, …)`: a job in the sweep `tmp_path / "out"` whose only step is the Python program `code`."""
-    sweep = open_folder(tmp_path / "out", "")
 
     def call(
         key: str,
@@ -46,6 +44,7 @@ def make_job(tmp_path: Path) -> MakeJob:
         memory: int | None = None,
         packages: dict[str, str] | None = None,
     ) -> Planned:
+        sweep = open_folder(tmp_path / "out", "")
         steps = () if code is None else (Step("run", ("-c", code)),)
         job = Job(key, f"job {key}", kind, str(tmp_path / "out"), steps, packages or {}, sweep=sweep, threads=1, memory=memory)
         return Planned(job, after, tuple(groups))
@@ -56,6 +55,3 @@ def make_job(tmp_path: Path) -> MakeJob:
 def python(*lines: str) -> str:
     """A program of several lines."""
     return "\n".join(lines)
-
-
-HERE = sys.executable

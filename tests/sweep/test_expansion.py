@@ -109,7 +109,7 @@ def test_a_local_model_is_named_to_the_evaluation(expanded: Expand, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("int8", "int9"), "no format of the plan has the quantization 'int9'; they have fp32, fp16"),
+        (("int8", "int9"), "no format of the plan has the quantization 'int9'; they have int4, int4-block64"),
         (('"gguf"', '"ggfu"'), "target is 'ggfu', which nothing here knows; known: onnx"),
         (('"gguf"', '{ format = "gguf", ops = "fast" }'), "gguf has no option ops; it has imatrix"),
         (('"gguf"', '{ ops = "fast" }'), "a table of formats lacks format"),
@@ -127,8 +127,8 @@ def test_a_local_model_is_named_to_the_evaluation(expanded: Expand, tmp_path: Pa
         (("limit = 20", 'data = "gone"'), "data names gone, and there is no"),
         (("limit = 20", '[[exclude]]\nquant = "int5"'), "exclude[0] leaves nothing out"),
         (("limit = 20", '[[exclude]]\nmodel = "tiny"'), "leaves no cell"),
-        (("limit = 20", "context = 100000"), "tiny as onnx int8: "),
-        (("limit = 20", 'texts = []\ntasks2 = []'), "tasks2"),
+        (("limit = 20", "text_tokens = 0"), "text_tokens is 0, where a whole number of at least 1 belongs"),
+        (('tasks = ["cloze"]', "tasks = []\ntexts = []"), "evaluates nothing: tasks and texts are empty, and there is no [bench]"),
         (("limit = 20", "[bench]\nprompt = [0]"), "--prompt is 0; it must be 1 or more"),
     ],
 )  # fmt: skip
