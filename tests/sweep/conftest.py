@@ -12,6 +12,7 @@ from elmexport.sweep.expansion import Expansion, expand
 from elmexport.sweep.folder import open_folder
 from elmexport.sweep.jobs import Job, Kind, Step
 from elmexport.sweep.plan import read_plan
+from tests.cli.conftest import run as run  # the fixture
 
 LEAST = 'models = ["tiny"]\nformats = ["onnx", "gguf"]\nquants = ["int8", "int4"]\ntasks = ["cloze"]\nlimit = 20\n'
 Expand = Callable[..., Expansion]

@@ -62,6 +62,14 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
+def wait_for_end(pid: int) -> None:
+    """Wait until a process is gone; gives up after a minute."""
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the cell outlived its worker"
+        time.sleep(0.05)
+
+
 def sleeper(started: Path, go: Path) -> str:
     """A program that says that it runs, and ends when it is told to. Each attempt leaves a line."""
     return python(
@@ -194,6 +202,7 @@ def test_a_scheduler_that_is_killed_and_started_again(make_job: MakeJob, cluster
         scheduler.wait()
         cluster.scheduler()
         cluster.worker("--memory-limit", "400MB")
+        wait_for_end(int(started.read_text()))  # its worker ends it before it ends itself
         go.touch()
 
     jobs = [
@@ -228,10 +237,7 @@ def test_a_scheduler_that_does_not_come_back(make_job: MakeJob, cluster: Cluster
         with pytest.raises(ElmExportError, match="the dask scheduler went and did not come back"):
             run_jobs(client, [make_job("a", sleeper(started, tmp_path / "never"))], Heard(), patience=1)
         thread.join()
-    deadline = time.monotonic() + 30
-    while psutil.pid_exists(pid := int(started.read_text())) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the cell outlived its worker"
-        time.sleep(0.1)
+    wait_for_end(int(started.read_text()))
 
 
 def test_a_worker_that_does_not_see_the_folder(make_job: MakeJob, tmp_path: Path) -> None:
