@@ -123,14 +123,15 @@ class _Table(_Lines):
         self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _drawn(self, now: float) -> Any:
+        from rich.console import Group
         from rich.table import Table
 
-        drawn = Table(box=None, pad_edge=False, title=self._title(now), title_justify="left")
+        drawn = Table(box=None, pad_edge=False)
         drawn.add_column("running")
         drawn.add_column("for", justify="right")
         for key, since in list(self._since.items())[:_SHOWN]:
             drawn.add_row(self._jobs[key].label, _time(now - since))
-        return drawn
+        return Group(self._title(now), drawn)
 
     def _title(self, now: float) -> str:
         failed = sum(outcome.state is not State.DONE for outcome in self._ended.values())

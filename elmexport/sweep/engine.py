@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 PATIENCE = 600.0  # seconds that a scheduler may be gone
+ANSWER = 10.0  # seconds in which a scheduler has to answer at first
 _TICK = 0.5
 
 
@@ -63,10 +64,10 @@ def local_client(workers: int) -> Iterator[Client]:
             n_workers=workers,
             threads_per_worker=1,
             memory_limit=int(MEMORY_LIMIT / workers),
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # none would be 8787, taken by the next sweep
             silence_logs=50,
         ) as cluster,
-        distributed.Client(cluster) as client,
+        distributed.Client(cluster, set_as_default=False) as client,
     ):
         yield client
 
@@ -86,7 +87,8 @@ def remote_client(address: str) -> Iterator[Client]:
     """
     distributed = _distributed()
     try:
-        client = distributed.Client(address, timeout="10s", set_as_default=False)
+        distributed.Client(address, timeout=ANSWER, set_as_default=False).close()
+        client = distributed.Client(address, timeout=PATIENCE, set_as_default=False)  # for which it tries to connect again, too
     except (OSError, ValueError) as error:
         raise ElmExportError(
             f"no dask scheduler answers at --scheduler {address} ({str(error).splitlines()[0]}); start one with `dask scheduler`, and give the address that it prints"

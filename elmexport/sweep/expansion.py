@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,6 +74,11 @@ class _Expander:
         plan = self._plan
         models = [open_model(choice, self._folder, progress) for choice in plan.model_choices()]
         check_different(tuple(model.name for model in models), "models", self._where)
+        for model in models if self._evaluations else ():
+            if model.checkpoint.tokenizer_path is None:
+                raise ElmExportError(
+                    f"{self._where}: {model.written} has no tokenizer to read tasks and texts with; name one: {{ model = …, tokenizer = PATH }}"
+                )
         jobs: list[Planned] = []
         for model in models:
             combinations = list(self._combinations(model))
@@ -85,9 +90,22 @@ class _Expander:
         unused = next((number for number in range(len(plan.exclude)) if number not in self._excluding), None)
         if unused is not None:
             raise ElmExportError(f"{self._where}: exclude[{unused}] leaves nothing out; its names are those of the plan, compare them")
+        self._check_different(jobs)
         if not jobs:
             raise ElmExportError(f"{self._where} leaves no cell: everything is excluded; take an [[exclude]] out")
         return Expansion(tuple(jobs), tuple(self._notes))
+
+    def _check_different(self, jobs: Sequence[Planned]) -> None:
+        """Refuse cells that are one and the same, and such as nobody could tell apart in a report."""
+        by_key: dict[str, str] = {}
+        labels: set[str] = set()
+        for job in (each.job for each in jobs):
+            if job.key in by_key and job.label != by_key[job.key]:
+                raise ElmExportError(f"{self._where}: {by_key[job.key]} and {job.label} are the same; leave one of them out")
+            if job.label in labels:
+                raise ElmExportError(f"{self._where}: two cells are called {job.label}; give the recipes different names")
+            by_key[job.key] = job.label
+            labels.add(job.label)
 
     def _weight_options(self, method: str) -> WeightOptions:
         if method not in METHODS:

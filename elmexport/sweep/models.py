@@ -91,7 +91,7 @@ def open_model_checkpoint(choice: ModelChoice, progress: Progress) -> Checkpoint
         adapter=None if choice.adapter is None else Path(choice.adapter),
         progress=progress,
     )
-    if choice.random_weights is None:
+    if choice.tokenizer is None and choice.random_weights is None:
         checkpoint.tokenizer_path = require_tokenizer(checkpoint)
     return checkpoint
 

@@ -117,6 +117,8 @@ def test_a_local_model_is_named_to_the_evaluation(expanded: Expand, tmp_path: Pa
         (('"gguf"', '{ format = "onnx", ops = "slow" }'), "--ops is 'slow'; choose fast or standard"),
         (('"gguf"', '{ format = "coreml", argmax = 1 }'), "argmax of coreml is 1; its default is False"),
         (('"tiny"', '"tinny"'), "unknown model 'tinny'. Did you mean tiny"),
+        (('"gguf"', '{ format = "onnx", ops = "fast" }'), "OpenELM-tiny onnx int8 mse and OpenELM-tiny onnx ops=fast int8 mse are the same"),
+        (('"tiny"', '{ model = "tiny", tokenizer = "none" }'), "tiny has no tokenizer to read tasks and texts with; name one"),
         (('"tiny"', '"tiny", "tiny"'), "models names 'OpenELM-tiny' twice"),
         (("int8", "gone.toml"), "quants names gone.toml, and there is no"),
         (('"cloze"', '"clozee"'), "no task is called 'clozee'"),
@@ -179,3 +181,10 @@ def test_a_key_changes_with_what_determines_the_cell_and_with_nothing_else(
     monkeypatch.setattr("elmexport.sweep.cell.__version__", "99.0")
     found.append(key(base))
     assert len({*same, *found}) == len(found) + 1
+
+
+def test_recipes_of_one_name_are_refused(expanded: Expand, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.toml").write_text(RECIPE.replace("everything", name))
+    with pytest.raises(ElmExportError, match="two cells are called OpenELM-tiny onnx mine mse; give the recipes different names"):
+        expanded('models = ["tiny"]\nformats = ["onnx"]\nquants = ["a.toml", "b.toml"]')
