@@ -30,10 +30,11 @@ def sweep(
     ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells in their order, and what is left out, and run none.")] = False,
 ) -> None:
-    """Export and evaluate every combination of models, formats and quantizations.
+    """Export and evaluate every combination of a plan; resumable.
 
-    Each cell is an export and its evaluation in a process of its own. The fp16 reference of a model is evaluated once. A sweep that was
-    interrupted goes on with the same command. Ends with exit code 1 if a cell failed; elmexport report DIR draws what there is.
+    Combinations are of models, formats, quantizations and methods. Each one, a cell, is an export and its evaluation in a process of its own; the
+    fp16 reference of a model is evaluated once. A sweep that was interrupted goes on with the same command. Ends with exit code 1 if a cell
+    failed; elmexport report DIR draws what there is.
 
     \b
     Example:

@@ -66,7 +66,7 @@ class Job(Struct, frozen=True):
 
 
 class Outcome(Struct, frozen=True):
-    """What became of a job. `code` is the exit code of the step that ended it; `seconds` by step."""
+    """Outcome of a job. `code` is the exit code of the step that ended it; `seconds` by step."""
 
     key: str
     state: State

@@ -45,7 +45,7 @@ class CellResult:
 
     @property
     def recipe(self) -> str:
-        """How the model was quantized: format, quantization, and the method where it is not the default one."""
+        """Recipe in a few words: format, quantization, and the method where it is not the default one."""
         facts = self.facts
         return f"{facts.format} {facts.quant}" + ("" if facts.method == "mse" else f" {facts.method}")
 
