@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 600.0  # seconds that a scheduler may be gone
 ANSWER = 10.0  # seconds in which a scheduler has to answer at first
-_TICK = 0.5
+_TICK = 1.0
 
 
 class Watch(Protocol):

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -143,13 +144,17 @@ class _Run:
 
     def _watched(self, process: subprocess.Popen[bytes]) -> str | None:
         """Wait for a step; says by how much it passed its memory, for which it was killed, or None."""
-        own = psutil.Process(process.pid)
+        own, below = psutil.Process(process.pid), list[psutil.Process]()
+        look = -1
         while True:
+            look += 1
             try:
                 process.wait(POLL)
                 return None
             except subprocess.TimeoutExpired:
-                used = _memory(own)
+                if look % 5 == 0:  # finding them looks at every process of the machine
+                    below = _children(own)
+                used = _memory([own, *below])
             self._peak = max(self._peak, used)
             if self._job.memory is not None and used > self._job.memory:
                 for child in [*_children(own), own]:
@@ -181,10 +186,10 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _memory(process: psutil.Process) -> int:
-    """Bytes that a process and those below it use, without pages of files that the system can take back."""
+def _memory(processes: Sequence[psutil.Process]) -> int:
+    """Bytes that processes use, without pages of files that the system can take back."""
     total = 0
-    for one in [process, *_children(process)]:
+    for one in processes:
         with contextlib.suppress(psutil.Error):
             info = one.memory_info()
             total += info.rss - getattr(info, "shared", 0)

@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 from elmexport.errors import ElmExportError
+from elmexport.sweep import engine
 from elmexport.sweep.cell import Planned
 from elmexport.sweep.engine import local_client, remote_client, run_jobs
 from elmexport.sweep.folder import is_done, read_result
@@ -254,6 +255,7 @@ def test_a_worker_that_does_not_see_the_folder(make_job: MakeJob, tmp_path: Path
         assert outcome.state is State.FAILED and "is not the sweep's folder" in outcome.message
 
 
-def test_no_scheduler_there() -> None:
+def test_no_scheduler_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "ANSWER", 0.5)
     with pytest.raises(ElmExportError, match=r"no dask scheduler answers at --scheduler tcp://127\.0\.0\.1:9 .*start one with `dask scheduler`"), remote_client("tcp://127.0.0.1:9"):  # fmt: skip
         pass
