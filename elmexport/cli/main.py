@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report
+from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report, sweep
 from elmexport.cli.command import Command
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
@@ -76,6 +76,7 @@ app.command("calibrate", cls=Command)(calibrate.calibrate)
 app.command("eval", cls=Command)(eval.evaluate)
 app.command("report", cls=Command)(report.report)
 app.command("bench", cls=Command)(bench.bench)
+app.command("sweep", cls=Command)(sweep.sweep)
 app.command("models", cls=Command)(models.models)
 app.command("generate", cls=Command)(generate.generate)
 app.command("compare", cls=Command)(compare.compare)

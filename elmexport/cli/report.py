@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,11 +32,18 @@ if TYPE_CHECKING:
 def report(
     context: typer.Context,
     sources: Annotated[
-        list[Path], typer.Argument(metavar="SOURCE...", help="Reports that were stored as .json, and artifacts, which are evaluated.")
+        list[Path],
+        typer.Argument(
+            metavar="SOURCE...", help="Reports that were stored as .json, and artifacts, which are evaluated; or the folder of a sweep."
+        ),
     ],
     out: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated.", rich_help_panel=OUTPUT),
+        typer.Option(
+            metavar="FILE",
+            help="Write a report: .html, .md or .json by its suffix, of a sweep .csv too. May be repeated.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     tasks: Tasks = None,
     preset: PresetName = None,
@@ -74,7 +81,15 @@ def report(
     from elmexport.evaluation.report.files import check_output, read_reports, to_json, write_reports
     from elmexport.evaluation.report.terminal import print_reports
     from elmexport.runtimes import artifact_kind
+    from elmexport.sweep.folder import is_sweep
 
+    sweeps = [path for path in sources if is_sweep(path)]
+    if sweeps:
+        if len(sources) > 1:
+            raise ElmExportError(f"{sweeps[0]} is a sweep, which has a report of its own; name it alone")
+        _refuse_options(context)
+        _report_sweep(sweeps[0], out or (), json=json, quiet=quiet)
+        return
     for path in out or ():
         check_output(path)
     stored = {path: read_reports(path) for path in sources if _is_stored(path)}  # what can fail at once comes before the minutes
@@ -110,10 +125,32 @@ def report(
     else:
         print_reports(reports)
     for path in out or ():
-        there = path.exists()
-        write_reports(reports, path, said)
-        if not quiet:
-            typer.echo(f"{'replaced' if there else 'wrote'} {path}", err=True)
+        _write(path, lambda path: write_reports(reports, path, said), quiet=quiet)
+
+
+def _report_sweep(folder: Path, out: Sequence[Path], *, json: bool, quiet: bool) -> None:
+    from elmexport.evaluation.report.files import check_output, to_json
+    from elmexport.evaluation.report.terminal import print_contents
+    from elmexport.sweep.report.contents import sweep_contents
+    from elmexport.sweep.report.files import FORMS, write_sweep
+    from elmexport.sweep.results import read_sweep
+
+    for path in out:
+        check_output(path, FORMS)
+    results = read_sweep(folder)
+    if json:
+        typer.echo(to_json(results.reports), nl=False)
+    else:
+        print_contents(sweep_contents(results))
+    for path in out:
+        _write(path, lambda path: write_sweep(results, path), quiet=quiet)
+
+
+def _write(path: Path, write: Callable[[Path], None], *, quiet: bool) -> None:
+    there = path.exists()
+    write(path)
+    if not quiet:
+        typer.echo(f"{'replaced' if there else 'wrote'} {path}", err=True)
 
 
 def _asked(prompts: Path, out: Sequence[Path]) -> list[str]:

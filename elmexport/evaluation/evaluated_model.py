@@ -90,7 +90,7 @@ def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None 
         raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
     else:
         checkpoint = _named_checkpoint(artifact, manifest.model, adapter, progress)
-        evaluated = _evaluated_checkpoint(checkpoint, "", context, rounded=True)
+        evaluated = fp16_reference(checkpoint, checkpoint.config.dims.context if context is None else context)
     if kind == CHECKPOINT:
         own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
     other = evaluated.subject.model
@@ -100,6 +100,11 @@ def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None 
             "not the same weights. Compare artifacts of one model, or pass the model it came from with --against PATH"
         )
     return evaluated
+
+
+def fp16_reference(checkpoint: Checkpoint, context: int) -> EvaluatedModel:
+    """The model as the reference of its artifacts with a context of `context` tokens: weights rounded to fp16, computed in float32."""
+    return _evaluated_checkpoint(checkpoint, "", context, rounded=True)
 
 
 def _named_checkpoint(artifact: Path, model: Model, adapter: Path | None, progress: Progress | None) -> Checkpoint:

@@ -30,6 +30,7 @@ COMMANDS = (
         "eval",
         "report",
         "bench",
+        "sweep",
         "models",
         "generate",
         "compare",
@@ -73,6 +74,7 @@ OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf", "mlx"), EXPORT) | {
     ),
     "report": ("--out", "--tasks", "--preset", "--fewshot", "--limit", "--against", "--data", "--text", "--text-tokens", "--json"),
     "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--prompt-lookup", "--draft-model", "--json"),
+    "sweep": ("--out", "--workers", "--scheduler", "--retries", "--dry-run"),
     "logits": ("--ids-file", "--out"),
 }
 HEAVY = (

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.evaluate import Settings, evaluate
+from elmexport.evaluation.evaluate import Settings, evaluate, evaluate_reference
 from elmexport.evaluation.results import Report
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.conftest import ExportTo, MadeOnce
@@ -39,6 +40,26 @@ def test_engines_agree_item_by_item(tiny_artifact: MadeOnce) -> None:
                 assert theirs.scores == pytest.approx(mine.scores, abs=0.02, rel=2e-4)
                 if name != "wikitext":
                     assert theirs.metrics == pytest.approx(mine.metrics, abs=0.05)
+
+
+@pytest.mark.slow
+def test_a_reference_that_was_evaluated_before_serves_every_format(
+    tiny: Checkpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kind of file the tokenizer comes from: SentencePiece's for the model, `tokenizer.json` for ONNX, the GGUF file's own."""
+    artifacts = [export_to(tiny, "onnx", "int8"), export_to(tiny, "gguf", "int8")]
+    settings = Settings({"cloze": None}, limit=4, text_tokens=128)
+    alone = evaluate(artifacts[0], settings)
+    monkeypatch.setenv("ELMEXPORT_CACHE", str(artifacts[0].parent / "another cache"))
+    evaluate_reference(tiny, tiny.config.dims.context, settings)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("the reference was computed again")
+
+    monkeypatch.setattr("elmexport.runtimes.torch.TorchRuntime.logits", refuse)
+    found = [evaluate(artifact, settings) for artifact in artifacts]
+    assert msgspec.structs.replace(found[0], seconds=alone.seconds) == alone
+    assert found[1].reference == found[0].reference and found[1].kl is not None
 
 
 @pytest.mark.slow
@@ -150,8 +171,8 @@ def test_answers_are_kept_for_what_gave_them(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     others.append(load_tokenizer(changed))
     assert others[0].pieces() == own.pieces()
-    names = [_store_name(subject, 256, tokenizer) for tokenizer in (own, *others)]
-    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model"))
+    names = [_store_name(subject, 256, tokenizer.fingerprint()) for tokenizer in (own, *others)]
+    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model").fingerprint())
     monkeypatch.setattr("elmexport.runtimes.version", lambda package: "99.0")
-    names.append(_store_name(subject, 256, own))
+    names.append(_store_name(subject, 256, own.fingerprint()))
     assert len(set(names)) == 5
