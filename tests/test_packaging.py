@@ -101,5 +101,5 @@ def test_tasks_without_lm_eval_are_refused_before_any_work(run: Run, monkeypatch
 def test_every_extra_that_a_message_names_is_one() -> None:
     sources = [path for package in ("elmexport", "targets", "calibration") for path in (ROOT / package).rglob("*.py")]
     named = {name for path in sources for name in re.findall(r"pip install 'elmexport\[(\w+)\]'", path.read_text(encoding="utf-8"))}
-    assert named == {"eval", "ggml", "llama", "mlx"}
+    assert named == {"eval", "ggml", "llama", "mlx", "sweep"}
     assert named <= set(PROJECT["optional-dependencies"])

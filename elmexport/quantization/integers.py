@@ -54,7 +54,7 @@ def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
 
 
 def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None, *, quick: bool = False) -> Coded:
-    """Search the scale of least squared error among a fixed set of candidates, few if `quick`; refine it once by least squares given the codes.
+    """Search the scale of least squared error among candidates (few if `quick`); refine it once by least squares given the codes.
 
     Codes are nearest for the scale as stored (fp16), so every format that holds the same codes and scales dequantizes to the same numbers.
     Symmetric 8-bit codes are fine enough for the largest magnitude to become code 127. `importance` `[groups, block]` weights the squares.
