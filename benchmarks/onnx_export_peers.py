@@ -94,7 +94,18 @@ def main() -> int:
         if given.optimum:
             exported = folder / "exported"
             exporters["optimum, then MatMulNBitsQuantizer"] = [
-                (given.optimum, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", str(llama), str(exported)),
+                (
+                    given.optimum,
+                    "-m",
+                    "optimum.commands.optimum_cli",
+                    "export",
+                    "onnx",
+                    "--model",
+                    str(llama),
+                    "--task",
+                    "text-generation",
+                    str(exported),
+                ),
                 (given.optimum, "-c", QUANTIZE, str(exported / "model.onnx"), str(out / "model.onnx")),
             ]
         for exporter, commands in exporters.items():
