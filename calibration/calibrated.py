@@ -27,7 +27,7 @@ from elmexport import __version__
 from elmexport.cache import cached_path, unwritable
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.files import complete_file
+from elmexport.files import complete_file, remove_all_stale
 from elmexport.graph.device import torch_device
 from elmexport.progress import Progress
 from elmexport.quantization.codec import Quantized
@@ -36,7 +36,7 @@ from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
 
-_CODES = 2  # raised when the same inputs would give other codes, so that the cache does not answer with the former ones
+_CODES = 3  # raised when the same inputs would give other codes, so that the cache does not answer with the former ones
 MomentsOf = Callable[[WeightSpec], Moments | None]
 
 
@@ -144,6 +144,7 @@ def _path(facts: WeightFacts) -> Path:
 
 def _written(path: Path, facts: WeightFacts, checkpoint: Checkpoint, fill: Callable[[WeightWriter], None]) -> WeightSet:
     try:
+        remove_all_stale(path.parent)
         with weight_writer(path, facts, checkpoint.specs) as writer:
             fill(writer)
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,10 +11,11 @@ from calibration.text import Sample
 from elmexport import __version__
 from elmexport.cache import cached_path, keep_document
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.documents import decode_json
 from elmexport.progress import Progress
 from elmexport.quantization.schemes import CodedScheme, find_scheme
 
-FORMAT = 1  # of the files; raised when the same measurement would give other figures
+FORMAT = 2  # of the files; raised when the same measurement would give other figures
 
 
 def known_sensitivities(
@@ -48,7 +48,7 @@ def known_sensitivities(
 def _read(path: Path, checkpoint: Checkpoint, names: Mapping[str, Sequence[str]]) -> list[Sensitivity] | None:
     """What lies in `path`; None where there is nothing, or not what was asked for: then it is measured again."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = decode_json(path.read_bytes())
         kinds: dict[str, dict[CodedScheme, float]] = {}
         for name, wanted in names.items():
             kinds[name] = {}

@@ -5,7 +5,6 @@ A calibration text may be too short, or say the same thing over and over; codes 
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +19,7 @@ from elmexport import __version__
 from elmexport.cache import cached_path, keep_document
 from elmexport.checkpoint import open_tokenizer
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.documents import decode_json
 from elmexport.quantization.weight_source import CheckpointWeights, WeightSource
 
 TOKENS, WINDOW = 1024, 256  # of the text that judges
@@ -87,7 +87,7 @@ def _known_losses(job: Job, prepared: Prepared, sample: Sample, plain: WeightSou
     key = [__version__, job.checkpoint.identity(), schemes, prepared.facts["method"], text, hessian, sample.sha256]
     path = cached_path("losses", key, ".json")
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = decode_json(path.read_bytes())
         return Losses(float(known["found"]), float(known["mse"]))
     except (OSError, ValueError, TypeError, KeyError):
         pass  # not measured yet, or damaged

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError
+from elmexport.documents import parse_json, to_struct
+from elmexport.errors import ElmExportError, listed
 from elmexport.files import MappedTensors, read_metadata, write_safetensors
 from elmexport.weights import Role, WeightSpec
 
@@ -27,6 +28,7 @@ METADATA_KEY = "elmexport.statistics"
 TOKEN_COUNTS = "token_counts"
 MEAN_SQUARE, MEAN_ABS, HESSIAN = "mean_square", "mean_abs", "hessian"
 ROUTED = "routed"
+_FIX = "calibrate again"
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,12 @@ class Statistics:
         if METADATA_KEY not in header:
             raise ElmExportError(f"{path} holds no calibration statistics; make them with `elmexport calibrate --out FILE`")
         facts = _facts(path, header[METADATA_KEY])
-        tensors = MappedTensors(path, "calibrate again")
+        tensors = MappedTensors(path, _FIX)
         kinds = (MEAN_SQUARE, MEAN_ABS, *([HESSIAN] if facts.hessian else []))
         wanted = {TOKEN_COUNTS, *(f"{activation}.{kind}" for activation in facts.inputs.values() for kind in kinds)}
         missing = sorted(wanted - set(tensors))
         if missing:
-            raise ElmExportError(f"{path} is damaged: it lacks {', '.join(missing[:5])}; calibrate again")
+            raise ElmExportError(f"{path} is damaged: it lacks {listed(missing)}; {_FIX}")
         return cls(facts, tensors)
 
 
@@ -176,20 +178,42 @@ def load_statistics(path: Path, checkpoint: Checkpoint) -> Statistics:
             f"{path} holds the statistics of another model: {statistics.facts.model}, identity {found[:12]}…, "
             f"while {checkpoint.source.name} has {wanted[:12]}…; calibrate this one with `elmexport calibrate`"
         )
+    _check_tensors(statistics, checkpoint)
     return statistics
 
 
+def _check_tensors(statistics: Statistics, checkpoint: Checkpoint) -> None:
+    """Compare the tensors that `Statistics.load` found with the inputs of the matrices of `checkpoint`.
+
+    Raises:
+        ElmExportError: a matrix that the model does not have, or a tensor of another type or shape.
+    """
+    import torch
+
+    facts, tensors = statistics.facts, statistics.tensors
+    assert isinstance(tensors, MappedTensors)
+    strange = [name for name in (*facts.inputs, *facts.norm_peaks) if name not in checkpoint.specs]
+    if strange:
+        raise ElmExportError(f"the statistics are damaged: they list {listed(strange)}, which the model does not have; {_FIX}")
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, activation in facts.inputs.items():
+        size = checkpoint.specs[name].shape[-1]
+        layout |= {f"{activation}.{kind}": (torch.float32, (size,)) for kind in (MEAN_SQUARE, MEAN_ABS)}
+        if facts.hessian:
+            layout[f"{activation}.{HESSIAN}"] = (torch.float32, (size, size))
+        if f"{activation}.{ROUTED}" in tensors:
+            layout[f"{activation}.{ROUTED}"] = (torch.int64, (1,))
+    tensors.check(layout)
+
+
 def _facts(path: Path, text: str) -> Facts:
-    try:
-        data = json.loads(text)
-        version = data.pop("format")
-        if version > FORMAT:
-            raise ElmExportError(f"{path}: statistics of format {version}, this version reads up to {FORMAT}; update elmexport")
-        facts = Facts(**{field.name: data[field.name] for field in fields(Facts)})
-        facts = Facts(**(facts.__dict__ | {"residual_peaks": tuple(float(peak) for peak in facts.residual_peaks)}))
-        figures = [*facts.residual_peaks, *facts.norm_peaks.values(), facts.tokens]
-        if not all(math.isfinite(figure) for figure in figures):
-            raise ValueError("a figure in its metadata is not finite")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ElmExportError(f"{path} is damaged: its metadata cannot be read ({error}); calibrate again") from None
+    name = f"{path}: its metadata"
+    data = parse_json(text, name, _FIX)
+    version = data.get("format") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise ElmExportError(f"{path}: statistics of format {version}, this version reads up to {FORMAT}; update elmexport")
+    facts = to_struct(data, Facts, name, _FIX)
+    figures = [*facts.residual_peaks, *facts.norm_peaks.values()]
+    if not all(math.isfinite(figure) and figure >= 0 for figure in figures) or facts.tokens < 1:
+        raise ElmExportError(f"{path} is damaged: a peak or a count in its metadata is no such figure; {_FIX}")
     return facts

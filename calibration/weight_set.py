@@ -9,14 +9,16 @@ number of tokens that reached a matrix which GPTQ left to weighted least squares
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.errors import ElmExportError
+from elmexport.documents import parse_json, to_struct
+from elmexport.errors import ElmExportError, listed
 from elmexport.files import MappedTensors, SafetensorsWriter, complete_file, read_metadata
 from elmexport.quantization.codec import Codec, Quantized, find_codec
 from elmexport.quantization.recipes import Plan
@@ -25,11 +27,13 @@ from elmexport.quantization.weight_source import WeightSource
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 FORMAT = 1  # of the file; a reader refuses a newer one
 METADATA_KEY = "elmexport.weights"
 DAMPING, SCARCE = "damping", "scarce"
+_LATER = (DAMPING, SCARCE)  # what files of earlier versions lack
 _FIX = "make one with --save-weights"
 
 
@@ -67,10 +71,7 @@ class WeightSet:
         header = read_metadata(path, "weight set", _FIX)
         if METADATA_KEY not in header:
             raise ElmExportError(f"{path} holds no calibrated weights; {_FIX}")
-        found = cls(path, _facts(path, header[METADATA_KEY]))
-        wanted = {*(f"{name}.codes" for name in found.facts.schemes), *found.facts.folded}
-        found._check_holds(wanted)
-        return found
+        return cls(path, _facts(path, header[METADATA_KEY]))
 
     def check(self, checkpoint: Checkpoint, plan: Plan) -> None:
         """Check that these are weights of `checkpoint` in the schemes of `plan`.
@@ -91,9 +92,11 @@ class WeightSet:
                     f"{self.path} holds {name} as {have or 'no quantized tensor'}, while --quant {plan.recipe.name} stores it as "
                     f"{want or plan.schemes[name]}; choose the --quant that the file was made with, or leave --weights-from out"
                 )
-
-        schemes = self.facts.schemes.items()
-        self._check_holds({f"{name}.{part}" for name, scheme in schemes for part in _codec(scheme).layout(checkpoint.specs[name].shape)})
+        strange = [name for name in self.facts.folded if name not in checkpoint.specs]
+        if strange:
+            raise ElmExportError(f"{self.path} is damaged: it lists {listed(strange)}, which the model does not have; {_FIX}")
+        layout = _layout(self.facts, checkpoint.specs)
+        self._tensors.check({name: part for name, part in layout.items() if name not in _LATER or name in self._tensors})
 
     def damped(self) -> dict[str, float]:
         """Tensors whose Hessian needed more damping than usual, and how much, as a part of its mean diagonal."""
@@ -112,14 +115,17 @@ class WeightSet:
         return {name: self._tensors[name] for name in self.facts.folded}
 
     def get(self, spec: WeightSpec) -> Quantized:
-        """Read the tensor of `spec`, which is one of `facts.schemes`."""
-        codec = _codec(self.facts.schemes[spec.name])
-        return codec.from_parts({part: self._tensors[f"{spec.name}.{part}"] for part in codec.layout(spec.shape)}, spec.shape)
+        """Read the tensor of `spec`, which is one of `facts.schemes`.
 
-    def _check_holds(self, wanted: set[str]) -> None:
-        missing = sorted(wanted - set(self._tensors))
-        if missing:
-            raise ElmExportError(f"{self.path} is damaged: it lacks {', '.join(missing[:5])}; {_FIX}")
+        Raises:
+            ElmExportError: scales or table entries that are not finite.
+        """
+        codec = _codec(self.facts.schemes[spec.name])
+        parts = {part: self._tensors[f"{spec.name}.{part}"] for part in codec.layout(spec.shape)}
+        for part, tensor in parts.items():
+            if tensor.is_floating_point() and not all(map(math.isfinite, map(float, tensor.aminmax()))):
+                raise ElmExportError(f"{self.path} is damaged: {spec.name}.{part} holds NaN or infinity; {_FIX}")
+        return codec.from_parts(parts, spec.shape)
 
 
 class StoredWeights(WeightSource):
@@ -146,17 +152,9 @@ class WeightWriter:
     """Writer of a weight set, tensor by tensor in any order; the sizes of all are known from their schemes."""
 
     def __init__(self, file: IO[bytes], facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> None:
-        import torch
-
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for name, scheme in facts.schemes.items():
-            layout |= {f"{name}.{label}": (part.dtype, part.shape) for label, part in _codec(scheme).layout(specs[name].shape).items()}
-        layout |= {name: (torch.float32, specs[name].shape) for name in facts.folded}
-        layout[DAMPING] = (torch.float32, (len(facts.schemes),))
+        layout = _layout(facts, specs)
         self._damping = dict.fromkeys(facts.schemes, 0.0)
-        self._scarce = dict.fromkeys(facts.schemes, -1) if any(specs[name].role.is_expert for name in facts.schemes) else None
-        if self._scarce is not None:
-            layout[SCARCE] = (torch.int64, (len(facts.schemes),))
+        self._scarce = dict.fromkeys(facts.schemes, -1) if SCARCE in layout else None
         self._writer = SafetensorsWriter(file, layout, {METADATA_KEY: json.dumps({"format": FORMAT, **asdict(facts)})})
 
     def add(self, spec: WeightSpec, quantized: Quantized) -> None:
@@ -195,6 +193,20 @@ def weight_writer(path: Path, facts: WeightFacts, specs: Mapping[str, WeightSpec
         writer.close()
 
 
+def _layout(facts: WeightFacts, specs: Mapping[str, WeightSpec]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor of the file, in the order in which it holds them."""
+    import torch
+
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name, scheme in facts.schemes.items():
+        layout |= {f"{name}.{label}": (part.dtype, part.shape) for label, part in _codec(scheme).layout(specs[name].shape).items()}
+    layout |= {name: (torch.float32, specs[name].shape) for name in facts.folded}
+    layout[DAMPING] = (torch.float32, (len(facts.schemes),))
+    if any(specs[name].role.is_expert for name in facts.schemes):
+        layout[SCARCE] = (torch.int64, (len(facts.schemes),))
+    return layout
+
+
 def _codec(scheme: str) -> Codec:
     found = find_scheme(scheme)
     assert isinstance(found, CodedScheme), scheme
@@ -202,16 +214,13 @@ def _codec(scheme: str) -> Codec:
 
 
 def _facts(path: Path, text: str) -> WeightFacts:
-    try:
-        data = json.loads(text)
-        version = data.pop("format")
-        if version > FORMAT:
-            raise ElmExportError(f"{path}: weight set of format {version}, this version reads up to {FORMAT}; update elmexport")
-        data = {"distilled": None} | data  # files of before there was such a method
-        facts = WeightFacts(**{field.name: data[field.name] for field in fields(WeightFacts)} | {"folded": tuple(data["folded"])})
-        for scheme in facts.schemes.values():
-            if not isinstance(find_scheme(scheme), CodedScheme):
-                raise ValueError(f"{scheme} is no scheme of codes")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ElmExportError(f"{path} is damaged: its metadata cannot be read ({error}); make it again with --save-weights") from None
+    name = f"{path}: its metadata"
+    data = parse_json(text, name, _FIX)
+    version = data.get("format") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise ElmExportError(f"{path}: weight set of format {version}, this version reads up to {FORMAT}; update elmexport")
+    facts = to_struct(data, WeightFacts, name, _FIX)
+    for scheme in facts.schemes.values():
+        if not scheme or not isinstance(find_scheme(scheme), CodedScheme):
+            raise ElmExportError(f"{name} names the scheme {scheme!r}, which has no codes; {_FIX}")
     return facts

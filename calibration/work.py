@@ -18,6 +18,8 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
+from elmexport.documents import decode_json
+from elmexport.errors import ElmExportError
 from elmexport.files import MappedTensors, complete_file, read_metadata, write_safetensors
 
 _METADATA_KEY = "elmexport.calibration_part"
@@ -129,8 +131,11 @@ class FolderWork(Work):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _read(self, path: Path) -> StageResult:
-        figures = json.loads(read_metadata(path, "part of a calibration", _FIX)[_METADATA_KEY])
-        return StageResult(MappedTensors(path, _FIX), figures["residual_peak"], figures["norm_peaks"])
+        try:
+            figures = decode_json(read_metadata(path, "part of a calibration", _FIX)[_METADATA_KEY])
+            return StageResult(MappedTensors(path, _FIX), figures["residual_peak"], figures["norm_peaks"])
+        except (ValueError, KeyError, TypeError):
+            raise ElmExportError(f"{path} is damaged: its metadata cannot be read; {_FIX}") from None
 
     def _stream(self, stage: int) -> Path:
         return self._folder / f"stream-{stage}"
@@ -148,7 +153,7 @@ class _FileBoundary:
         with self._source.open("rb") as file:
             file.seek(batch.start * x[0].numel() * x.element_size())
             if file.readinto(x.numpy().data.cast("B")) != x.numel() * x.element_size():
-                raise OSError(f"{self._source} is shorter than it was written")
+                raise ElmExportError(f"{self._source} is shorter than it was written; {_FIX}")
         return x
 
     def write(self, batch: slice, x: Tensor) -> None:

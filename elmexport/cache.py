@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
 from elmexport.errors import ElmExportError
-from elmexport.files import complete_file
+from elmexport.files import complete_file, remove_all_stale
 
 
 def cache_folder() -> Path:
@@ -26,6 +27,19 @@ def cached_path(kind: str, key: Sequence[Any], suffix: str) -> Path:
     return cache_folder() / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}{suffix}"
 
 
+@contextmanager
+def cached_file(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path` in the cache to write; see `complete_file`. What killed processes left beside it is removed.
+
+    Raises:
+        OSError: as writing does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_all_stale(path.parent)
+    with complete_file(path) as partial:
+        yield partial
+
+
 def keep_document(path: Path, document: Any) -> None:
     """Write a JSON document into the cache.
 
@@ -33,8 +47,7 @@ def keep_document(path: Path, document: Any) -> None:
         ElmExportError: `path` cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with complete_file(path) as partial:
+        with cached_file(path) as partial:
             partial.write_text(json.dumps(document), encoding="utf-8")
     except OSError as error:
         raise unwritable(path, error) from error

@@ -1,9 +1,14 @@
-"""JSON documents read into msgspec structs; what does not fit is an error that says where, what was found and what belongs there."""
+"""JSON documents read into msgspec structs; what does not fit is an error that says where, what was found and what belongs there.
+
+Also the one place where JSON and TOML of other makers are decoded: whatever their bytes are, a failure is a ValueError.
+"""
 
 from __future__ import annotations
 
+import json
 import operator
 import re
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +18,62 @@ from elmexport.errors import ElmExportError
 
 T = TypeVar("T")
 
+# Beyond what any file of ours or of others holds, and far below what Python's recursion limit and floats can take.
+DEEPEST = 64  # levels of objects, lists and tables
+LONGEST_NUMBER = 100  # digits of a whole number
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def decode_json(text: str | bytes) -> Any:
+    """Decode JSON of another maker's, by the rules of Python's own `json` (NaN and infinity are numbers).
+
+    Raises:
+        ValueError: not UTF-8, not JSON, nested too deeply, a number too long, or half of a surrogate pair, which no UTF-8 text can hold.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check(value)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def decode_toml(text: str | bytes) -> dict[str, Any]:
+    """Decode TOML.
+
+    Raises:
+        ValueError: not UTF-8, not TOML, nested too deeply, or a number too long.
+    """
+    try:
+        value = tomllib.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check(value)
+    return value
+
+
+_TOO_LARGE = 10**LONGEST_NUMBER
+_TOO_DEEP = f"nested deeper than {DEEPEST} levels"
+
+
+def _check(value: Any) -> None:
+    """Refuse what code further on could not take: recursion over deep nesting, floats of long whole numbers.
+
+    Raises:
+        ValueError: see there.
+    """
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        if any(isinstance(entry, int) and abs(entry) >= _TOO_LARGE for entry in level):
+            raise ValueError(f"it holds a whole number of more than {LONGEST_NUMBER} digits")
+        level = [entry for part in level for entry in (part.values() if isinstance(part, dict) else part if isinstance(part, list) else ())]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
 
 def parse_json(text: str | bytes, name: str, fix: str) -> Any:
     """Parse JSON by the letter (no NaN, no infinity) into dicts, lists and plain values. `name` is the file, `fix` what to do if it is damaged.
@@ -21,8 +82,10 @@ def parse_json(text: str | bytes, name: str, fix: str) -> Any:
         ElmExportError: not JSON, or nested too deeply.
     """
     try:
-        return msgspec.json.decode(text)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        value = msgspec.json.decode(text)
+        _check(value)
+        return value
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ElmExportError(f"{name} is not JSON ({error}); {fix}") from None
 
 

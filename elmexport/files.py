@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, listed
 
 if TYPE_CHECKING:
     import torch
@@ -92,12 +92,21 @@ def remove_stale(path: Path, kind: str) -> None:
     In containers every process may have the same number. On a file system that machines share, nobody knows the processes of another one: what
     it left goes after a day.
     """
-    for leftover in path.parent.glob(f".{_glob_escape(path.name)}.{kind}-*"):
+    _remove_leftovers(path.parent, _glob_escape(path.name), kind, own=True)
+
+
+def remove_all_stale(folder: Path) -> None:
+    """Remove what killed processes left unfinished in `folder`, which nobody but us writes into, whatever it was to become."""
+    _remove_leftovers(folder, "*", "partial", own=False)  # another thread of this process may be writing
+
+
+def _remove_leftovers(folder: Path, pattern: str, kind: str, *, own: bool) -> None:
+    for leftover in folder.glob(f".{pattern}.{kind}-*"):
         name = re.fullmatch(rf".*\.{kind}-(?:(\w+)-)?(\d+)", leftover.name)
         if name is None:
             continue
         pid, foreign = int(name[2]), name[1] not in (None, _host())
-        if _older_than_a_day(leftover) if foreign else pid == os.getpid() or not _alive(pid):
+        if _older_than_a_day(leftover) if foreign else own if pid == os.getpid() else not _alive(pid):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -163,7 +172,24 @@ class MappedTensors(Mapping[str, "Tensor"]):
 
         self._path, self._fix = path, fix
         with safe_open(path, framework="pt") as file:
-            self._names = tuple(file.keys())
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            self._layout = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in entries.items()}
+
+    def check(self, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Compare types and shapes with those that the tensors of `layout` have where they were written.
+
+        Raises:
+            ElmExportError: a tensor is missing, or has another type or shape.
+        """
+        missing = sorted(layout.keys() - self._layout.keys())
+        if missing:
+            raise ElmExportError(f"{self._path} is damaged: it lacks {listed(missing)}; {self._fix}")
+        for name, (dtype, shape) in layout.items():
+            found, wanted = self._layout[name], (_DTYPES[str(dtype)], shape)
+            if found != wanted:
+                raise ElmExportError(
+                    f"{self._path} is damaged: {name} is {found[0]} {list(found[1])}, where {wanted[0]} {list(wanted[1])} belongs; {self._fix}"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         """
@@ -172,7 +198,7 @@ class MappedTensors(Mapping[str, "Tensor"]):
         """
         from safetensors import SafetensorError, safe_open
 
-        if name not in self._names:
+        if name not in self._layout:
             raise KeyError(name)
         try:
             with safe_open(self._path, framework="pt") as file:
@@ -184,10 +210,10 @@ class MappedTensors(Mapping[str, "Tensor"]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._layout)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._layout)
 
 
 def read_metadata(path: Path, what: str, fix: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ any content are only the model's `config`, which its family checks, and the name
 from __future__ import annotations
 
 import json
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -222,8 +222,8 @@ class Manifest(Section, frozen=True, kw_only=True, omit_defaults=True):
 
     def __post_init__(self) -> None:
         for name in self.files:
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\0" in name:
+            paths = (PurePosixPath(name), PureWindowsPath(name))
+            if any(path.anchor or ".." in path.parts for path in paths) or "\0" in name:
                 raise ValueError(f"{name!r} under files lies outside of the folder")
 
     def to_dict(self) -> dict[str, Any]:

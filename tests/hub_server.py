@@ -46,6 +46,9 @@ class HubServer:
         self.requests: list[Request] = []
         self.cut: dict[str, list[int]] = {}  # by file name: after how many bytes to drop the connection, one entry for each time
         self.broken: set[str] = set()  # file names answered with HTTP 500
+        self.wrong: dict[str, bytes] = {}  # by file name: what is sent in the place of the content
+        self.elsewhere: HubServer | None = None  # another host, which large files come from
+        self.authorizations: list[str] = []  # of all requests that had one
         self.uploads: dict[str, bytes] = {}  # large files on their way into a commit, by SHA-256
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
 
@@ -164,6 +167,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(Request(self.command, path, self.headers.get("Range")))
+            if self.headers.get("Authorization"):
+                hub.authorizations.append(self.headers["Authorization"])
             listing = re.fullmatch(rf"/api/{REPO}(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path.replace("/api/models/", "/api/", 1))
             file = re.fullmatch(rf"/{REPO}/resolve/([^/]+)/(.+)", path)
             blob = re.fullmatch(rf"/cdn/{REPO}/([^/]+)/(.+)", path)
@@ -215,10 +220,15 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             etag = f'"{hashlib.sha256(content).hexdigest()}"'
             headers = {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if redirect:
-                headers |= {"X-Linked-Etag": etag, "X-Linked-Size": str(len(content)), "Location": f"{hub.url}/cdn/{repo}/{commit}/{name}"}
+                headers |= {
+                    "X-Linked-Etag": etag,
+                    "X-Linked-Size": str(len(content)),
+                    "Location": f"{(hub.elsewhere or hub).url}/cdn/{repo}/{commit}/{name}",
+                }
                 return self._send(302, headers, b"")
             if self.command == "GET" and name in hub.broken:
                 return self._error(500)
+            content = hub.wrong.get(name, content)
             wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
             if wanted is None:
                 return self._send(200, headers, content, name)

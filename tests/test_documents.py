@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import pytest
 from msgspec import Meta, Struct
 
-from elmexport.documents import parse_json, to_struct
+from elmexport.documents import decode_json, decode_toml, parse_json, to_struct
 from elmexport.errors import ElmExportError
 
 
@@ -64,3 +66,36 @@ def test_a_part_is_named_by_its_place() -> None:
 def test_what_is_no_json(text: bytes) -> None:
     with pytest.raises(ElmExportError, match=r"^f\.json is not JSON \(.*\); write it again$"):
         parse_json(text, "f.json", "write it again")
+
+
+@pytest.mark.parametrize("decode", [decode_json, partial(parse_json, name="a.json", fix="mend it")])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[" * 90 + "]" * 90,
+        '{"a":' * 90 + "1" + "}" * 90,
+        "9" * 5001,
+        "-" + "9" * 200,
+        '{"a": "\\ud800"}',
+        b'{"a": "\xff"}',
+        "{",
+    ],
+    ids=["endless", "nested lists", "nested objects", "a long number", "a number beyond floats", "half a character", "no UTF-8", "half"],
+)
+def test_whatever_the_bytes_are_a_failure_is_foreseen(decode: Callable[[str | bytes], Any], text: str | bytes) -> None:
+    with pytest.raises((ValueError, ElmExportError)):
+        decode(text)
+
+
+def test_what_others_write_is_read() -> None:
+    written = (
+        '{"model_max_length": 1000000000000000019884624838656, "smile": "\\ud83d\\ude00", "nan": NaN, "deep": ' + "[" * 60 + "]" * 60 + "}"
+    )
+    assert decode_json(written)["smile"] == "\U0001f600"
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5001, "a = " + "9" * 200, b"a = '\xff'", "a ="])
+def test_toml_fails_with_value_errors_alone(text: str | bytes) -> None:
+    with pytest.raises(ValueError):
+        decode_toml(text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 CONFIG = "adapter_config.json"
@@ -56,7 +56,7 @@ def read_scaling(folder: Path) -> Scaling:
 def adapter_base(folder: Path) -> str | None:
     """The model that `adapter_config.json` in `folder` names as the adapter's base; None where it names none."""
     try:
-        base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = decode_json((folder / CONFIG).read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         return None
     return base if isinstance(base, str) and base else None
@@ -64,7 +64,7 @@ def adapter_base(folder: Path) -> str | None:
 
 def _from_peft(path: Path) -> Scaling:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = decode_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ElmExportError(f"{path}: not valid JSON ({error}); save the adapter again") from None
     if not isinstance(data, dict):

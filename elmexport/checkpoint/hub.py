@@ -7,7 +7,7 @@ it broke (by the library); when the command is run again, complete files are kep
 from __future__ import annotations
 
 import errno
-import json
+import hashlib
 from collections.abc import Callable
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -18,6 +18,7 @@ from elmexport.checkpoint import pickled
 from elmexport.checkpoint.adapter_config import CONFIG as ADAPTER_CONFIG
 from elmexport.checkpoint.safetensors import INDEX, SINGLE
 from elmexport.checkpoint.tokenizer import BESIDE, TOKENIZER_FILES
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import known_models
 from elmexport.progress import Progress
@@ -45,7 +46,7 @@ def download_weights(repo: str, snapshot: Path, progress: Progress) -> None:
     """Complete `snapshot` (see `download_description`) with the model's safetensors, or with `pytorch_model.bin` where it has none.
 
     Raises:
-        ElmExportError: as `download_description`.
+        ElmExportError: as `download_description`; or what came is not what the hub lists, by its SHA-256.
     """
     if _complete(snapshot):
         return
@@ -54,15 +55,36 @@ def download_weights(repo: str, snapshot: Path, progress: Progress) -> None:
 
     commit = snapshot.name
 
-    def download() -> None:
-        files = [(entry.path, entry.size) for entry in HfApi().list_repo_tree(repo, revision=commit) if isinstance(entry, RepoFile)]
-        safe = any(fnmatch(path, pattern) for path, _ in files for pattern in WEIGHT_FILES)
+    def download() -> list[RepoFile]:
+        files = [entry for entry in HfApi().list_repo_tree(repo, revision=commit) if isinstance(entry, RepoFile)]
+        safe = any(fnmatch(entry.path, pattern) for entry in files for pattern in WEIGHT_FILES)
         patterns = list(WEIGHT_FILES if safe else BIN_FILES)
-        missing = [size for path, size in files if any(fnmatch(path, p) for p in patterns) and not (snapshot / path).exists()]
-        progress.stage(f"downloading {repo}", sum(missing))
+        missing = [entry for entry in files if any(fnmatch(entry.path, p) for p in patterns) and not (snapshot / entry.path).exists()]
+        progress.stage(f"downloading {repo}", sum(entry.size for entry in missing))
         snapshot_download(repo, revision=commit, allow_patterns=patterns, tqdm_class=_bar_class(progress))
+        return missing
 
-    _explained(repo, commit, download)
+    for entry in _explained(repo, commit, download):
+        if entry.lfs is not None:
+            _check_content(repo, snapshot / entry.path, entry.lfs.sha256)
+
+
+def _check_content(repo: str, path: Path, sha256: str) -> None:
+    """Compare a file that was just downloaded with what the hub lists: the library looks at its size alone. One that differs is removed.
+
+    Raises:
+        ElmExportError: it differs.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found == sha256:
+        return
+    for one in (path.resolve(), path):
+        one.unlink(missing_ok=True)
+    raise ElmExportError(
+        f"what came for {path.name} of hub repository {repo} is not the file that the hub lists (SHA-256 {found[:12]}…, listed {sha256[:12]}…); "
+        "it was removed: run the command again"
+    )
 
 
 def cached_weights(repo: str) -> bool:
@@ -112,7 +134,7 @@ def _all_there(snapshot: Path, single: str, index: str) -> bool:
     if (snapshot / single).exists():
         return True
     try:
-        files = set(json.loads((snapshot / index).read_text(encoding="utf-8"))["weight_map"].values())
+        files = set(decode_json((snapshot / index).read_bytes())["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return all((snapshot / str(file)).exists() for file in files)

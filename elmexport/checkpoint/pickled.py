@@ -1,7 +1,7 @@
 """Weights in files that `torch.save` wrote: `pytorch_model.bin`, alone or in shards, and the `.pt` files of training code.
 
 Only tensors are ever unpickled (`weights_only=True`): a file with code in it is refused. Files are mapped, not read, so tensors cost memory
-only while they are in use.
+only while they are in use; before the first one is, the file's checksums are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elmexport.checkpoint.archive import check_archive, check_content
 from elmexport.checkpoint.safetensors import check_index, weight_files
 from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles, refuse_pointer
 from elmexport.errors import ElmExportError, listed
@@ -50,6 +51,7 @@ class PickledFiles(TensorFiles):
             ElmExportError: a file with code in it, a damaged one, or one that holds something else than a model.
         """
         self.path = path
+        self._unread = [file for file in files if zipfile.is_zipfile(file)]  # archives whose content nobody has compared with its checksums
         self._tensors: dict[str, torch.Tensor] = {}
         for file in files:
             self._tensors |= _load_state(file)
@@ -59,6 +61,14 @@ class PickledFiles(TensorFiles):
         }
 
     def read(self, name: str) -> torch.Tensor:
+        """Give the mapped tensor.
+
+        Raises:
+            ElmExportError: the file's content is not what its checksums say; the first tensor that is read finds out.
+        """
+        while self._unread:
+            check_content(self._unread[-1])
+            self._unread.pop()
         return self._tensors[name]
 
 
@@ -123,9 +133,12 @@ def _load_state(path: Path) -> dict[str, torch.Tensor]:
 def _load(path: Path) -> Any:
     import torch
 
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        check_archive(path)
     try:
         # Files from before torch 1.6 are no zip archives and cannot be mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:

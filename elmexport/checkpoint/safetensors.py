@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles, refuse_pointer
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError, listed
 
 if TYPE_CHECKING:
@@ -91,12 +91,12 @@ def _read_index(folder: Path, single: str, index: str) -> dict[str, str]:
     """The index's map from tensor name to file name."""
     path = folder / index
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = decode_json(path.read_bytes())["weight_map"]
     except FileNotFoundError:
         raise ElmExportError(
             f"{folder} holds neither {single} nor {index}; a checkpoint folder holds config.json and one of them"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise ElmExportError(f"{path} is not an index of weights (a JSON object with a weight_map); download it again") from None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
         raise ElmExportError(f"{path}: weight_map must map tensor names to names of files in the same folder; download it again")

@@ -23,6 +23,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from elmexport.documents import decode_json
+
 PREFILL, DECODE = "prefill", "decode"
 INPUT_IDS, POSITION, LAST_TOKEN = "input_ids", "position", "last_token"
 KEY_CACHE, VALUE_CACHE = "key_cache", "value_cache"
@@ -92,7 +94,7 @@ class PackageIndex:
         Raises:
             ValueError, KeyError, TypeError: something else is written there.
         """
-        found = json.loads(metadata.get(CHAIN_METADATA, "null"))
+        found = decode_json(metadata.get(CHAIN_METADATA, "null"))
         if found is None:
             return None
         if not (isinstance(found["index"], int) and 0 <= found["index"] < len(found["files"])):

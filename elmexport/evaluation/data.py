@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.layouts import DataRow, Kind, Layout
 
@@ -87,7 +88,7 @@ def read_lines(path: Path) -> list[DataRow]:
 
 def _parse(path: Path, number: int, text: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = decode_json(text)
     except UnicodeDecodeError:
         raise ElmExportError(f"{path}, line {number}: not UTF-8 text; download the file again") from None
     except ValueError as error:

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.cache import cached_file
 from elmexport.divergence import log_softmax, token_nll
 from elmexport.errors import ElmExportError, VerificationError
 from elmexport.evaluation.windows import Windows
-from elmexport.files import complete_file
 from elmexport.progress import Progress
 from elmexport.runtimes.base import Runtime
 
@@ -87,8 +87,7 @@ class ReferencePass:
         _make_room(self._folder, self._limit - per_window * shape[0])
         progress.stage("reference text pass", windows.ids.size)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with complete_file(path) as partial, partial.open("wb") as file:
+            with cached_file(path) as partial, partial.open("wb") as file:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_2_0(file, header)
                 for ids in windows.ids:

@@ -20,6 +20,7 @@ from elmexport.evaluation.evaluated_model import FP16, EvaluatedModel, evaluated
 from elmexport.evaluation.results import Evaluation, Report, Subject, TaskResult
 from elmexport.evaluation.store import AnswerStore
 from elmexport.evaluation.tasks.presets import DEFAULT_TASK, published
+from elmexport.evaluation.tasks.suite import TEXT_ALONE, require_lm_eval
 from elmexport.evaluation.text import text_pass
 from elmexport.evaluation.windows import DEFAULT_TOKENS, Windows, text_windows
 from elmexport.progress import Progress, SilentProgress
@@ -65,12 +66,14 @@ def evaluate(
     Raises:
         ElmExportError: unknown tasks, rows that are missing, damaged or empty, models that cannot be compared.
         VerificationError: the artifact gives values that are not finite.
-        MissingDependencyError: an engine is not installed, or the hub cannot be reached.
+        MissingDependencyError: an engine, or for tasks lm-eval, is not installed, or the hub cannot be reached.
     """
     settings = settings or Settings({DEFAULT_TASK: None})
+    if settings.tasks:
+        require_lm_eval(TEXT_ALONE)
     progress = progress or SilentProgress()
     started = time.monotonic()
-    evaluated = evaluated_artifact(artifact)
+    evaluated = evaluated_artifact(artifact, progress)
     reference = None if against is None else find_reference(artifact, against, adapter=adapter, progress=progress)
     chosen = artifact_tokenizer(artifact_kind(artifact), artifact, tokenizer)
     tasks, notes = _prepare(settings, progress)
@@ -102,7 +105,7 @@ def evaluate(
     seconds = time.monotonic() - started
     own = Evaluation(evaluated.subject, described, results, text, seconds)
     other = None if reference is None or others is None else Evaluation(reference.subject, described, others, None, seconds)
-    return compare(own, other, lm_eval=_lm_eval_version())
+    return compare(own, other, lm_eval=_lm_eval_version() if tasks else None)
 
 
 def evaluate_reference(checkpoint: Checkpoint, context: int, settings: Settings, progress: Progress | None = None) -> None:

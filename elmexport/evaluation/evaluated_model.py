@@ -33,7 +33,7 @@ class EvaluatedModel:
     open_runtime: Callable[[], Runtime]
 
 
-def evaluated_artifact(path: Path) -> EvaluatedModel:
+def evaluated_artifact(path: Path, progress: Progress | None = None) -> EvaluatedModel:
     """The artifact (or bare model file, or checkpoint) `path`; reads every byte of it once, for its identity.
 
     Raises:
@@ -42,8 +42,9 @@ def evaluated_artifact(path: Path) -> EvaluatedModel:
     kind = artifact_kind(path)
     if kind == CHECKPOINT:
         return _evaluated_checkpoint(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
-    files = _files(path)
-    identity = hashlib.sha256("".join(f"{name} {file_sha256(file)}\n" for name, file in files).encode()).hexdigest()
+    files, progress = _files(path), progress or SilentProgress()
+    progress.stage("reading files", sum(file.stat().st_size for _, file in files))
+    identity = hashlib.sha256("".join(f"{name} {file_sha256(file, progress)}\n" for name, file in files).encode()).hexdigest()
     quant, words, bits, model = "unknown", "not recorded", None, ModelFacts("unknown", None)
     if (path / MANIFEST).is_file():
         manifest = Artifact.open(path).manifest

@@ -209,6 +209,13 @@ class Gate(Struct, frozen=True):
     reason: str  # one line
 
 
+class _KnownSettings(Struct, frozen=True):
+    """What a page says of a report's settings; others may be there."""
+
+    limit: int | None = None
+    notes: tuple[str, ...] = ()
+
+
 class Report(Struct, frozen=True, kw_only=True):
     """An artifact's results beside a reference's, and the gates. `from_json(to_json(report)) == report`."""
 
@@ -260,6 +267,7 @@ class Report(Struct, frozen=True, kw_only=True):
             if isinstance(tasks, dict):
                 read = {task: TaskResult.from_document(entry, name, f"report.tasks.{task}") for task, entry in tasks.items()}
                 document = document | {"tasks": read}
+            to_struct(document.get("settings", {}), _KnownSettings, name, _AGAIN, root="report.settings")
         return to_struct(document, cls, name, _AGAIN, root="report")
 
 

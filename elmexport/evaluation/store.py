@@ -14,6 +14,7 @@ from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 
@@ -86,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
     answers = {}
     for line in lines:
         try:
-            entry: Mapping[str, Any] = json.loads(line)
+            entry: Mapping[str, Any] = decode_json(line)
             answers[entry["request"]] = entry["answer"]
         except (ValueError, KeyError, TypeError):
             continue  # half a line, of a process that was killed: that question is asked again

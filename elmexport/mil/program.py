@@ -6,7 +6,6 @@ dictionary and list values, model types other than an mlprogram.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 from elmexport.mil.blob import BlobFile, unpack
 from elmexport.mil.coremltools_import import quiet_coremltools
@@ -143,7 +143,7 @@ def _specification_path(path: Path) -> Path:
     if not manifest.is_file():
         raise ElmExportError(f"{path} is not a Core ML package: it has no Manifest.json; give the .mlpackage folder that an export wrote")
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = decode_json(manifest.read_bytes())
         root = path / "Data" / content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"Manifest.json: {type(error).__name__} {error}") from None

@@ -5,13 +5,13 @@ A family is one package with a `Family` row called `FAMILY`. Nothing outside it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 from elmexport.models.base import Family, KnownModel, ModelConfig
 
@@ -96,11 +96,13 @@ def read_config(path: Path) -> ModelConfig:
 def _read_object(path: Path) -> dict[str, Any] | None:
     """The JSON object in `path`; None where there is no such file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = decode_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise ElmExportError(f"{path}: not valid JSON ({error}); download the file again") from None
+    except OSError as error:
+        raise ElmExportError(f"cannot read {path}: {error.strerror or error}; check the file and its permissions") from None
     if not isinstance(data, dict):
         raise ElmExportError(f"{path}: holds a JSON {type(data).__name__}, not an object; download the file again")
     return data

@@ -12,11 +12,28 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from elmexport.errors import ElmExportError
 from elmexport.graph.dims import ModelDims
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+# Beyond any model's, and small enough for what is computed of them: a damaged file must not ask for a billion layers.
+LARGEST_SIZE, MOST_LAYERS, LONGEST_CONTEXT = 1 << 24, 1000, 1 << 20
+
+
+def check_size(value: object, key: str, where: str, largest: int = LARGEST_SIZE) -> None:
+    """Check a size that `key` of the file `where` gives.
+
+    Raises:
+        ElmExportError: no whole number from 1 to `largest`.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ElmExportError(f"{where}: {key} is {value!r}; it must be a whole number above 0")
+    if value > largest:
+        raise ElmExportError(f"{where}: {key} is {value}; it must be at most {largest}")
 
 
 class ModelConfig(ABC):

@@ -58,9 +58,9 @@ def parse_layers(text: str, where: str) -> Layers:
     Raises:
         ElmExportError: none of the forms; `where` is the file's name.
     """
-    if (match := re.fullmatch(r"(\d+)-(\d+)", text)) and int(match[1]) <= int(match[2]):
+    if (match := re.fullmatch(r"(\d{1,6})-(\d{1,6})", text)) and int(match[1]) <= int(match[2]):
         return Between(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"first 1/([1-9]\d*)", text):
+    if match := re.fullmatch(r"first 1/([1-9]\d{0,5})", text):
         return FirstShare(int(match[1]))
     if text == "more-bits":
         return MoreBits()

@@ -62,9 +62,9 @@ class LutCodec(Codec):
         """Quantize `weight` `[…, out, in]`; see `elmexport.quantization.kmeans.cluster`.
 
         Raises:
-            ElmExportError: a method other than "mse".
+            ElmExportError: method "rtn".
         """
-        if method != "mse":
+        if method == "rtn":
             raise ElmExportError(f"method {method!r} does not exist for {self.scheme}; tables come from k-means: choose 'mse'")
         groups = self.scheme.granularity.count(tuple(weight.shape))
         # On the CPU: the search is in float64, which not every device has.
@@ -79,6 +79,8 @@ class LutCodec(Codec):
     def from_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, ...]) -> PalettizedTensor:
         packs = _packs(self.scheme, shape[-1])
         codes = packed_bits.unpack(parts["codes"], self.scheme.width) if packs else parts["codes"]
+        if not packs and int(codes.max()) >= self.scheme.entries:
+            raise ElmExportError(f"the codes are damaged: one is {int(codes.max())}, the tables have {self.scheme.entries} entries")
         return PalettizedTensor(self.scheme, codes, parts["tables"])
 
     def beyond(self, low: float, high: float) -> str | None:

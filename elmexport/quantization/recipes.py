@@ -28,7 +28,6 @@ scheme = "int4-block32"
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources.abc import Traversable
@@ -36,6 +35,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from elmexport.documents import decode_toml
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import ModelDims
 from elmexport.models.base import ModelConfig
@@ -192,9 +192,10 @@ def load_recipe(path: Path | Traversable) -> Recipe:
         ElmExportError: not TOML, an unknown key, role or scheme, or a missing key.
     """
     where = path.name
+    text = path.read_text(encoding="utf-8")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        data = decode_toml(text)
+    except ValueError as error:
         raise ElmExportError(f"{where}: not valid TOML ({error})") from None
     _check_keys(data, _KEYS, where, required=set(_KEYS))
     return Recipe(

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, Self, cast
 from elmexport.errors import ElmExportError
 
 FloatDtype = Literal["fp32", "fp16", "bf16"]
+LONGEST_NAME = 64  # of a scheme in a recipe file
 FLOAT_BITS: Mapping[str, int] = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 # Class of the schemes whose names in recipe files begin with these letters: "int" of "int4-block32".
@@ -69,6 +70,7 @@ class CodedScheme(Scheme):
 
     codec: ClassVar[str]  # "module:Class" of its `elmexport.quantization.codec.Codec`, imported when it is first used
     width: int  # bits of a code
+    is_slow: ClassVar[bool] = False  # whether finding the codes of a model takes several times as long as exporting it does otherwise
 
     @property
     def is_coarse(self) -> bool:
@@ -247,6 +249,7 @@ class Lut(CodedScheme):
     granularity: PerTensor | PerGroupedChannel
 
     codec: ClassVar[str] = "elmexport.quantization.lut_codec:LutCodec"
+    is_slow: ClassVar[bool] = True
     FORMS: ClassVar[str] = "lut4-group8 (or lut6, lut8, or any other group size), lut4-tensor (or lut6, lut8)"
     _NAME: ClassVar[re.Pattern[str]] = re.compile(r"lut(?P<width>[468])-(?:group(?P<group>[1-9]\d*)|tensor)")
 
@@ -291,7 +294,7 @@ def find_scheme(name: str) -> Scheme:
     letters = re.match("[a-z]*", name)
     assert letters is not None
     row = KINDS.get(letters[0])
-    scheme = None if row is None else _load(row).parse(name)
+    scheme = None if row is None or len(name) > LONGEST_NAME else _load(row).parse(name)
     if scheme is None:
         known = dict.fromkeys(_load(row).FORMS for row in KINDS.values())
         raise ElmExportError(f"unknown scheme {name!r}; known: {', '.join(known)}")

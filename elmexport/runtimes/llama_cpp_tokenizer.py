@@ -93,7 +93,7 @@ class LlamaCppTokenizer(Tokenizer):
         lib, vocab = self._lib, self._vocab
         return [
             Piece(
-                lib.llama_vocab_get_text(vocab, i).decode("utf-8"),
+                lib.llama_vocab_get_text(vocab, i).decode("utf-8", "replace"),
                 lib.llama_vocab_get_score(vocab, i),
                 next(kind for flag, kind in _KINDS if lib.llama_vocab_get_attr(vocab, i) & flag),
             )

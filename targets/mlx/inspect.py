@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from elmexport.artifact import StoredTensor
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from elmexport.weights import Role
@@ -28,7 +28,7 @@ def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
     roles = {module_path(spec): spec.role for spec in config.weights()}
     roles.setdefault(config.head_name.removesuffix(".weight"), Role.LM_HEAD)
     try:
-        quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization", {})
+        quantization = decode_json((folder / "config.json").read_bytes()).get("quantization", {})
         for file in sorted(folder.glob("model*.safetensors")):
             with safe_open(file, framework="numpy") as opened:
                 entries = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)

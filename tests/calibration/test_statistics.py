@@ -97,8 +97,8 @@ def _rewrite(path: Path, change: Callable[[dict], dict], drop: str = "") -> None
     [
         (_another_kind, "holds no calibration statistics"),
         (_newer, "format 99, this version reads up to 1; update elmexport"),
-        (_no_window, "metadata cannot be read"),
-        (_infinite_peak, "not finite"),
+        (_no_window, "its metadata lacks window; calibrate again"),
+        (_infinite_peak, "its metadata is not JSON"),
         (_lacks_a_tensor, "lacks layers.2.swiglu.hessian"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,42 @@ def test_a_missing_part_is_damage(path: Path, plan: Plan, small_checkpoint: Memo
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, metadata)
     with pytest.raises(ElmExportError, match=f"is damaged: it lacks {lost}; make one with --save-weights"):
         WeightSet.load(path).check(small_checkpoint, plan)
+
+
+def _one_scale_a_row(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:, :1].contiguous()
+
+
+def _not_a_number(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.masked_fill(torch.arange(tensor.numel()).view(tensor.shape) == 3, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("qkv_proj.weight.scales", _one_scale_a_row, r"qkv_proj\.weight\.scales is F16 \[\d+, 1\], where F16 \[\d+, 6\] belongs"),
+        ("qkv_proj.weight.scales", torch.Tensor.float, "is F32 .*, where F16 .* belongs"),
+        ("qkv_proj.weight.codes", lambda codes: codes[1:], r"codes is U8 \[.*\], where U8 \[.*\] belongs"),
+        ("qkv_proj.weight.scales", _not_a_number, r"qkv_proj\.weight\.scales holds NaN or infinity"),
+        ("proj_1.weight.tables", _not_a_number, r"proj_1\.weight\.tables holds NaN or infinity"),
+        ("1.attn_norm.weight", _not_a_number, r"attn_norm\.weight holds NaN or infinity"),
+        ("1.attn_norm.weight", lambda norm: norm[:1], r"attn_norm\.weight is F32 \[1\], where F32 \[192\] belongs"),
+    ],
+)
+def test_parts_that_do_not_fit_the_model_are_damage(
+    path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint, part: str, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith(part))
+    save_file(tensors | {name: change(tensors[name]).contiguous()}, path, metadata)
+    with pytest.raises(ElmExportError, match=message):
+        weights = WeightSet.load(path)
+        weights.check(small_checkpoint, plan)
+        source = StoredWeights(small_checkpoint, plan, weights)
+        for spec in source.specs.values():
+            source.get(spec)
 
 
 def test_an_interrupted_writer_leaves_nothing(small_checkpoint: MemoryCheckpoint, plan: Plan, tmp_path: Path) -> None:

@@ -168,6 +168,32 @@ def test_gated_without_and_with_a_token(hub: HubServer, client: Client) -> None:
 
 
 @pytest.mark.slow
+def test_content_that_is_not_what_the_hub_lists(hub: HubServer, client: Client) -> None:
+    sound = (TINY_FOLDER / "model.safetensors").read_bytes()
+    hub.push("someone/model", TINY_FOLDER)
+    hub.wrong["model.safetensors"] = sound[:-1] + bytes([sound[-1] ^ 1])
+    answer = client.open("someone/model")
+    assert "what came for model.safetensors of hub repository someone/model is not the file that the hub lists" in answer["error"]
+    for other in (sound[:-5], sound + b"more"):  # whose size the library looks at
+        hub.wrong["model.safetensors"] = other
+        assert "error" in client.open("someone/model")
+    del hub.wrong["model.safetensors"]
+    assert client.open("someone/model", read=True)["identity"] == open_checkpoint("tiny").identity()
+
+
+@pytest.mark.slow
+def test_a_token_goes_to_the_hub_alone(hub: HubServer, client: Client) -> None:
+    with HubServer() as elsewhere:
+        for server in (hub, elsewhere):
+            server.push("someone/model", TINY_FOLDER)
+        hub.elsewhere, hub.tokens, client.env["HF_TOKEN"] = elsewhere, {"hf_secret"}, "hf_secret"
+        answer = client.open("someone/model", read=True)
+    assert "Bearer hf_secret" in hub.authorizations
+    assert elsewhere.downloads("model.safetensors") and not elsewhere.authorizations
+    assert "hf_secret" not in json.dumps(answer)
+
+
+@pytest.mark.slow
 def test_unknown_repository(client: Client) -> None:
     answer = client.open("apple/OpenELM-720M")
     assert "no hub repository apple/OpenELM-720M" in answer["error"] and "did you mean apple/OpenELM-270M?" in answer["error"]

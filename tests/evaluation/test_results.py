@@ -81,6 +81,8 @@ def _with(path: str, value: Any) -> Any:
         (_with("kl.mean_ci", [1.0]), "report.kl.mean_ci has 1 entries, 2 belong there"),
         (_with("tasks.arc_easy.metric", "f1"), "metric is 'f1', but the task's metrics are acc, acc_norm"),
         (_with("tasks.arc_easy.drop", True), "drop is True, where a finite number or null belongs"),
+        (_with("settings.limit", ["all"]), r"report.settings.limit is \['all'\], where a whole number or null belongs"),
+        (_with("settings.notes", 7), "report.settings.notes is 7, where a list belongs"),
         (_with("tasks", []), r"report.tasks is \[\], where an object belongs"),
         ([1], "where an object belongs"),
     ],

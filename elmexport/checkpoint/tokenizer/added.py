@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elmexport.checkpoint.tokenizer.base import FIX
-from elmexport.checkpoint.tokenizer.beside import AddedToken, Beside
+from elmexport.checkpoint.tokenizer.beside import LARGEST_VOCABULARY, AddedToken, Beside, is_id
 from elmexport.errors import ElmExportError
 
 GAP = "\ufdd0"  # begins the text of an id that stands for nothing, where a list has to be filled: no character, so in no text
@@ -63,11 +63,14 @@ def complete(data: Mapping[str, Any], beside: Beside, control: Collection[int], 
     vocabulary too, which decides.
 
     Raises:
-        ElmExportError: an id for two texts, or two ids for one.
+        ElmExportError: an id for two texts, two ids for one, or something that is no id.
     """
     trained = vocabulary(data)
     tokens = list(_merged(data, beside, control, trained, path))
     texts = {token_id: text for text, token_id in trained.items()}
+    odd = next((token_id for token_id in (*texts, *(token.id for token in tokens)) if not is_id(token_id)), None)
+    if odd is not None:
+        raise ElmExportError(f"{path}: {odd!r} is no id of a token; ids are whole numbers from 0, below {LARGEST_VOCABULARY}: {FIX}")
     for token in tokens:
         if texts.setdefault(token.id, token.content) != token.content:
             raise ElmExportError(

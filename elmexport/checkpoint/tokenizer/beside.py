@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 CONFIG = "tokenizer_config.json"
@@ -16,6 +16,7 @@ SPECIAL_MAP = "special_tokens_map.json"  # of older folders; what the other says
 TEMPLATE = "chat_template.jinja"
 BESIDE = (CONFIG, ADDED, SPECIAL_MAP, TEMPLATE)
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+LARGEST_VOCABULARY = 1 << 22  # tokens; those of models have up to some hundred thousand
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -86,7 +87,7 @@ def default_template(value: object) -> str | None:
 def _added(path: Path) -> Iterator[AddedToken]:
     """The tokens of an `added_tokens.json`, text to id."""
     for content, token_id in _object(path).items():
-        if not _is_id(token_id):
+        if not is_id(token_id):
             raise ElmExportError(f"{path}: the id of {content!r} is {token_id!r}; ids are whole numbers from 0: mend or remove the file")
         yield AddedToken(token_id, content, special=False)  # the file does not say; tokenizer_config.json may
 
@@ -97,7 +98,7 @@ def _described(path: Path, config: Mapping[str, Any]) -> Iterator[AddedToken]:
     if not isinstance(listed, dict):
         raise ElmExportError(f"{path}: added_tokens_decoder is a {type(listed).__name__}, where an object belongs; mend or remove the file")
     for token_id, facts in listed.items():
-        if not (token_id.isdecimal() and isinstance(facts, dict) and isinstance(facts.get("content"), str)):
+        if not (token_id.isdecimal() and len(token_id) < 9 and isinstance(facts, dict) and isinstance(facts.get("content"), str)):
             raise ElmExportError(
                 f"{path}: added_tokens_decoder has {token_id!r}: {facts!r}, where an id and a token's description belong; mend or remove the file"
             )
@@ -112,8 +113,9 @@ def _text(token: object) -> str | None:
     return token if isinstance(token, str) and token else None
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def is_id(value: object) -> bool:
+    """Whether `value` can be the id of a token: what is read by id is a list as long as the highest one."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_VOCABULARY
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(_read(path))
+        data = decode_json(_read(path))
     except ValueError as error:
         raise ElmExportError(f"{path} is not JSON ({error}); download it again, or remove it") from None
     if not isinstance(data, dict):

@@ -1,21 +1,17 @@
-"""Chat templates: Jinja2 in a sandbox, as transformers renders them."""
+"""Chat templates: Jinja2 in a sandbox, as transformers renders them, in a process of its own."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from elmexport.checkpoint.tokenizer.base import Span, Tokenizer
 from elmexport.checkpoint.tokenizer.beside import default_template
+from elmexport.checkpoint.tokenizer.template_process import TemplateFailure, render
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 
@@ -25,16 +21,6 @@ class Message:
 
     role: str  # "user" or "assistant"
     content: str
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which marks what an assistant says and changes nothing in the text."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja2's own class attribute)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def user_turn(tokenizer: Tokenizer, text: str) -> list[Span]:
@@ -95,7 +81,7 @@ def read_template(path: Path) -> str:
     template: str | None = text
     if path.suffix == ".json":
         try:
-            data = json.loads(text)
+            data = decode_json(text)
         except ValueError as error:
             raise ElmExportError(f"{path} is not JSON ({error}); give a tokenizer_config.json or a Jinja chat template") from None
         template = default_template(data.get("chat_template")) if isinstance(data, dict) else None
@@ -105,23 +91,13 @@ def read_template(path: Path) -> str:
 
 
 def _render(tokenizer: Tokenizer, template: str, said: Sequence[Message], now: datetime) -> str:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": now.strftime}
     pieces, special = tokenizer.pieces(), tokenizer.special
     ids = {"bos_token": special.bos, "eos_token": tokenizer.eos_id, "unk_token": special.unk, "pad_token": special.pad}
     tokens = {role: pieces[token_id].text for role, token_id in ids.items() if token_id is not None and token_id < len(pieces)}
     messages: list[dict[str, Any]] = [{"role": one.role, "content": one.content} for one in said]
     try:
-        return environment.from_string(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
-    except TemplateError as error:
-        reason = (error.message or type(error).__name__).splitlines()[0]
-    except Exception as error:  # whatever operations a template's text leads to
-        reason = f"{type(error).__name__}: {error}"
-    raise ElmExportError(
-        f"the chat template of {tokenizer.path} fails ({reason}); mend it, or leave out --chat and give the whole prompt as it should be"
-    )
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+        return render(template, {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **tokens}, now)
+    except TemplateFailure as failure:
+        raise ElmExportError(
+            f"the chat template of {tokenizer.path} fails ({failure}); mend it, or leave out --chat and give the whole prompt as it should be"
+        ) from None

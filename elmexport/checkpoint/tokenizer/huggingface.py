@@ -15,6 +15,7 @@ from typing import Any
 from elmexport.checkpoint.tokenizer.added import GAP, added_tokens, complete, merged_texts, merges, vocabulary
 from elmexport.checkpoint.tokenizer.base import FIX, Piece, PieceKind, Span, SpecialIds, Tokenizer
 from elmexport.checkpoint.tokenizer.beside import AddedToken, Beside
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 
 FILE_NAME = "tokenizer.json"
@@ -39,7 +40,7 @@ class JsonTokenizer(Tokenizer):
         beside = beside or Beside()
         self._source = _read(path) if data is None else None
         try:
-            given = data if data is not None else json.loads(self._source or "")
+            given = data if data is not None else decode_json(self._source or "")
             self.data = complete(given, beside, control, path)
             self._tokenizer = _load(self.data)
         except ElmExportError:
@@ -57,6 +58,10 @@ class JsonTokenizer(Tokenizer):
         self._before = self._put_before()
         self.puts_bos = bool(self._before)
         self.special = self._special_ids(beside, ids)
+        named = (*self._before, self.special.bos, *self.special.eos, self.special.unk, self.special.pad)
+        beyond = next((token_id for token_id in named if token_id is not None and not 0 <= token_id < self.vocab_size), None)
+        if beyond is not None:
+            raise damaged(path, ValueError(f"it names a token of id {beyond}, the vocabulary ends at {self.vocab_size - 1}"))
 
     @property
     def model(self) -> Mapping[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ class SentencePieceTokenizer(Tokenizer):
             ElmExportError: damaged file.
         """
         import sentencepiece
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
         from sentencepiece import sentencepiece_model_pb2
 
         self.path = path
@@ -33,11 +33,12 @@ class SentencePieceTokenizer(Tokenizer):
             # From bytes: given a path that it cannot parse, the library also writes to stderr.
             self._bytes = path.read_bytes()
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._bytes)
-        except (RuntimeError, OSError) as error:
+            # What the processor does not tell: user-defined pieces, normalization.
+            self.model: Any = sentencepiece_model_pb2.ModelProto()
+            self.model.ParseFromString(self._bytes)
+            self._pieces = tuple(Piece(piece.piece, piece.score, PieceKind(piece.type)) for piece in self.model.pieces)
+        except (RuntimeError, OSError, DecodeError, ValueError) as error:  # of a ValueError: pieces that are no UTF-8
             raise damaged(path, error) from None
-        # What the processor does not tell: user-defined pieces, normalization.
-        self.model: Any = sentencepiece_model_pb2.ModelProto()
-        self.model.ParseFromString(self._bytes)
         processor = self._processor
         self.vocab_size = processor.vocab_size()
         self.chat_template = beside.template
@@ -54,10 +55,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def pieces(self) -> list[Piece]:
         return list(self._pieces)
-
-    @cached_property
-    def _pieces(self) -> tuple[Piece, ...]:
-        return tuple(Piece(piece.piece, piece.score, PieceKind(piece.type)) for piece in self.model.pieces)
 
     def write(self, folder: Path) -> None:
         shutil.copyfile(self.path, folder / FILE_NAME)

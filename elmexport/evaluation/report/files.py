@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
+from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.completions import SideBySide
 from elmexport.evaluation.report.html import html
@@ -32,7 +33,7 @@ def read_reports(path: Path) -> list[Report]:
         ElmExportError: no such file, or no report in it.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = decode_json(path.read_bytes())
     except (OSError, ValueError):
         return [read_report(path)]  # says what is wrong
     if not isinstance(document, dict) or not isinstance(document.get("reports"), list):

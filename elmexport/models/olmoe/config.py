@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import LayerDims, ModelDims
-from elmexport.models.base import ModelConfig
+from elmexport.models.base import LARGEST_SIZE, LONGEST_CONTEXT, MOST_LAYERS, ModelConfig, check_size
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ COVERED: dict[str, Any] = {
     "rope_scaling": None,
     "tie_word_embeddings": False,
 }
+
+
+MOST_EXPERTS = 1024
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class OlmoeConfig(ModelConfig):
                 raise ElmExportError(
                     f"{where}: {key} is {str(given[key])[:80]!r}; elmexport exports OLMoE models with {key} {covered!r} only"
                 )
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {"eos_token_ids"}
         values = {key: value for key, value in given.items() if key in known and value is not None}
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values["pad_token_id"] = given.get("pad_token_id")
@@ -142,9 +145,8 @@ class OlmoeConfig(ModelConfig):
 
     def _check(self, where: str) -> None:
         for key in (*SIZES, "num_key_value_heads", "max_position_embeddings"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ElmExportError(f"{where}: {key} is {value!r}; it must be a whole number above 0")
+            largest = {"num_hidden_layers": MOST_LAYERS, "max_position_embeddings": LONGEST_CONTEXT, "num_experts": MOST_EXPERTS}
+            check_size(getattr(self, key), key, where, largest.get(key, LARGEST_SIZE))
         for key in ("rms_norm_eps", "rope_theta"):
             number = getattr(self, key)
             if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number) or number <= 0:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import LayerDims, ModelDims
-from elmexport.models.base import ModelConfig
+from elmexport.models.base import LARGEST_SIZE, LONGEST_CONTEXT, MOST_LAYERS, ModelConfig, check_size
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ ACTIVATIONS = ("swish", "silu")
 NEEDED = ("num_transformer_layers", "model_dim", "head_dim")
 SIZES = (*NEEDED, "num_gqa_groups", "qkv_multipliers", "ffn_multipliers", "vocab_size")
 
+LARGEST_MULTIPLIER = 1000
 Multipliers = float | tuple[float, ...]
 
 
@@ -81,7 +82,7 @@ class OpenELMConfig(ModelConfig):
         Raises:
             ElmExportError: sizes that are missing, an unusable value, or per-layer lists that contradict the multipliers.
         """
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} - {"eos_token_ids"}
         values = {key: value for key, value in data.items() if key in known and value is not None}
         if any(key not in values for key in NEEDED):
             missing = [key for key in SIZES if key not in values]
@@ -197,20 +198,21 @@ class OpenELMConfig(ModelConfig):
             "ffn_dim_divisor",
             "rope_max_length",
         ):
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ElmExportError(f"{where}: {key} is {value!r}; it must be a whole number above 0")
+            largest = {"num_transformer_layers": MOST_LAYERS, "max_context_length": LONGEST_CONTEXT, "rope_max_length": LONGEST_CONTEXT}
+            check_size(getattr(self, key), key, where, largest.get(key, LARGEST_SIZE))
         for key in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
             if not isinstance(getattr(self, key), bool):
                 raise ElmExportError(f"{where}: {key} is {getattr(self, key)!r}; it must be true or false")
         for key in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, key)
             for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number) or number <= 0:
-                    raise ElmExportError(f"{where}: {key} holds {number!r}; multipliers are numbers above 0")
+                if not isinstance(number, Real) or isinstance(number, bool) or not 0 < float(number) <= LARGEST_MULTIPLIER:
+                    raise ElmExportError(f"{where}: {key} holds {number!r}; multipliers are numbers above 0, up to {LARGEST_MULTIPLIER}")
             self._per_layer(value, key)
         if not isinstance(self.rope_freq_constant, Real) or not math.isfinite(self.rope_freq_constant) or self.rope_freq_constant <= 0:
             raise ElmExportError(f"{where}: rope_freq_constant is {self.rope_freq_constant!r}; it must be a number above 0")
+        if not isinstance(self.initializer_range, Real):
+            raise ElmExportError(f"{where}: initializer_range is {self.initializer_range!r}; it must be a number")
         if self.head_dim % 2:
             raise ElmExportError(f"{where}: head_dim is {self.head_dim}; rotary embeddings need an even number")
         if self.activation_fn_name not in ACTIVATIONS:
