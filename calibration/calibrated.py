@@ -36,7 +36,7 @@ from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
 
-_CODES = 2  # raised when the same inputs would give other codes, so that the cache does not answer with the former ones
+_CODES = 3  # raised when the same inputs would give other codes, so that the cache does not answer with the former ones
 MomentsOf = Callable[[WeightSpec], Moments | None]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.graph.device import torch_device
+from elmexport.graph.device import product_dtype, torch_device
 from elmexport.graph.forward import LoadedStage, Stage, batches, layer_stages, stage_by_stage
 from elmexport.models import trace
 from elmexport.progress import Progress
@@ -130,7 +130,7 @@ class _Student:
         # What a step is a part of: the root mean square of the parameters that belong together, a row's scales or a table.
         self._units = {name: value.square().mean(-1, keepdim=True).sqrt().expand_as(value) for name, value in self._parameters.items()}
         self._adam = _Adam()
-        self._products = torch.bfloat16 if _multiplies_bfloat16(self.device) else None
+        self._products = product_dtype(self.device)
 
     def stages(self, window: int) -> list[Stage]:
         return layer_stages(trace(self._checkpoint.config, window))
@@ -244,11 +244,3 @@ def _shuffled(windows: int, window: int) -> list[Tensor]:
     """Windows of one epoch, in batches."""
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(0))
     return [order[rows] for rows in batches(windows, window)]
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware, which is two to three times as fast."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

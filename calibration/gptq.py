@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from calibration.held_out import DEFAULT_PART
-from calibration.second_moments import upper_factor
+from calibration.second_moments import total, upper_factor
 from elmexport.errors import ElmExportError
+from elmexport.graph.device import product_dtype
 from elmexport.quantization.codec import Quantized
 from elmexport.quantization.grids import Grid
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import CodedScheme
 
 _BLOCK = 64  # columns whose errors are passed on together
+_PRODUCT = 512  # rows of a product with a triangle that are computed together
 _ATTEMPTS = 4  # at a Cholesky factor, each with ten times the damping of the one before
 
 
@@ -49,61 +51,95 @@ def gptq(
         damped(needed)
     grid = quantize(weight, scheme, "mse", h.diagonal()).grid()
     w = weight.to(torch.float32).t().contiguous()
-
-    feedback = factor / factor.diagonal()
-    ordered = torch.zeros_like(w)
-    _sweep(grid, w[order], ordered, feedback.fill_diagonal_(0), order, triangular=True)
-    error = torch.empty_like(w)
-    error[order] = ordered
-    del ordered, factor
-    feedback = h / h.diagonal()
-    feedback.fill_diagonal_(0)
-    natural = torch.arange(len(w), device=w.device)
+    gradient = _round_in_order(grid, w, factor, order)
+    del factor
     for _ in range(rounds):
-        error = _refit(grid, w, error, h)
-        _sweep(grid, w, error, feedback, natural)
+        error = _refit(grid, w, gradient, h)
+        gradient = _descend(grid, w, error, h)
     if rounds:
-        _refit(grid, w, error, h)
+        _refit(grid, w, gradient, h)
     return grid.result()
 
 
 def output_error(error: Tensor, hessian: Tensor) -> float:
     """Compute the mean squared error of a linear's output, summed over the outputs: tr(E H Eᵀ) of the weight's error `[out, in]`."""
-    return float(((error @ hessian) * error).cpu().sum(dtype=torch.float64))  # not every device has float64
+    return total((error @ hessian) * error)
 
 
-def _sweep(grid: Grid, w: Tensor, error: Tensor, feedback: Tensor, order: Tensor, *, triangular: bool = False) -> None:
-    """Round each row of `w` `[in, out]` (input channel `order[i]`) to nearest after adding what `feedback` `[in, in]` passes on of the errors.
+def _round_in_order(grid: Grid, w: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """Round `w` `[in, out]`, its channels in `order`, each after adding what `factor`, R of R Rᵀ = H, passes on of the errors before.
 
-    Row i's target is w_i + Σ_j feedback_ji error_j, where `error` = w - values holds the newest (updated in place). `triangular`
-    feedback comes from earlier rows only.
+    Returns H E of the errors E = w - values. With R = U √D, row i's target is w_i + Σ_{j<i} U_ji E_j, and what rounding leaves of it is
+    (Uᵀ E)_i; so H E = R √D (Uᵀ E) is a product with a triangle.
     """
-    n = len(w)
-    channels = order.cpu().tolist()
-    for start in range(0, n, _BLOCK):
-        stop = min(start + _BLOCK, n)
-        known = slice(0, start if triangular else n)
-        target = torch.addmm(w[start:stop], feedback[known, start:stop].t(), error[known])
-        inside = feedback[start:stop, start:stop]
-        for i in range(stop - start):
-            new = w[start + i] - grid.round(channels[start + i], target[i])
+    size, dtype = factor.diagonal().contiguous(), product_dtype(w.device)
+    channels, ordered = order.cpu().tolist(), w[order]
+    feedback = (factor / size).to(dtype)
+    known, left = (torch.empty_like(w, dtype=dtype) for _ in range(2))  # E, and √D (Uᵀ E), as products take them
+    error = torch.empty_like(w[:_BLOCK])
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        block = slice(start, stop)
+        target = ordered[block] + (feedback[:start, block].t() @ known[:start])
+        inside = factor[block, block] / size[block]
+        for i, (channel, exact) in enumerate(zip(channels[block], ordered[block], strict=True)):
+            torch.sub(exact, grid.round(channel, target[i]), out=error[i])
+            target[i + 1 :].addr_(inside[i, i + 1 :], error[i])
+        known[block] = error[: stop - start]
+        left[block] = (target - ordered[block] + error[: stop - start]) * size[block, None]
+    triangle, gradient = factor.to(dtype), torch.empty_like(w)
+    for start in range(0, len(w), _PRODUCT):
+        rows = slice(start, start + _PRODUCT)
+        gradient[order[rows]] = (triangle[rows, start:] @ left[start:]).to(w.dtype)
+    return gradient
+
+
+def _descend(grid: Grid, w: Tensor, error: Tensor, h: Tensor) -> Tensor:
+    """Round every channel again to what is best beside all others' errors, the newest of each (coordinate descent, `error` is updated).
+
+    Row i's target is w_i + Σ_{j≠i} H_ij E_j / H_ii. Returns H E.
+    """
+    size, dtype = h.diagonal(), product_dtype(w.device)
+    products, known = h.to(dtype), error.to(dtype)
+    change, gradient = torch.empty_like(w), torch.empty_like(w)
+    new = torch.empty_like(w[:_BLOCK])
+    for start in range(0, len(w), _BLOCK):
+        stop = min(start + _BLOCK, len(w))
+        block = slice(start, stop)
+        inside = h[block, block] / size[block]
+        passed = (products[block] @ known).to(w.dtype)
+        target = passed / size[block, None] - error[block] + w[block]
+        for i, (exact, old, changed) in enumerate(zip(w[block], error[block], change[block], strict=True)):
+            torch.sub(exact, grid.round(start + i, target[i]), out=new[i])
             # Of the block's own errors the product above held the old ones.
-            target[i + 1 :].addr_(inside[i, i + 1 :], new - error[start + i])
-            error[start + i] = new
+            torch.sub(new[i], old, out=changed)
+            target[i + 1 :].addr_(inside[i, i + 1 :], changed)
+        error[block] = known[block] = new[: stop - start]
+        torch.addmm(passed, h[block, block], change[block], out=gradient[block])
+    known.copy_(change)
+    # Every row had the old errors of the blocks behind its own.
+    for start in range(0, len(w), _PRODUCT):
+        stop = min(start + _PRODUCT, len(w))
+        for inner in range(start + _BLOCK, stop, _BLOCK):
+            gradient[inner - _BLOCK : inner] += products[inner - _BLOCK : inner, inner:stop] @ known[inner:stop]
+        gradient[start:stop] += products[start:stop, stop:] @ known[stop:]
+    return gradient
 
 
-def _refit(grid: Grid, w: Tensor, error: Tensor, h: Tensor) -> Tensor:
-    """Refit the grid's parameters to its codes by a step towards the least squares under `h`; returns the new `error`.
+def _refit(grid: Grid, w: Tensor, gradient: Tensor, h: Tensor) -> Tensor:
+    """Refit the grid's parameters to its codes by a step towards the least squares under `h`; returns the new errors.
 
     The normal equations differ from row to row (or group to group), and a product with `h` for all of them at once is the cheapest way to
-    apply them. One step down the gradient, each parameter scaled by its own curvature, as far as is best for each system, takes nearly
+    apply them. One step down `gradient` = H E, each parameter scaled by its own curvature, as far as is best for each system, takes nearly
     all that their solution would (within 0.3 % of the error on `tiny`).
     """
-    gradient = grid.reduce(h @ error)
+    slope = grid.reduce(gradient)
     squares = grid.squares(h.diagonal())
-    direction = torch.where(squares > 0, gradient / squares, 0.0)  # a parameter that no code uses stays as it is
-    curvature = (direction * grid.reduce(h @ grid.expand(direction))).sum(0)
-    rate = torch.where(curvature > 0, (direction * gradient).sum(0) / curvature, 0.0)
+    direction = torch.where(squares > 0, slope / squares, 0.0)  # a parameter that no code uses stays as it is
+    dtype = product_dtype(w.device)
+    passed = (h.to(dtype) @ grid.expand(direction).to(dtype)).to(w.dtype)
+    curvature = (direction * grid.reduce(passed)).sum(0)
+    rate = torch.where(curvature > 0, (direction * slope).sum(0) / curvature, 0.0)
     grid.set(grid.parameters + rate * direction)
     return w - grid.expand(grid.parameters)
 

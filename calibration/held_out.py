@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibration.second_moments import upper_factor
+from calibration.second_moments import cholesky, total, upper_factor
 
 PARTS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean diagonal, that may be added to it
 DEFAULT_PART = 0.3  # where a text cannot be halved
-_ROWS = 256  # outputs that judge a ridge
+_ROWS = 64  # outputs that judge a ridge
 _PROBES = 64  # random vectors that estimate a trace
 
 
@@ -78,14 +78,14 @@ def _least(cost: Callable[[float], float], start: float) -> tuple[float, float]:
 def _left(seen: Half, other: Half, rows: Tensor, part: float) -> float:
     """What the fit of `seen` leaves on `other`, less what there was: tr(C H Cᵀ) - 2 tr(C Mᵀ)."""
     found = _ridge(seen.hessian, seen.missing[rows], part)
-    return float(((found @ other.hessian - 2 * other.missing[rows]) * found).sum())
+    return total((found @ other.hessian - 2 * other.missing[rows]) * found)
 
 
 def _ridge(hessian: Tensor, missing: Tensor, part: float) -> Tensor:
     """C of C (H + λ) = `missing`, λ being `part` of the mean diagonal of H."""
     damped = hessian + part * float(hessian.diagonal().mean()) * torch.eye(len(hessian), device=hessian.device)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # more accurate, twice as slow
+    factor = cholesky(damped.clone())
+    if factor is None:  # more accurate, twice as slow
         factor = torch.linalg.cholesky(damped.cpu().to(torch.float64)).to(hessian.device, torch.float32)
     return torch.cholesky_solve(missing.T, factor).T
 
@@ -98,4 +98,4 @@ def _expected_error(first: Tensor, second: Tensor, part: float) -> float:
         return math.inf
     signs = torch.randint(2, (len(first), min(_PROBES, len(first))), generator=torch.Generator().manual_seed(0)).to(first) * 2 - 1
     errors = torch.linalg.solve_triangular((upper / upper.diagonal()).T, signs, upper=False, unitriangular=True)
-    return float((second[order][:, order] @ errors * errors).sum() / signs.shape[1])
+    return total(second[order][:, order] @ errors * errors) / signs.shape[1]

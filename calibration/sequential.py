@@ -27,7 +27,7 @@ from calibration.table import head_moments, quantize_table
 from calibration.text import Sample
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.graph.device import torch_device
+from elmexport.graph.device import product_dtype, torch_device
 from elmexport.graph.forward import LoadedStage, Stage, batches, linear_stages
 from elmexport.graph.ir import Node
 from elmexport.models import trace
@@ -37,6 +37,8 @@ from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan
 from elmexport.quantization.schemes import CodedScheme
 from elmexport.weights import Role, WeightSpec
+
+_COARSE = 4  # bits, beside whose rounding that of a forward pass in bfloat16 does not count
 
 Activations = dict[str, Tensor]  # by the graph's names, float32 [sequences, tokens, width]
 
@@ -65,6 +67,7 @@ def quantize_in_order(
             f"token id {sample.ids.max()} is outside the vocabulary of {checkpoint.source.name}; use the model's tokenizer"
         )
     graph, device = trace(checkpoint.config, sample.window), torch_device()
+    products = _forward_dtype(checkpoint, plan, device)
     stages = linear_stages(graph)
     chosen: dict[Role, tuple[float, float]] = {}  # damping and ridge of the matrix before of each role
     exact: Activations = {graph.source: torch.from_numpy(sample.ids)}
@@ -117,10 +120,17 @@ def quantize_in_order(
         later = {name for rest in stages[number + 1 :] for name in rest.inputs}
         if later:  # nothing reads the logits
             for activations, loaded in ((exact, original), (rounded, replace(original, weights=changed))):
-                activations |= _run(loaded, activations)
+                activations |= _run(loaded, activations, products)
                 for name in activations.keys() - later:
                     del activations[name]
         progress.advance(_cost(stage))
+
+
+def _forward_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
+    """What linear layers multiply in: bfloat16's own rounding is small beside that of 4-bit codes, not beside that of 8-bit ones."""
+    coded = (plan.schemes[spec.name] for spec in checkpoint.specs.values() if spec.role not in (Role.EMBEDDING, Role.LM_HEAD))
+    fine = any(isinstance(scheme, CodedScheme) and scheme.width > _COARSE for scheme in coded)
+    return torch.float32 if fine else product_dtype(device)
 
 
 def _cost(stage: Stage) -> int:
@@ -186,6 +196,7 @@ def _moments(
     """Second moments over the sequences from `start` up to `stop`."""
     before, now = exact[node.inputs["x"]], rounded[node.inputs["x"]]
     (out, width), device = weight.shape, weight.device
+    dtype = product_dtype(device)  # of the products that hold a difference: it is small beside what it is added to
     hessian = torch.zeros(width, width, device=device)
     missing = torch.zeros(out, width, device=device)  # E[what the output still lacks × what it is made from]
     # The part that the weight makes is W E[(before - x) xᵀ]: `narrow` says that this costs less than the products of its outputs.
@@ -197,13 +208,14 @@ def _moments(
         difference = before[rows].flatten(0, 1).to(device) - x
         lacking = None if gathered is None else gathered(rows).flatten(0, 1).to(device)
         add_products(hessian, x)
+        x, difference = x.to(dtype), difference.to(dtype)
         if drift is not None:
-            drift.addmm_(difference.T, x)
+            drift += difference.T @ x
         else:
-            made = torch.nn.functional.linear(difference, weight)
-            lacking = made if lacking is None else made.add_(lacking)
+            made = torch.nn.functional.linear(difference, weight.to(dtype))
+            lacking = made if lacking is None else lacking + made
         if lacking is not None:
-            missing.addmm_(lacking.T, x)
+            missing += lacking.to(dtype).T @ x
     if drift is not None:
         missing.addmm_(weight, drift)
     tokens = (stop - start) * now.shape[1]
@@ -213,12 +225,12 @@ def _moments(
     return half
 
 
-def _run(loaded: LoadedStage, activations: Activations) -> Activations:
-    """Run a stage over the whole text; returns its outputs."""
+def _run(loaded: LoadedStage, activations: Activations, products: torch.dtype) -> Activations:
+    """Run a stage over the whole text, its linear layers multiplying in the dtype `products`; returns its outputs."""
     found: Activations = {}
     sequences, tokens = activations[loaded.stage.inputs[0]].shape[:2]
     for rows in batches(sequences, tokens):
-        for name, out in loaded.run({name: activations[name][rows] for name in loaded.stage.inputs}).items():
+        for name, out in loaded.run({name: activations[name][rows] for name in loaded.stage.inputs}, products=products).items():
             if name not in found:
                 found[name] = torch.empty(sequences, *out.shape[1:])
             found[name][rows] = out

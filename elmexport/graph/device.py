@@ -30,3 +30,11 @@ def torch_device() -> torch.device:
             f"{VARIABLE} is {asked!r}, and torch {torch.__version__} finds no such device here; choose {', '.join(there)}, or leave it unset"
         )
     return torch.device(asked)
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which `device` multiplies matrices fastest where 8 bits of mantissa are enough: bfloat16 if the hardware has it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32

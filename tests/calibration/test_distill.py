@@ -81,7 +81,7 @@ def test_gradients_are_the_slopes_of_a_float64_reference(
     small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """Along a random direction of every kind of parameter: KL of numpy's logits a little ahead less a little behind."""
-    monkeypatch.setattr(distillation, "_multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr(distillation, "product_dtype", lambda device: torch.float32)
     ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (2, 12))
     weights = CheckpointWeights(small_checkpoint, plan_of(small_checkpoint, scheme))
     student = distillation._Student(small_checkpoint, weights)

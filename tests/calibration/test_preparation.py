@@ -15,6 +15,7 @@ from calibration.collect import collect
 from calibration.method import Prepared
 from calibration.options import WeightOptions
 from calibration.preparation import prepare
+from calibration.second_moments import upper_factor
 from calibration.statistics import Statistics
 from calibration.text import Sample, sample_ids
 from elmexport.errors import ElmExportError
@@ -156,17 +157,16 @@ def test_an_importance_matrix_weights_the_squares(small_checkpoint: MemoryCheckp
 @pytest.mark.slow
 def test_more_damping_than_usual_is_said(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the codes are computed, and when they come from the cache."""
-    factor = torch.linalg.cholesky_ex
-    attempts = iter([torch.tensor(1)])
+    attempts = iter([None])
 
-    def failing(matrix: torch.Tensor) -> Any:
-        lower, failed = factor(matrix)
-        return lower, next(attempts, failed) if matrix.shape[0] == small_checkpoint.specs[DOWN].shape[1] else failed
+    def failing(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor | None:
+        found = upper_factor(matrix, order)
+        return next(attempts, found) if len(matrix) == small_checkpoint.specs[DOWN].shape[1] else found
 
     assert prepared(small_checkpoint, method="gptq", tokens=256).notes == ()
     monkeypatch.setattr("calibration.sequential.fit", lambda halves, start: (None, start))
     monkeypatch.setattr("calibration.sequential.choose_damping", lambda first, second, start: 0.01)
-    monkeypatch.setattr("calibration.gptq.torch.linalg.cholesky_ex", failing)
+    monkeypatch.setattr("calibration.gptq.upper_factor", failing)
     first = prepared(small_checkpoint, method="gptq", tokens=512)
     assert len(first.notes) == 1 and "took 0.1 of its mean diagonal as damping" in first.notes[0]
     assert prepared(small_checkpoint, method="gptq", tokens=512).notes == first.notes

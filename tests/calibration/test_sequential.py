@@ -31,8 +31,9 @@ def plan_of(checkpoint: Checkpoint, *rules: Rule) -> Plan:
     return resolve(recipe, checkpoint.config)
 
 
-def test_the_target_is_a_least_squares_solution(small_checkpoint: MemoryCheckpoint) -> None:
+def test_the_target_is_a_least_squares_solution(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what the layer should give, and what the stream lacks, from what the quantized layers hand on; its ridge is the best held out."""
+    monkeypatch.setattr(sequential, "product_dtype", lambda device: torch.float32)
     generator = torch.Generator().manual_seed(0)
     node = next(node for node in trace(small_checkpoint.config).nodes if node.role is Role.FFN_DOWN)
     weight = torch.randn(6, 10, generator=generator)
@@ -72,6 +73,22 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
     evaluator = KLEvaluator(checkpoint, Sample(ids, "random"))
     alone = {name: quantize(checkpoint.tensor(name), plan.schemes[name]).dequantize() for name in found}  # type: ignore[call-overload]
     assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.4 * evaluator.divergence(alone)
+
+
+@pytest.mark.slow
+def test_codes_do_not_depend_on_the_number_of_threads(small_checkpoint: MemoryCheckpoint) -> None:
+    plan = plan_of(small_checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int4-block32")))
+    ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (9, 64))
+    before = torch.get_num_threads()
+    try:
+        parts = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            parts.append([q.parts() for _, q in quantize_in_order(small_checkpoint, plan, Sample(ids, "random"), SilentProgress())])
+    finally:
+        torch.set_num_threads(before)
+    for one, several in zip(*parts, strict=True):
+        assert all(torch.equal(one[name], several[name]) for name in one)
 
 
 def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:
