@@ -143,13 +143,15 @@ def export_stock(checkpoint: Checkpoint, out: Path, *, prefill: int = 64, contex
         merged = ct.utils.MultiFunctionDescriptor()
         for name, tokens in (("prefill", prefill), ("decode", 1)):
             path = str(Path(folder, f"{name}.mlpackage"))
-            _convert(config, weights, tokens, context, int4).save(path)
+            converted = convert(config, weights, tokens, context)
+            (_quantized(converted) if int4 else converted).save(path)
             merged.add_function(path, src_function_name="main", target_function_name=name)
         merged.default_function_name = "decode"
         ct.utils.save_multifunction(merged, str(out))
 
 
-def _convert(config: OpenELMConfig, weights: dict[str, Tensor], tokens: int, context: int, int4: bool):  # type: ignore[no-untyped-def]
+def convert(config: OpenELMConfig, weights: dict[str, Tensor], tokens: int, context: int):  # type: ignore[no-untyped-def]
+    """coremltools' model of one function, in fp16."""
     import coremltools as ct
     import numpy as np
 
@@ -159,7 +161,7 @@ def _convert(config: OpenELMConfig, weights: dict[str, Tensor], tokens: int, con
     with torch.no_grad():
         traced = torch.jit.trace(model, example, check_trace=False)
     shape = tuple(model.keyCache.shape)
-    converted = ct.convert(
+    return ct.convert(
         traced,
         inputs=[ct.TensorType("input_ids", (1, tokens), dtype=np.int32), ct.TensorType("position", (1,), dtype=np.int32)],
         outputs=[ct.TensorType("logits", dtype=np.float16)],
@@ -167,8 +169,11 @@ def _convert(config: OpenELMConfig, weights: dict[str, Tensor], tokens: int, con
         minimum_deployment_target=ct.target.iOS18,
         skip_model_load=True,
     )
-    if not int4:
-        return converted
+
+
+def _quantized(converted):  # type: ignore[no-untyped-def]
+    import coremltools as ct
+
     coreml = ct.optimize.coreml
     options = coreml.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int4", granularity="per_block", block_size=BLOCK)
     return coreml.linear_quantize_weights(converted, coreml.OptimizationConfig(global_config=options))

@@ -15,7 +15,7 @@ from elmexport.documents import decode_json
 from elmexport.progress import Progress
 from elmexport.quantization.schemes import CodedScheme, find_scheme
 
-FORMAT = 1  # of the files; raised when the same measurement would give other figures
+FORMAT = 2  # of the files; raised when the same measurement would give other figures
 
 
 def known_sensitivities(

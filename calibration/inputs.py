@@ -9,9 +9,12 @@ from pathlib import Path
 from calibration.calibrate import DEFAULT_TOKENS, make_sample
 from calibration.collect import collect
 from calibration.options import WeightOptions
-from calibration.statistics import Statistics, load_statistics
+from calibration.statistics import FORMAT, Statistics, load_statistics
 from calibration.text import Sample, read_text
+from elmexport import __version__
+from elmexport.cache import cached_path, unwritable
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.files import complete_file
 from elmexport.progress import Progress
 
 
@@ -56,8 +59,23 @@ class Inputs:
             ElmExportError: see `sample`, `load_statistics` and `collect`.
         """
         if self.sample is not None:
-            return collect(self._checkpoint, self.sample, progress=self._progress)
+            return _measured(self._checkpoint, self.sample, self._progress)
         if self._options.importance_matrix is not None:
             assert self._importance is not None, "whoever knows the format reads it"
             return self._importance
         return load_statistics(self._options.calibrate, self._checkpoint) if isinstance(self._options.calibrate, Path) else None
+
+
+def _measured(checkpoint: Checkpoint, sample: Sample, progress: Progress) -> Statistics:
+    """Statistics of `sample`, once for all formats and quantizations of a model: out of the cache where they have been measured before."""
+    key = [FORMAT, __version__, checkpoint.source.name, checkpoint.identity(), sample.words, sample.sha256]
+    path = cached_path("statistics", key, ".safetensors")
+    if not path.is_file():
+        statistics = collect(checkpoint, sample, progress=progress)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with complete_file(path) as partial:
+                statistics.save(partial)
+        except OSError as error:
+            raise unwritable(path, error) from error
+    return load_statistics(path, checkpoint)

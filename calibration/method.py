@@ -52,6 +52,7 @@ class Method(ABC):
     name: ClassVar[str]
     words: ClassVar[str]  # for --help: what it does, what it takes
     needs_text: ClassVar[bool] = False  # or statistics: it cannot do without
+    measures_statistics: ClassVar[bool] = False  # of a text, where that is what it is given
     takes_statistics: ClassVar[bool] = True  # in the place of a text
     makes_weight_set: ClassVar[bool] = False  # its codes are kept in a file, which other formats can take
 

@@ -60,7 +60,7 @@ def sensitivities(
         if spec.role is Role.EMBEDDING:  # its rows are read one at a time too, and then no channel counts more than another
             energy = energy / energy.mean() + EMBEDDING_PART
         schemes = sorted(candidates[spec.name], key=lambda scheme: scheme.bits(spec.shape))
-        rounded = [quantize(weight, scheme, "mse", None if moments is None else moments.mean_square).dequantize() for scheme in schemes]
+        rounded = [quantize(weight, scheme, "quick", None if moments is None else moments.mean_square).dequantize() for scheme in schemes]
         measured = evaluator.divergence({spec.name: rounded[0]})
         errors = [float((rounding.sub_(weight).square_() @ energy).sum()) for rounding in rounded]
         found.append(Sensitivity(spec, {s: measured * (e / errors[0] if errors[0] else 0.0) for s, e in zip(schemes, errors, strict=True)}))

@@ -21,9 +21,11 @@ from elmexport.errors import ElmExportError
 from elmexport.files import check_writable, remove_stale, sync_file, temporary_sibling
 from elmexport.formats import find_format
 from elmexport.manifest import FIX, FileFacts, Manifest, read_manifest
+from elmexport.progress import Progress, SilentProgress
 from elmexport.weights import Role
 
 MANIFEST = "manifest.json"
+_BLOCK = 1 << 22  # bytes of a file that are hashed at a time
 
 
 @contextlib.contextmanager
@@ -83,13 +85,15 @@ def _check_free(out: Path, force: bool) -> None:
         )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+def write_manifest(folder: Path, manifest: Manifest, progress: Progress | None = None) -> Manifest:
     """Write `manifest.json`, its `files` filled in: SHA-256 and size in bytes of every file in `folder`. Returns it as written.
 
     Raises:
         ElmExportError: something in it that no manifest may hold, as a target's setting that is a list.
     """
-    listing = {path.relative_to(folder).as_posix(): FileFacts(path.stat().st_size, file_sha256(path)) for path in _files(folder)}
+    progress, sizes = progress or SilentProgress(), {path: path.stat().st_size for path in _files(folder)}
+    progress.stage("hashing files", sum(sizes.values()))
+    listing = {path.relative_to(folder).as_posix(): FileFacts(size, file_sha256(path, progress)) for path, size in sizes.items()}
     text = msgspec.structs.replace(manifest, files=listing).to_json().encode()
     complete = read_manifest(text, MANIFEST)  # or nobody could read it later
     (folder / MANIFEST).write_bytes(text)
@@ -135,12 +139,13 @@ class Artifact:
         if problems:
             raise ElmExportError(f"{self.path} is damaged: {'; '.join(problems)}. Copy it again or export it again")
 
-    def verify(self) -> list[str]:
+    def verify(self, progress: Progress | None = None) -> list[str]:
         """Compare every file's SHA-256 with the manifest, and look for files it does not list; returns the problems found."""
-        problems = []
+        progress, problems = progress or SilentProgress(), []
+        progress.stage("verifying files", sum(facts.bytes for facts in self.manifest.files.values()))
         for name, facts in self.manifest.files.items():
             problem = _size_problem(self.path / name, name, facts)
-            if problem is None and file_sha256(self.path / name) != facts.sha256:
+            if problem is None and file_sha256(self.path / name, progress) != facts.sha256:
                 problem = f"{name} has been altered (its SHA-256 differs from the manifest's)"
             if problem is not None:
                 problems.append(problem)
@@ -159,10 +164,15 @@ class StoredTensor:
     bytes: int  # in the file, scales included
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(path: Path, progress: Progress | None = None) -> str:
+    """SHA-256 of a file, as hex. `progress` receives its bytes as they are read."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            if progress is not None:
+                progress.advance(len(block))
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

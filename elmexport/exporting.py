@@ -29,11 +29,13 @@ from elmexport.errors import ElmExportError, Fp16RangeError, MissingDependencyEr
 from elmexport.evaluation.self_check import ReferenceRun, check_texts, reference_pass, self_check
 from elmexport.evaluation.step_up import measure_step_up
 from elmexport.evaluation.task_drop import TaskDrop
+from elmexport.evaluation.tasks.suite import require_lm_eval
 from elmexport.files import check_writable
 from elmexport.graph.device import torch_device
 from elmexport.graph.rescale import rescale
 from elmexport.importance import read_importance
 from elmexport.manifest import FORMAT, Calibration, Fallback, Manifest, Model, Quantization, SelfCheck
+from elmexport.memory import give_back
 from elmexport.models import trace
 from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
@@ -94,6 +96,8 @@ def export(
     else:
         check_writable(Path(target))  # the name is found later, and lies beside
     weights = options.get("weights")
+    if weights is not None and weights.max_drop is not None:
+        require_lm_eval("--bits-per-weight finds a mix of a size, by sensitivity alone")
     if weights is not None and weights.save_weights_to is not None:
         check_writable(weights.save_weights_to, "--save-weights")
     checkpoint = open_checkpoint(
@@ -152,7 +156,9 @@ def export_checkpoint(
 
     @cache
     def reference() -> ReferenceRun:
-        return reference_pass(checkpoint, graph, tokenizer, progress)
+        run = reference_pass(checkpoint, graph, tokenizer, progress)
+        give_back()
+        return run
 
     if not options.mixes:  # what a search for bits will choose is not known before it
         chosen.check_plan(graph, resolve(recipe, config))
@@ -184,6 +190,7 @@ def export_checkpoint(
         progress.stage(f"writing {target}", config.parameter_count)
         job = ExportJob(checkpoint.source.name, config, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
         written = chosen.write(job, folder) or Written()
+        give_back()
         notes += written.notes
         if options.mixes:
             write_recipe(recipe, folder / RECIPE, f"chosen for {checkpoint.source.name}; use it again with --quant {RECIPE}")
@@ -191,6 +198,7 @@ def export_checkpoint(
         if verify:
             checked, note = _self_check(chosen, folder, reference(), recipe, context, progress)
             notes += note
+            give_back()
             if checked.done and _loses(plan):
                 step = measure_step_up(chosen, plan, checkpoint, graph, reference(), progress)
                 checked = msgspec.structs.replace(checked, step_up=step)
@@ -213,7 +221,7 @@ def export_checkpoint(
             files={},
         )
         write_card(folder, manifest)
-        manifest = write_manifest(folder, manifest)
+        manifest = write_manifest(folder, manifest, progress)
     return ExportResult(out, manifest, tuple(notes), tokenizer is not None)
 
 

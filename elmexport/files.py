@@ -6,10 +6,12 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -80,14 +82,15 @@ def check_writable(path: Path, option: str = "--out") -> None:
 
 
 def temporary_sibling(path: Path, kind: str) -> Path:
-    """Name a hidden file or folder beside `path` after what it is ("partial", "old") and this process."""
-    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
+    """Name a hidden file or folder beside `path` after what it is ("partial", "old"), this machine and this process."""
+    return path.with_name(f".{path.name}.{kind}-{_host()}-{os.getpid()}")
 
 
 def remove_stale(path: Path, kind: str) -> None:
     """Remove the temporary siblings of `path` that killed processes left: those of a process that is gone, or has this one's number.
 
-    In containers every process may have the same number.
+    In containers every process may have the same number. On a file system that machines share, nobody knows the processes of another one: what
+    it left goes after a day.
     """
     _remove_leftovers(path.parent, _glob_escape(path.name), kind, own=True)
 
@@ -99,8 +102,11 @@ def remove_all_stale(folder: Path) -> None:
 
 def _remove_leftovers(folder: Path, pattern: str, kind: str, *, own: bool) -> None:
     for leftover in folder.glob(f".{pattern}.{kind}-*"):
-        pid = re.fullmatch(rf".*\.{kind}-(\d+)", leftover.name)
-        if pid is not None and (own if int(pid[1]) == os.getpid() else not _alive(int(pid[1]))):
+        name = re.fullmatch(rf".*\.{kind}-(?:(\w+)-)?(\d+)", leftover.name)
+        if name is None:
+            continue
+        pid, foreign = int(name[2]), name[1] not in (None, _host())
+        if _older_than_a_day(leftover) if foreign else own if pid == os.getpid() else not _alive(pid):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
@@ -230,6 +236,18 @@ def read_metadata(path: Path, what: str, fix: str) -> dict[str, str]:
 def _glob_escape(name: str) -> str:
     """`name` as a glob pattern that matches only itself."""
     return re.sub(r"([\[\]*?])", r"[\1]", name)
+
+
+def _host() -> str:
+    """This machine's name in file names."""
+    return re.sub(r"\W", "_", platform.node()) or "unknown"
+
+
+def _older_than_a_day(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > 86400
+    except OSError:  # gone
+        return False
 
 
 def _alive(pid: int) -> bool:

@@ -30,7 +30,8 @@ class Format:
     reader: str  # `list_tensors(folder, config) -> Iterable[StoredTensor]`
     engine: str  # `Runtime.name` of what `runtime` opens
     engine_package: str | None = None  # what `runtime` imports when it opens a file; None: nothing that takes long
-    runtime_for_check: str | None = None  # as `runtime`, gives logits of artifacts that keep them to themselves; None: `runtime` does
+    # As `runtime`, for `CHECK_TOKENS` tokens at most, in less memory, and gives logits of artifacts that keep them to themselves; None: `runtime` does
+    runtime_for_check: str | None = None
     tokenizer: str | None = None  # `Class(path) -> Tokenizer` where the model file holds one; None: it lies beside it
     suffixes: tuple[str, ...] = ()  # of bare model files (or folders, as `.mlpackage`)
     cache_bytes: int | None = None  # of a number in the KV cache; None: as wide as the activations
@@ -42,6 +43,7 @@ FORMATS: Mapping[str, Format] = {
         words="ONNX, for onnxruntime",
         target="targets.onnx:OnnxTarget",
         runtime="elmexport.runtimes.onnxruntime:open_runtime",
+        runtime_for_check="elmexport.runtimes.onnxruntime:open_for_check",
         reader="targets.onnx.inspect:list_tensors",
         engine="onnxruntime",
         engine_package="onnxruntime",
@@ -62,6 +64,7 @@ FORMATS: Mapping[str, Format] = {
         words="GGUF, for llama.cpp",
         target="targets.gguf:GgufTarget",
         runtime="elmexport.runtimes.llama_cpp:open_runtime",
+        runtime_for_check="elmexport.runtimes.llama_cpp:open_for_check",
         reader="targets.gguf.inspect:list_tensors",
         engine="llama.cpp",
         engine_package="llama_cpp",

@@ -12,6 +12,7 @@ from elmexport.artifact import MANIFEST, Artifact, StoredTensor
 from elmexport.errors import ElmExportError
 from elmexport.formats import find_format, load
 from elmexport.models import config_from_dict
+from elmexport.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Inspection:
     tensors: tuple[StoredTensor, ...] | None
 
 
-def inspect_artifact(path: Path, *, tensors: bool = False) -> Inspection:
+def inspect_artifact(path: Path, *, tensors: bool = False, progress: Progress | None = None) -> Inspection:
     """Verify every file of the artifact folder `path` against its manifest and, with `tensors`, list what they hold.
 
     Files that have been altered are not read any further: `tensors` is then None.
@@ -35,7 +36,7 @@ def inspect_artifact(path: Path, *, tensors: bool = False) -> Inspection:
         found = "is a file" if path.exists() else "does not exist"
         raise ElmExportError(f"{path} {found}; give the folder that an export printed, the one that holds {MANIFEST}")
     artifact = Artifact.open(path)
-    problems = tuple(artifact.verify())
+    problems = tuple(artifact.verify(progress))
     listing = list_tensors(artifact) if tensors and not problems else None
     return Inspection(artifact, problems, listing)
 

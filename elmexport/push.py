@@ -39,8 +39,7 @@ def push(
         raise ElmExportError(f"{repo!r} is no name of a hub repository; give user/name")
     artifact = Artifact.open(path)
     results = [] if report is None else _results(path, read_report(report), report)
-    progress.stage("checking files")
-    if problems := artifact.verify():
+    if problems := artifact.verify(progress):
         raise ElmExportError(f"{path} is not what was exported: {'; '.join(problems)}. Copy it again or export it again")
     with TemporaryDirectory() as temporary:
         files = {name: path / name for name in (*artifact.manifest.files, MANIFEST)}

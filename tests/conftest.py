@@ -24,12 +24,18 @@ from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
 # The files that take longest, in that order: the others fill the gaps, so that no worker waits for another at the end.
 LONGEST = (
-    *("targets/gguf/test_llama_cpp_parity", "clients/test_onnx_runtimes", "targets/coreml/neural_engine/test_package"),
-    *("runtimes/test_speculation", "calibration/test_awq_experts", "targets/gguf/test_moe_parity", "calibration/test_guard"),
-    *("targets/coreml/test_lint", "targets/coreml/test_palettized", "evaluation/test_against_lm_eval", "evaluation/test_hub"),
-    *("clients/test_mlx_lm", "targets/coreml/neural_engine/test_chain", "runtimes/test_coreml", "test_readme", "mil/test_foreign"),
-    *("clients/test_bit_identity", "test_interrupted_export", "targets/onnx/test_onnx_target", "test_toy_format", "checkpoint/test_hub"),
-    *("bench/test_guesses", "cli/test_ending", "runtimes/test_batch_generation"),
+    *("targets/gguf/test_llama_cpp_parity", "clients/test_onnx_runtimes", "targets/gguf/test_moe_parity"),
+    *("targets/coreml/neural_engine/test_package", "calibration/test_awq_experts", "runtimes/test_speculation", "test_interrupted_export"),
+    *(
+        "evaluation/test_hub",
+        "documentation/test_blocks",
+        "targets/coreml/test_palettized",
+        "evaluation/test_against_lm_eval",
+        "clients/test_mlx_lm",
+    ),
+    *("targets/coreml/neural_engine/test_chain", "runtimes/test_coreml", "cli/test_ending", "mil/test_foreign", "targets/coreml/test_lint"),
+    *("clients/test_bit_identity", "targets/onnx/test_onnx_target", "checkpoint/test_hub", "test_toy_format", "bench/test_guesses"),
+    *("calibration/test_guard", "runtimes/test_batch_generation", "test_packaging"),
     *("runtimes/test_continuations", "calibration/test_mixed", "test_export", "targets/coreml/test_verify"),
 )
 
@@ -111,13 +117,20 @@ def export_to(tmp_path_factory: pytest.TempPathFactory) -> ExportTo:
     return call
 
 
-SmallArtifact = Callable[[str, str], Path]
+MadeOnce = Callable[[str, str], Path]
+SmallArtifact = MadeOnce
 
 
 @pytest.fixture(scope="session")
 def small_artifact(small_checkpoint: MemoryCheckpoint, export_to: ExportTo) -> SmallArtifact:
     """`small_artifact(target, quant)`: the artifact of the small checkpoint, made once."""
     return cache(partial(export_to, small_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny: Checkpoint, export_to: ExportTo) -> MadeOnce:
+    """`tiny_artifact(target, quant)`: the artifact of the embedded model, made once; to be read, or copied."""
+    return cache(partial(export_to, tiny))
 
 
 @pytest.fixture(scope="session")

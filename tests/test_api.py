@@ -1,8 +1,7 @@
-"""The front door of the package, and the examples in the documentation that use it."""
+"""The front door of the package."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,12 +42,3 @@ def test_importing_costs_next_to_nothing() -> None:
     assert {"export", "open", "evaluate"} <= set(dir(elmexport))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         elmexport.nothing  # type: ignore[attr-defined]  # noqa: B018
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("document", ["README.md", "docs/generation.md"])
-def test_documented_examples_run(document: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCUMENTS / document).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert any("import elmexport" in block for block in blocks)
-    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

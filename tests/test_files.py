@@ -68,6 +68,17 @@ def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_what_other_machines_write_is_left_for_a_day(tmp_path: Path) -> None:
+    """On a file system that several machines share, one cannot know the processes of another."""
+    path = tmp_path / "file"
+    fresh, old = (tmp_path / f".file.partial-other_machine-{pid}" for pid in (999999998, 999999999))
+    for leftover in (fresh, old):
+        leftover.write_text("")
+    os.utime(old, (0, 0))
+    remove_stale(path, "partial")
+    assert names(tmp_path) == {fresh.name}
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ElmExportError, match=r"cannot write .*nowhere/file: No such file or directory; choose another place"):
         write_text(tmp_path / "nowhere" / "file", "text")

@@ -22,7 +22,7 @@ from elmexport.importance import read_importance, write_importance
 from targets.gguf.imatrix import read_imatrix
 from tests.calibration.test_collect import sample_of
 from tests.clients.llama_cpp_tools import LlamaCppTools
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 
 CHUNK = 256  # tokens
@@ -94,8 +94,8 @@ def test_a_place_that_cannot_be_written(small_checkpoint: MemoryCheckpoint, smal
 
 
 @pytest.fixture(scope="module")
-def float_model(tiny: Checkpoint, export_to: ExportTo) -> Path:
-    (path,) = export_to(tiny, "gguf", "fp32").glob("*.gguf")
+def float_model(tiny_artifact: MadeOnce) -> Path:
+    (path,) = tiny_artifact("gguf", "fp32").glob("*.gguf")
     return path
 
 

@@ -11,7 +11,7 @@ import pytest
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.inspection import inspect_artifact
 from elmexport.weights import Role
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
 
 SCHEMES = {
     ("gguf", "int4", Role.ATTENTION_QKV): "Q4_0",
@@ -36,8 +36,8 @@ SCHEMES = {
 @pytest.mark.parametrize(
     ("target", "quant"), [*product(("onnx", "coreml", "gguf", "mlx"), ("int4", "fp16")), *product(["coreml"], ("lut4", "lut6", "lut8"))]
 )
-def test_lists_the_whole_model(target: str, quant: str, tiny: Checkpoint, export_to: ExportTo) -> None:
-    path = export_to(tiny, target, quant)
+def test_lists_the_whole_model(target: str, quant: str, tiny: Checkpoint, tiny_artifact: MadeOnce) -> None:
+    path = tiny_artifact(target, quant)
     inspection = inspect_artifact(path, tensors=True)
     assert inspection.problems == ()
     assert inspection.tensors is not None

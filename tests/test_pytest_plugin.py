@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from elmexport.checkpoint.base import Checkpoint
 from elmexport.evaluation.gates import Limits, check_gates
 from elmexport.pytest_plugin import EvaluatedReport
-from tests.conftest import ExportTo
+from tests.conftest import MadeOnce
 from tests.evaluation.examples import example_report
 
 pytest_plugins = ["pytester"]
@@ -49,10 +48,8 @@ def test_assertions_are_those_of_the_gates(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_project_guards_its_artifact(
-    tiny: Checkpoint, export_to: ExportTo, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    artifact = export_to(tiny, "onnx", "int4")
+def test_a_project_guards_its_artifact(tiny_artifact: MadeOnce, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = tiny_artifact("onnx", "int4")
     monkeypatch.setenv("ELMEXPORT_CACHE", str(pytester.path / "cache"))
     pytester.makepyfile(f"""
         import pytest

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,26 +15,43 @@ import pytest
 
 from elmexport.artifact import Artifact
 from elmexport.errors import ElmExportError
+from tests.clients.interpreter import Interpreter
 
 PACKAGE = Path(__file__).parent / "toy_format"
 
 
+PROGRAM = """
+import contextlib, io, json, sys
+from elmexport.cli.main import main
+errors, code = io.StringIO(), 0
+with contextlib.redirect_stderr(errors):
+    try:
+        main(sys.argv[1:])
+    except SystemExit as end:
+        code = end.code or 0
+print("\\0", json.dumps({"code": code, "errors": errors.getvalue()}))
+"""
+
+
 @dataclass(frozen=True)
 class Command:
-    """`elmexport("toy", "--model", "tiny")` in an environment where the package is installed, in a folder of its own; returns what it said."""
+    """`elmexport("toy", "--model", "tiny")` in an environment where the package is installed, in a folder of its own; returns what it said.
+
+    One process runs all commands.
+    """
 
     folder: Path
-    environment: dict[str, str]
+    interpreter: Interpreter
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        command = [sys.executable, "-m", "elmexport", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, cwd=self.folder)
-        assert done.returncode == code, done.stderr
-        return done.stderr if code else done.stdout
+        out, _, ended = self.interpreter.run(PROGRAM, *arguments, folder=self.folder).rpartition("\0")
+        found = json.loads(ended)
+        assert found["code"] == code, found["errors"]
+        return str(found["errors"]) if code else out
 
 
 @pytest.fixture(scope="module")
-def elmexport(tmp_path_factory: pytest.TempPathFactory) -> Command:
+def elmexport(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     pytest.importorskip("hatchling", reason="pip install hatchling")
     site, folder, source = (tmp_path_factory.mktemp(name) for name in ("site", "work", "source"))
     shutil.copytree(PACKAGE, source / "toy", ignore=shutil.ignore_patterns("__pycache__"))
@@ -41,7 +59,9 @@ def elmexport(tmp_path_factory: pytest.TempPathFactory) -> Command:
     done = subprocess.run([*pip, str(source / "toy")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     paths = os.pathsep.join(path for path in (str(site), *sys.path) if path)
-    return Command(folder, {**os.environ, "PYTHONPATH": paths, "ELMEXPORT_CACHE": str(folder / "cache")})
+    interpreter = Interpreter(source / "stderr.txt", {**os.environ, "PYTHONPATH": paths, "ELMEXPORT_CACHE": str(folder / "cache")})
+    yield Command(folder, interpreter)
+    interpreter.close()
 
 
 @pytest.fixture(scope="module")

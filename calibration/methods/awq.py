@@ -11,6 +11,7 @@ class AWQ(Method):
     name = "awq"
     words = "input channels are rescaled first, by what they read in a text"
     needs_text = True
+    measures_statistics = True
 
     def prepare(self, job: Job) -> Prepared:
         from calibration.awq import awq_model

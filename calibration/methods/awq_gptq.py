@@ -11,6 +11,7 @@ class AWQGPTQ(Method):
     name = "awq+gptq"
     words = "both"
     needs_text = True
+    measures_statistics = True
     makes_weight_set = True
 
     def prepare(self, job: Job) -> Prepared:

@@ -15,6 +15,7 @@ class MSE(Method):
 
     name = "mse"
     words = "the scale of least error, in seconds"
+    measures_statistics = True
 
     def prepare(self, job: Job) -> Prepared:
         from calibration.facts import method_facts

@@ -10,6 +10,7 @@ class RTN(Method):
 
     name = "rtn"
     words = "round to nearest"
+    measures_statistics = True
 
     def prepare(self, job: Job) -> Prepared:
         from calibration.facts import method_facts

@@ -51,7 +51,7 @@ class Guesses:
             raise ElmExportError("--prompt-lookup and --draft-model exclude each other; leave one of them out")
         if self.draft_model is not None:
             if self.draft_tokens < 1:
-                raise ElmExportError(f"num-draft-tokens is {self.draft_tokens}; it must be 1 or above")
+                raise ElmExportError(f"--num-draft-tokens is {self.draft_tokens}; it must be 1 or above")
             draft = find_draft(self.draft_model)
             for path in paths:
                 draft.check_tokenizer(path, artifact_tokenizer(artifact_kind(path), path))

@@ -57,15 +57,19 @@ def benchmark(
     Raises:
         ElmExportError: a count that makes no sense, nothing that a runtime opens, or a workload beyond a context; the first two, and for
             artifact folders the third, before any work.
-        MissingDependencyError: an engine is not installed.
+        MissingDependencyError: an engine is not installed, or the system is Windows.
     """
+    if sys.platform == "win32":
+        raise MissingDependencyError(
+            "elmexport bench asks the system for memory in ways that Windows does not have; run it on Linux or macOS"
+        )
     workload.check()
     if guesses is not None:
         guesses.check(paths)
     if repeat < 1:
-        raise ElmExportError(f"repeat is {repeat}; it must be 1 or more")
+        raise ElmExportError(f"--repeat is {repeat}; it must be 1 or more")
     if threads is not None and threads < 1:
-        raise ElmExportError(f"threads is {threads}; it must be 1 or more")
+        raise ElmExportError(f"--threads is {threads}; it must be 1 or more")
     threads = threads or available_cores()
     subjects = [_subject(path, workload, fit) for path in paths]
     progress = progress or SilentProgress()

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from elmexport.cli.command import GUESSING, OUTPUT
 from elmexport.cli.describe import print_json, size, table
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, note, progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
     from elmexport.bench import ArtifactResult, Benchmark, Summary
+
+WORKLOAD = "Workload"  # heading on the help page
 
 
 def bench(
@@ -20,31 +23,58 @@ def bench(
         list[Path], typer.Argument(help="Artifact folders, bare .onnx, .mlpackage or .gguf files, or checkpoint folders.")
     ],
     prompt: Annotated[
-        str | None, typer.Option(metavar="N,…", help="Lengths of the prompts to read, tokens. [default: 128,512, as far as they fit]")
+        str | None,
+        typer.Option(
+            metavar="N,…", help="Lengths of the prompts to read, tokens. [default: 128,512, as far as they fit]", rich_help_panel=WORKLOAD
+        ),
     ] = None,
     generate: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens to decode one by one at each depth. [default: 64, as far as they fit]")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tokens to decode one by one at each depth. [default: 64, as far as they fit]",
+            rich_help_panel=WORKLOAD,
+        ),
     ] = None,
     depth: Annotated[
         str | None,
-        typer.Option(metavar="N,…", help="Tokens that the cache holds before decoding. [default: 0,1024, as far as they fit]"),
+        typer.Option(
+            metavar="N,…",
+            help="Tokens that the cache holds before decoding. [default: 0,1024, as far as they fit]",
+            rich_help_panel=WORKLOAD,
+        ),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds; each opens every artifact once, in a process of its own.")] = 3,
+    repeat: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Rounds; each opens every artifact once, in a process of its own.", rich_help_panel=WORKLOAD),
+    ] = 3,
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that every engine uses. [default: one for each core]")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Threads that every engine uses. [default: one for each core]", rich_help_panel=WORKLOAD),
     ] = None,
     prompt_lookup: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Measure speculative decoding too, on a repetitive text: N tokens guessed from what the text said before."
+            metavar="N",
+            help="Measure speculative decoding too, on a repetitive text: N tokens guessed from what the text said before.",
+            rich_help_panel=GUESSING,
         ),
     ] = None,
     draft_model: Annotated[
         str | None,
-        typer.Option(metavar="ARTIFACT|MODEL", help="Measure speculative decoding too, tokens guessed by this artifact or model."),
+        typer.Option(
+            metavar="ARTIFACT|MODEL",
+            help="Measure speculative decoding too, tokens guessed by this artifact or model.",
+            rich_help_panel=GUESSING,
+        ),
     ] = None,
-    num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
+    num_draft_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.", rich_help_panel=GUESSING)
+    ] = 5,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Measure speed, load time and memory of artifacts, side by side.
 
@@ -67,7 +97,7 @@ def bench(
     guesses = None
     if prompt_lookup is not None or draft_model is not None:
         guesses = Guesses(prompt_lookup, draft_model=draft_model, draft_tokens=num_draft_tokens)
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         fit = [part for part, given in zip(PARTS, (prompt, depth, generate), strict=True) if given is None]
         result = benchmark(artifacts, workload, repeat=repeat, threads=threads, fit=fit, guesses=guesses, progress=progress)
     if json:
@@ -78,9 +108,9 @@ def bench(
         typer.echo(f"\n{table(_guessed(result.artifacts), right=frozenset({2, 3, 4, 5, 6}))}")
     for artifact in result.artifacts:
         if artifact.speculation is not None and artifact.speculation.note is not None:
-            typer.echo(f"note: {artifact.name}: {artifact.speculation.note}", err=True)
+            note(f"{artifact.name}: {artifact.speculation.note}", quiet=quiet)
         if artifact.note is not None:
-            typer.echo(f"note: {artifact.name}: {artifact.note}", err=True)
+            note(f"{artifact.name}: {artifact.note}", quiet=quiet)
 
 
 def _guessed(artifacts: tuple[ArtifactResult, ...]) -> list[tuple[str, ...]]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elmexport.cli.command import MODEL, OUTPUT
 from elmexport.cli.describe import print_json, size, table
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, note, progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
@@ -26,45 +27,81 @@ class Dataset(StrEnum):
 def calibrate(
     model: Annotated[
         str,
-        typer.Option(metavar="NAME|ID|PATH", help="A name from `elmexport models`, a hub id, a checkpoint folder, or a CoreNet .pt file."),
+        typer.Option(
+            metavar="NAME|ID|PATH",
+            help="A name from `elmexport models`, a hub id, a checkpoint folder, or a CoreNet .pt file.",
+            rich_help_panel=MODEL,
+        ),
     ] = "tiny",
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="UTF-8 text to read, like what the model will read in use. May be repeated.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="UTF-8 text to read, like what the model will read in use. May be repeated.", rich_help_panel="Text"
+        ),
     ] = None,
     dataset: Annotated[
-        Dataset | None, typer.Option(help="Text that comes with elmexport, instead of --text: public-domain prose. [default: bundled]")
+        Dataset | None,
+        typer.Option(
+            help="Text that comes with elmexport, instead of --text: public-domain prose. [default: bundled]", rich_help_panel="Text"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to read.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens to read.", rich_help_panel="Text")] = 32768,
     window: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="Tokens that are read together, BOS included. [default: 512, or the model's maximum]"),
+        typer.Option(
+            min=2,
+            metavar="N",
+            help="Tokens that are read together, BOS included. [default: 512, or the model's maximum]",
+            rich_help_panel="Text",
+        ),
     ] = None,
     hessian: Annotated[
-        bool, typer.Option("--hessian", help="Measure full second moments too, which GPTQ needs: slower, and a large file.")
+        bool,
+        typer.Option(
+            "--hessian", help="Measure full second moments too, which GPTQ needs: slower, and a large file.", rich_help_panel=OUTPUT
+        ),
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write. [default: ./MODEL-calibration.safetensors]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write. [default: ./MODEL-calibration.safetensors]", rich_help_panel=OUTPUT)
+    ] = None,
     imatrix: Annotated[
-        Path | None, typer.Option(metavar="FILE.gguf", help="Write llama.cpp's importance matrix too, for llama-quantize --imatrix.")
+        Path | None,
+        typer.Option(
+            metavar="FILE.gguf", help="Write llama.cpp's importance matrix too, for llama-quantize --imatrix.", rich_help_panel=OUTPUT
+        ),
     ] = None,
     random_weights: Annotated[
         int | None,
-        typer.Option(min=0, metavar="SEED", help="Measure the model's shapes with random weights, to try speed without a download."),
+        typer.Option(
+            min=0,
+            metavar="SEED",
+            help="Measure the model's shapes with random weights, to try speed without a download.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH|ID", help="tokenizer.model or tokenizer.json, or a folder or hub id that has one. [default: found with the model]"
+            metavar="PATH|ID",
+            help="tokenizer.model or tokenizer.json, or a folder or hub id that has one. [default: found with the model]",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]")
+        str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]", rich_help_panel=MODEL)
     ] = None,
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Adapter (LoRA or DoRA, as PEFT or CoreNet writes it) to merge into the model's weights."),
+        typer.Option(
+            metavar="DIR",
+            help="Adapter (LoRA or DoRA, as PEFT or CoreNet writes it) to merge into the model's weights.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are already there.", rich_help_panel=OUTPUT)] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a summary.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Measure what a model's layers read, for better quantization.
 
@@ -83,7 +120,7 @@ def calibrate(
     if imatrix is not None:
         check_output(imatrix, force=force)
     start = time.monotonic()
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         result = library_calibrate(
             model,
             out=out,
@@ -102,8 +139,8 @@ def calibrate(
         from elmexport.importance import write_importance
 
         write_importance(result.statistics, result.checkpoint.config, imatrix)
-    for note in result.notes:
-        typer.echo(f"note: {note}", err=True)
+    for line in result.notes:
+        note(line, quiet=quiet)
     facts = _facts(result, imatrix, time.monotonic() - start)
     if json:
         print_json(facts)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from elmexport.cli.command import OUTPUT
 from elmexport.cli.describe import print_json, table
 from elmexport.cli.eval_options import Against, TokenizerFile
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
@@ -26,12 +27,18 @@ def compare(
     ],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Prompts, a line each or a row each of a .jsonl. [default: ten that come with elmexport]"),
+        typer.Option(
+            metavar="FILE",
+            help="Prompts, a line each or a row each of a .jsonl. [default: ten that come with elmexport]",
+            rich_help_panel="Text",
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each completion at most.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of each completion at most.", rich_help_panel="Text")] = 48,
     against: Against = "fp16",
     tokenizer: TokenizerFile = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Read what several artifacts say to the same prompts.
 
@@ -48,7 +55,7 @@ def compare(
     chosen = bundled_prompts() if prompts is None else read_prompts(prompts)
     if against == "none" and len(artifacts) < 2:
         raise ElmExportError("--against none leaves one artifact, and nothing to compare it with; name two")
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         found = side_by_side(
             artifacts, chosen, against=None if against == "none" else against, max_tokens=max_tokens, tokenizer=tokenizer, progress=progress
         )

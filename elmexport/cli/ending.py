@@ -22,6 +22,7 @@ KEPT: Mapping[str, str] = {
     "eval": "answers so far are kept; the same command goes on from there",
     "report": "answers so far are kept; the same command goes on from there",
     "calibrate": "the layers measured so far are kept; the same command goes on from there",
+    "sweep": "finished cells are kept; the same command does the rest",
     "bench": "its measurements are not kept; run the command again",
     "compare": "completions are not kept; run the command again",
     "generate": "the text so far is all there is",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from elmexport.cli.command import MODEL, OUTPUT
 from elmexport.cli.eval_options import (
     Against,
     Data,
@@ -20,7 +22,9 @@ from elmexport.cli.eval_options import (
     TokenizerFile,
     settings,
 )
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, note, progress_bar
+
+GATES = "Gates"  # heading on the help page
 
 
 def evaluate(
@@ -33,31 +37,48 @@ def evaluate(
     against: Against = "fp16",
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Adapter that the artifact was exported with, to merge into the model it is compared with."),
+        typer.Option(
+            metavar="DIR",
+            help="Adapter that the artifact was exported with, to merge into the model it is compared with.",
+            rich_help_panel=MODEL,
+        ),
     ] = None,
     data: Data = None,
     text: TextFile = None,
     text_tokens: TextTokens = 8192,
     tokenizer: TokenizerFile = None,
     max_drop: Annotated[
-        float | None, typer.Option(metavar="POINTS", help="Fail if a task loses more percentage points against the reference.")
+        float | None,
+        typer.Option(metavar="POINTS", help="Fail if a task loses more percentage points against the reference.", rich_help_panel=GATES),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(metavar="NATS", help="Fail if the mean KL divergence from the reference, per token, is larger.")
+        float | None,
+        typer.Option(
+            metavar="NATS", help="Fail if the mean KL divergence from the reference, per token, is larger.", rich_help_panel=GATES
+        ),
     ] = None,
     max_ppl_ratio: Annotated[
-        float | None, typer.Option(metavar="X", help="Fail if perplexity is more than this multiple of the reference's.")
+        float | None,
+        typer.Option(metavar="X", help="Fail if perplexity is more than this multiple of the reference's.", rich_help_panel=GATES),
     ] = None,
     baseline: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="An earlier report of this model: fail where the artifact is worse beyond noise."),
+        typer.Option(
+            metavar="FILE.json",
+            help="An earlier report of this model: fail where the artifact is worse beyond noise.",
+            rich_help_panel=GATES,
+        ),
     ] = None,
     report: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated."),
+        typer.Option(metavar="FILE", help="Write a report: .html, .md or .json by its suffix. May be repeated.", rich_help_panel=OUTPUT),
     ] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE.xml", help="Write the gates as JUnit XML, for CI.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE.xml", help="Write the gates as JUnit XML, for CI.", rich_help_panel=OUTPUT)
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Measure what the quantization cost, against the fp16 model.
 
@@ -86,7 +107,7 @@ def evaluate(
     if junit is not None:
         check_writable(junit, "--junit")
     chosen = settings(tasks, preset, fewshot, limit, seed, data, text, text_tokens)
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         result = run(
             artifact,
             chosen,
@@ -94,7 +115,7 @@ def evaluate(
             adapter=adapter,
             tokenizer=tokenizer,
             progress=progress,
-            note=lambda line: typer.echo(f"note: {line}", err=True),
+            note=partial(note, quiet=quiet),
         )
     result = check_gates(result, limits, stored)
     for path in report or ():

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from elmexport.cli.command import MODEL
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
     from elmexport.evaluation.evaluate import Settings
+
+TASKS, TEXT = "Tasks", "Text"  # headings on help pages
 
 
 class Preset(StrEnum):
@@ -26,29 +29,46 @@ class Preset(StrEnum):
 Tasks = Annotated[
     str | None,
     typer.Option(
-        metavar="A,B", help="lm-eval's tasks by name, with commas; of --preset, only these. none: the text only. [default: cloze]"
+        metavar="A,B",
+        help="lm-eval's tasks by name, with commas; of --preset, only these. none: the text only. [default: cloze]",
+        rich_help_panel=TASKS,
     ),
 ]
-PresetName = Annotated[Preset | None, typer.Option(help="The tasks of one of the published tables, with its few-shot examples.")]
+PresetName = Annotated[
+    Preset | None, typer.Option(help="The tasks of one of the published tables, with its few-shot examples.", rich_help_panel=TASKS)
+]
 Fewshot = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="Few-shot examples before each question. [default: the task's own number]")
+    int | None,
+    typer.Option(
+        min=0, metavar="N", help="Few-shot examples before each question. [default: the task's own number]", rich_help_panel=TASKS
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Documents of each task: a random choice, the same for every artifact.")
+    int | None,
+    typer.Option(min=1, metavar="N", help="Documents of each task: a random choice, the same for every artifact.", rich_help_panel=TASKS),
 ]
-Seed = Annotated[int, typer.Option(min=0, metavar="SEED", help="Of the choice that --limit makes.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="SEED", help="Of the choice that --limit makes.", rich_help_panel=TASKS)]
 Against = Annotated[
     str,
-    typer.Option(metavar="fp16|PATH|none", help="What to compare with: the model itself, another artifact of it, or nothing."),
+    typer.Option(
+        metavar="fp16|PATH|none", help="What to compare with: the model itself, another artifact of it, or nothing.", rich_help_panel=MODEL
+    ),
 ]
 Data = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder with the tasks' rows, NAME.SPLIT.jsonl. [default: the Hugging Face hub]"),
+    typer.Option(
+        metavar="DIR", help="Folder with the tasks' rows, NAME.SPLIT.jsonl. [default: the Hugging Face hub]", rich_help_panel=TASKS
+    ),
 ]
-TextFile = Annotated[Path | None, typer.Option(metavar="FILE", help="Text for perplexity and KL divergence. [default: bundled prose]")]
-TextTokens = Annotated[int, typer.Option(min=0, metavar="N", help="Tokens of the text to read at most; 0: do not read it.")]
+TextFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text for perplexity and KL divergence. [default: bundled prose]", rich_help_panel=TEXT)
+]
+TextTokens = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Tokens of the text to read at most; 0: do not read it.", rich_help_panel=TEXT)
+]
 TokenizerFile = Annotated[
-    Path | None, typer.Option(metavar="PATH", help="tokenizer.model or tokenizer.json. [default: the artifact's own]")
+    Path | None,
+    typer.Option(metavar="PATH", help="tokenizer.model or tokenizer.json. [default: the artifact's own]", rich_help_panel=MODEL),
 ]
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from calibration.methods import DEFAULT, METHODS, methods_help
+from elmexport.cli.command import MODEL, OUTPUT, QUANTIZATION
 from elmexport.cli.describe import describe, print_json
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, note, progress_bar
 from elmexport.cli.target_options import setting_values, target_options
 from elmexport.target import Target
 
@@ -33,35 +34,48 @@ def command(target: type[Target]) -> Callable[..., None]:
         model: Annotated[
             str,
             typer.Option(
-                metavar="NAME|ID|PATH", help="A name from `elmexport models`, a hub id, a checkpoint folder, or a CoreNet .pt file."
+                metavar="NAME|ID|PATH",
+                help="A name from `elmexport models`, a hub id, a checkpoint folder, or a CoreNet .pt file.",
+                rich_help_panel=MODEL,
             ),
         ] = "tiny",
         quant: Annotated[
             str | None,
-            typer.Option(metavar="QUANT|FILE", help="How weights are stored: see the list above, or a recipe of your own (.toml)."),
+            typer.Option(
+                metavar="QUANT|FILE",
+                help="How weights are stored: see the list above, or a recipe of your own (.toml).",
+                rich_help_panel=QUANTIZATION,
+            ),
         ] = None,
-        out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write. [default: ./MODEL-TARGET-QUANT]")] = None,
+        out: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="Folder to write. [default: ./MODEL-TARGET-QUANT]", rich_help_panel=OUTPUT)
+        ] = None,
         context: Annotated[
             int | None,
             typer.Option(
                 min=1,
                 metavar="TOKENS",
                 help="Tokens that the artifact can attend to, prompt and answer together. [default: the model's maximum]",
+                rich_help_panel=MODEL,
             ),
         ] = None,
         method: Annotated[
             MethodName,
-            typer.Option(help=f"How codes are found. {methods_help()}."),
+            typer.Option(help=f"How codes are found. {methods_help()}.", rich_help_panel=QUANTIZATION),
         ] = MethodName[DEFAULT],
         calibrate: Annotated[
             str,
             typer.Option(
                 metavar="auto|none|FILE",
                 help="auto: measure the model's activations on a short text, to weight errors and to scale them to fit half precision, and quantize along a longer one where the method needs it; none: no weights, and a scale that is safe for most models; FILE: a text, statistics from `elmexport calibrate`, or llama.cpp's importance matrix (.gguf).",
+                rich_help_panel=QUANTIZATION,
             ),
         ] = "auto",
         tokens: Annotated[
-            int | None, typer.Option(min=1, metavar="TOKENS", help="How much of the calibration text to read. [default: 32768]")
+            int | None,
+            typer.Option(
+                min=1, metavar="TOKENS", help="How much of the calibration text to read. [default: 32768]", rich_help_panel=QUANTIZATION
+            ),
         ] = None,
         bits_per_weight: Annotated[
             float | None,
@@ -69,11 +83,14 @@ def command(target: type[Target]) -> Callable[..., None]:
                 min=1,
                 metavar="BITS",
                 help="Let each matrix have the scheme that its sensitivity asks for, so many bits a parameter on average; writes recipe.toml into the artifact.",
+                rich_help_panel=QUANTIZATION,
             ),
         ] = None,
         time_budget: Annotated[
             float | None,
-            typer.Option(metavar="MINUTES", help="Time that --method auto may choose a method for. [default: 10]"),
+            typer.Option(
+                metavar="MINUTES", help="Time that --method auto may choose a method for. [default: 10]", rich_help_panel=QUANTIZATION
+            ),
         ] = None,
         max_drop: Annotated[
             float | None,
@@ -81,17 +98,27 @@ def command(target: type[Target]) -> Callable[..., None]:
                 min=0,
                 metavar="PP",
                 help="Find the smallest such mix that loses at most so many percentage points of accuracy on the bundled cloze task; several tries, each measured.",
+                rich_help_panel=QUANTIZATION,
             ),
         ] = None,
         weights_from: Annotated[
             Path | None,
-            typer.Option(metavar="FILE", help="Take the codes from a file that --save-weights wrote, instead of computing them."),
+            typer.Option(
+                metavar="FILE",
+                help="Take the codes from a file that --save-weights wrote, instead of computing them.",
+                rich_help_panel=QUANTIZATION,
+            ),
         ] = None,
-        save_weights: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep the codes that --method gptq found.")] = None,
+        save_weights: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Keep the codes that --method gptq found.", rich_help_panel=QUANTIZATION)
+        ] = None,
         random_weights: Annotated[
             int | None,
             typer.Option(
-                min=0, metavar="SEED", help="Export the model's shapes with random weights, to try speed and size without a download."
+                min=0,
+                metavar="SEED",
+                help="Export the model's shapes with random weights, to try speed and size without a download.",
+                rich_help_panel=MODEL,
             ),
         ] = None,
         tokenizer: Annotated[
@@ -99,23 +126,35 @@ def command(target: type[Target]) -> Callable[..., None]:
             typer.Option(
                 metavar="PATH|ID",
                 help="tokenizer.model or tokenizer.json, a folder or hub id that has one, or none. [default: found with the model]",
+                rich_help_panel=MODEL,
             ),
         ] = None,
         revision: Annotated[
-            str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]")
+            str | None,
+            typer.Option(metavar="REV", help="Branch, tag or commit of a model on the hub. [default: main]", rich_help_panel=MODEL),
         ] = None,
         adapter: Annotated[
             Path | None,
-            typer.Option(metavar="DIR", help="Adapter (LoRA or DoRA, as PEFT or CoreNet writes it) to merge into the model's weights."),
+            typer.Option(
+                metavar="DIR",
+                help="Adapter (LoRA or DoRA, as PEFT or CoreNet writes it) to merge into the model's weights.",
+                rich_help_panel=MODEL,
+            ),
         ] = None,
-        force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")] = False,
+        force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.", rich_help_panel=OUTPUT)] = False,
         no_verify: Annotated[
             bool,
             typer.Option(
-                "--no-verify", help="Skip the check that ends every export: running the artifact and comparing it with the model."
+                "--no-verify",
+                help="Skip the check that ends every export: running the artifact and comparing it with the model.",
+                rich_help_panel=OUTPUT,
             ),
         ] = False,
-        json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead of a summary.")] = False,
+        quiet: Quiet = False,
+        verbose: Verbose = False,
+        json: Annotated[
+            bool, typer.Option("--json", help="Print the manifest as JSON instead of a summary.", rich_help_panel=OUTPUT)
+        ] = False,
         **settings: Any,
     ) -> None:
         from calibration.options import WeightOptions
@@ -125,7 +164,7 @@ def command(target: type[Target]) -> Callable[..., None]:
         weights = WeightOptions(
             method.value, _calibrate(calibrate), tokens, weights_from, save_weights, bits_per_weight, max_drop, time_budget
         )
-        with progress_bar() as progress:
+        with progress_bar(quiet=quiet, verbose=verbose) as progress:
             result = library_export(
                 model,
                 target.name,
@@ -142,11 +181,14 @@ def command(target: type[Target]) -> Callable[..., None]:
                 adapter=adapter,
                 progress=progress,
             )
-        for note in result.notes:
-            typer.echo(f"note: {note}", err=True)
+        for line in result.notes:
+            note(line, quiet=quiet)
         artifact = Artifact.open(result.path)
         if json:
             print_json({"path": str(result.path), **artifact.manifest.to_dict()})
+            return
+        if quiet:
+            typer.echo(result.path)
             return
         typer.echo(describe(artifact))
         path = shlex.quote(str(result.path))

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from elmexport.cli.command import Command
 from elmexport.errors import ElmExportError
 from elmexport.formats import FORMATS, Format, find_format, format_names, load
 
@@ -50,7 +51,7 @@ def _declared(row: Format, *, helps: bool) -> Any:
 
     target = load(row.target)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(row.name, help=_help(row, target) if helps else None)(command(target))
+    app.command(row.name, cls=Command, help=_help(row, target) if helps else None)(command(target))
     return typer.main.get_command(app)
 
 
@@ -62,19 +63,27 @@ def _help(row: Format, target: Any) -> str:
     return "\n\n".join(paragraphs)
 
 
-def _quants(target: Any) -> str:
-    """The recipes of `target`: name, size, words."""
+def recipe_rows(target: Any) -> list[tuple[str, float, str]]:
+    """The recipes of `target`: name, bits per weight of `SIZED`, words."""
     from elmexport.models import find_model
     from elmexport.quantization.recipes import resolve
 
     model = find_model(SIZED)
     assert model is not None
-    names = max(map(len, target.quants))
-    width = max(min(shutil.get_terminal_size().columns, 80) - 4, 50)  # of a help page, less its margin
-    lines = []
+    rows = []
     for quant in target.quants:
         recipe = target.stored_recipe(quant)
         words = recipe.words + (" (default)" if quant == target.quants[0] else "")
-        start = f"  {quant:<{names}}  {resolve(recipe, model.config).bits_per_weight:4.1f}  "
+        rows.append((quant, resolve(recipe, model.config).bits_per_weight, words))
+    return rows
+
+
+def _quants(target: Any) -> str:
+    """The list of the recipes for a terminal."""
+    names = max(map(len, target.quants))
+    width = max(min(shutil.get_terminal_size().columns, 80) - 4, 50)  # of a help page, less its margin
+    lines = []
+    for quant, bits, words in recipe_rows(target):
+        start = f"  {quant:<{names}}  {bits:4.1f}  "
         lines += textwrap.wrap(words, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
     return "\n".join(lines)

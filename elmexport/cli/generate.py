@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elmexport.cli.command import GUESSING, MODEL, OUTPUT
 from elmexport.cli.describe import print_json
 from elmexport.errors import ElmExportError
 
@@ -20,49 +21,90 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; with --chat, none for a session.")] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Continue many prompts: a line each, or a row each of a .jsonl (a text, or its key prompt)."),
+        typer.Option(
+            metavar="FILE",
+            help="Continue many prompts: a line each, or a row each of a .jsonl (a text, or its key prompt).",
+            rich_help_panel="Text",
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.")] = 128,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate at most.", rich_help_panel="Text")] = 128,
     temperature: Annotated[
-        float, typer.Option(metavar="T", help="0: always the most likely token; 1: the model's own distribution; in between: sharper.")
+        float,
+        typer.Option(
+            metavar="T",
+            help="0: always the most likely token; 1: the model's own distribution; in between: sharper.",
+            rich_help_panel="Sampling",
+        ),
     ] = 0.0,
-    top_k: Annotated[int | None, typer.Option(metavar="K", help="Draw among this many most likely tokens. [default: all]")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Draw among this many most likely tokens. [default: all]", rich_help_panel="Sampling")
+    ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Draw among the most likely tokens whose probabilities sum to this, 0 to 1. [default: all]"),
+        typer.Option(
+            metavar="P",
+            help="Draw among the most likely tokens whose probabilities sum to this, 0 to 1. [default: all]",
+            rich_help_panel="Sampling",
+        ),
     ] = None,
     min_p: Annotated[
         float | None,
-        typer.Option(metavar="P", help="Draw among tokens at least this part as likely as the most likely one, 0 to 1. [default: all]"),
+        typer.Option(
+            metavar="P",
+            help="Draw among tokens at least this part as likely as the most likely one, 0 to 1. [default: all]",
+            rich_help_panel="Sampling",
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Above 1: tokens that were there before become less likely; 1.1 is much.")
+        float,
+        typer.Option(
+            metavar="X", help="Above 1: tokens that were there before become less likely; 1.1 is much.", rich_help_panel="Sampling"
+        ),
     ] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(metavar="SEED", help="The same seed gives the same text. [default: another text each time]")
+        int | None,
+        typer.Option(
+            metavar="SEED", help="The same seed gives the same text. [default: another text each time]", rich_help_panel="Sampling"
+        ),
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End before this text. May be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text. May be repeated.", rich_help_panel="Text")
+    ] = None,
     prompt_lookup: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Guess N tokens from what followed the last ones earlier in the text, and verify them at once."),
+        typer.Option(
+            metavar="N",
+            help="Guess N tokens from what followed the last ones earlier in the text, and verify them at once.",
+            rich_help_panel=GUESSING,
+        ),
     ] = None,
-    ngram_size: Annotated[int, typer.Option(metavar="N", help="Tokens that --prompt-lookup compares, at most.")] = 3,
+    ngram_size: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that --prompt-lookup compares, at most.", rich_help_panel=GUESSING)
+    ] = 3,
     draft_model: Annotated[
         str | None,
         typer.Option(
             metavar="ARTIFACT|MODEL",
             help="Let a smaller model guess tokens, and verify them at once: an artifact, a name of `elmexport models`, a hub id, a checkpoint's folder.",
+            rich_help_panel=GUESSING,
         ),
     ] = None,
-    num_draft_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.")] = 5,
+    num_draft_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens that --draft-model guesses at a time.", rich_help_panel=GUESSING)
+    ] = 5,
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="tokenizer.model or tokenizer.json. [default: the artifact's own]")
+        Path | None,
+        typer.Option(metavar="PATH", help="tokenizer.model or tokenizer.json. [default: the artifact's own]", rich_help_panel=MODEL),
     ] = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Put the prompt into the model's chat template, as what a user says. [default: continue it as a text]"),
+        typer.Option(
+            "--chat",
+            help="Put the prompt into the model's chat template, as what a user says. [default: continue it as a text]",
+            rich_help_panel="Text",
+        ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Continue a prompt, many, or chat; text streams to stdout.
 

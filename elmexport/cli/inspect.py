@@ -7,16 +7,21 @@ from typing import Annotated
 
 import typer
 
+from elmexport.cli.command import OUTPUT
 from elmexport.cli.describe import describe, print_json, size, table
+from elmexport.cli.progress import Quiet, Verbose, progress_bar
 from elmexport.errors import ElmExportError
 
 
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="The folder that an export printed.")],
     tensors: Annotated[
-        bool, typer.Option("--tensors", help="Also list every tensor as the files hold it: role, storage, shape, bytes.")
+        bool,
+        typer.Option("--tensors", help="Also list every tensor as the files hold it: role, storage, shape, bytes.", rich_help_panel=OUTPUT),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel=OUTPUT)] = False,
 ) -> None:
     """Show what an artifact holds; verify its files.
 
@@ -32,7 +37,8 @@ def inspect(
     def row(tensor: StoredTensor) -> tuple[str, ...]:
         return tensor.name, tensor.role or "-", tensor.scheme, "x".join(map(str, tensor.shape)) or "scalar", f"{tensor.bytes:,}"
 
-    found = inspect_artifact(artifact, tensors=tensors)
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
+        found = inspect_artifact(artifact, tensors=tensors, progress=progress)
     if json:
         listing = None if found.tensors is None else [{**vars(tensor), "shape": list(tensor.shape)} for tensor in found.tensors]
         print_json(

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from elmexport import __version__
-from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report
+from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, lint, logits, models, push, report, sweep
+from elmexport.cli.command import Command
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
 from elmexport.errors import ElmExportError
@@ -33,7 +34,17 @@ class Program(FormatGroup):
             return super().invoke(ctx)
 
 
-app = typer.Typer(name="elmexport", cls=Program, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(name="elmexport", cls=Program, rich_markup_mode=None, pretty_exceptions_enable=False)
+GREETING = """\
+elmexport writes language models as ONNX, Core ML, GGUF and MLX, and measures
+what quantizing them cost. Three commands to begin with; the model is built in:
+
+  elmexport coreml --model tiny --quant int4 --out tiny-coreml
+  elmexport eval tiny-coreml --limit 100
+  elmexport generate tiny-coreml "It was a dark night"
+
+All commands: elmexport --help. The options of one: elmexport coreml --help.
+"""
 
 
 def _version(asked: bool) -> None:
@@ -42,8 +53,9 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def elmexport(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
 ) -> None:
     """Export on-device language models to ONNX, Core ML, GGUF and MLX, quantized to 8 or 4 bits, and check what the quantization cost.
@@ -56,19 +68,22 @@ def elmexport(
 
     Exit codes: 0 done, 1 an artifact failed its check, 2 bad use or bad input, 3 the environment lacks something.
     """
+    if context.invoked_subcommand is None:
+        typer.echo(GREETING, nl=False)
 
 
-app.command("calibrate")(calibrate.calibrate)
-app.command("eval")(eval.evaluate)
-app.command("report")(report.report)
-app.command("bench")(bench.bench)
-app.command("models")(models.models)
-app.command("generate")(generate.generate)
-app.command("compare")(compare.compare)
-app.command("inspect")(inspect.inspect)
-app.command("lint")(lint.lint)
-app.command("push")(push.push)
-app.command("logits")(logits.logits)
+app.command("calibrate", cls=Command)(calibrate.calibrate)
+app.command("eval", cls=Command)(eval.evaluate)
+app.command("report", cls=Command)(report.report)
+app.command("bench", cls=Command)(bench.bench)
+app.command("sweep", cls=Command)(sweep.sweep)
+app.command("models", cls=Command)(models.models)
+app.command("generate", cls=Command)(generate.generate)
+app.command("compare", cls=Command)(compare.compare)
+app.command("inspect", cls=Command)(inspect.inspect)
+app.command("lint", cls=Command)(lint.lint)
+app.command("push", cls=Command)(push.push)
+app.command("logits", cls=Command)(logits.logits)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.progress import Quiet, Verbose, progress_bar
 
 
 def push(
@@ -18,6 +18,8 @@ def push(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files of the same names.")] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Upload an artifact with its card to the Hugging Face hub.
 
@@ -29,6 +31,6 @@ def push(
     """
     from elmexport.push import push as library_push
 
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         url = library_push(artifact, repository, report=report, private=private, force=force, progress=progress)
     typer.echo(url)

@@ -12,6 +12,7 @@ import typer
 
 from elmexport.target import Option, Target, options
 
+FORMAT = "Format"  # heading of these options on a help page
 _ENUMERATION: Any = StrEnum  # mypy wants literals where it is called by its name
 
 
@@ -34,5 +35,5 @@ def _parameter(field: Field[Any], kind: Any, option: Option) -> inspect.Paramete
     if option.choices is not None:  # typer takes choices as an enumeration
         kind = _ENUMERATION(field.name, {choice: choice for choice in option.choices})
         default = kind(default)
-    annotation = Annotated[kind, typer.Option(*flags, metavar=option.metavar, help=option.help)]
+    annotation = Annotated[kind, typer.Option(*flags, metavar=option.metavar, help=option.help, rich_help_panel=FORMAT)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elmexport.cache import cache_folder
+from elmexport.checkpoint import Checkpoint, open_tokenizer
 from elmexport.checkpoint.tokenizer import Tokenizer
+from elmexport.errors import ElmExportError
 from elmexport.evaluation.comparison import compare
 from elmexport.evaluation.data import LocalData
 from elmexport.evaluation.distributions import ReferencePass
-from elmexport.evaluation.evaluated_model import FP16, EvaluatedModel, evaluated_artifact, find_reference
+from elmexport.evaluation.evaluated_model import FP16, EvaluatedModel, evaluated_artifact, find_reference, fp16_reference
 from elmexport.evaluation.results import Evaluation, Report, Subject, TaskResult
 from elmexport.evaluation.store import AnswerStore
 from elmexport.evaluation.tasks.presets import DEFAULT_TASK, published
+from elmexport.evaluation.tasks.suite import TEXT_ALONE, require_lm_eval
 from elmexport.evaluation.text import text_pass
 from elmexport.evaluation.windows import DEFAULT_TOKENS, Windows, text_windows
 from elmexport.progress import Progress, SilentProgress
 from elmexport.runtimes import artifact_kind, engine_version
-from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
+from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer, tokens_fingerprint
 from elmexport.runtimes.base import Runtime
 
 if TYPE_CHECKING:
@@ -63,12 +66,14 @@ def evaluate(
     Raises:
         ElmExportError: unknown tasks, rows that are missing, damaged or empty, models that cannot be compared.
         VerificationError: the artifact gives values that are not finite.
-        MissingDependencyError: an engine is not installed, or the hub cannot be reached.
+        MissingDependencyError: an engine, or for tasks lm-eval, is not installed, or the hub cannot be reached.
     """
     settings = settings or Settings({DEFAULT_TASK: None})
+    if settings.tasks:
+        require_lm_eval(TEXT_ALONE)
     progress = progress or SilentProgress()
     started = time.monotonic()
-    evaluated = evaluated_artifact(artifact)
+    evaluated = evaluated_artifact(artifact, progress)
     reference = None if against is None else find_reference(artifact, against, adapter=adapter, progress=progress)
     chosen = artifact_tokenizer(artifact_kind(artifact), artifact, tokenizer)
     tasks, notes = _prepare(settings, progress)
@@ -80,7 +85,7 @@ def evaluate(
         windows = None
         if settings.text_tokens:
             windows = text_windows(chosen, vocab_size, context, path=settings.text, tokens=settings.text_tokens)
-        results = _answer(ours, context, chosen, tasks, progress)
+        results = _answer(ours, context, chosen, tasks, progress, chosen.fingerprint())
         shortened = sum(_too_long(instance, chosen, context) for _, documents in tasks for doc in documents for instance in doc.instances)
         if shortened:
             notes.append(f"{shortened} requests are longer than the context of {context} tokens and lost their beginning")
@@ -88,9 +93,9 @@ def evaluate(
         others, distributions = None, None
         if reference is not None:
             with _Opened(reference, before=ours.close) as theirs:  # large models do not fit in memory together
-                others = _answer(theirs, context, chosen, tasks, progress)
+                others = _answer(theirs, context, chosen, tasks, progress, tokens_fingerprint(chosen))
                 if windows is not None:
-                    distributions = ReferencePass(reference.subject.identity, theirs.runtime, cache_folder() / "distributions")
+                    distributions = _reference_pass(theirs)
                     distributions.windows(windows, vocab_size, progress)
                     theirs.close()
                 text = None if windows is None else text_pass(ours.runtime(), windows, distributions, progress)
@@ -100,7 +105,29 @@ def evaluate(
     seconds = time.monotonic() - started
     own = Evaluation(evaluated.subject, described, results, text, seconds)
     other = None if reference is None or others is None else Evaluation(reference.subject, described, others, None, seconds)
-    return compare(own, other, lm_eval=_lm_eval_version())
+    return compare(own, other, lm_eval=_lm_eval_version() if tasks else None)
+
+
+def evaluate_reference(checkpoint: Checkpoint, context: int, settings: Settings, progress: Progress | None = None) -> None:
+    """Evaluate the fp16 reference of `checkpoint` with a context of `context` tokens, before any artifact is there.
+
+    Answers and distributions are left in the cache, where `evaluate` finds them, whatever format the artifact has.
+
+    Raises:
+        ElmExportError: a model without a tokenizer, or see `evaluate`.
+    """
+    progress = progress or SilentProgress()
+    reference = fp16_reference(checkpoint, context)
+    chosen = open_tokenizer(checkpoint)
+    if chosen is None:
+        raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read tasks and texts with; name one for it")
+    vocab_size = checkpoint.config.dims.vocab_size
+    tasks, _ = _prepare(settings, progress)
+    with _Opened(reference) as opened:
+        _answer(opened, context, chosen, tasks, progress, tokens_fingerprint(chosen))
+        if settings.text_tokens:
+            windows = text_windows(chosen, vocab_size, context, path=settings.text, tokens=settings.text_tokens)
+            _reference_pass(opened).windows(windows, vocab_size, progress)
 
 
 class _Opened:
@@ -150,8 +177,14 @@ def _prepare(settings: Settings, progress: Progress) -> tuple[TaskList, list[str
     return tasks, [f"{suite.name}: {line}" for suite, _ in tasks for line in suite.notes]
 
 
-def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, tasks: TaskList, progress: Progress) -> dict[str, TaskResult]:
-    """The results of one model."""
+def _reference_pass(opened: _Opened) -> ReferencePass:
+    return ReferencePass(opened.evaluated.subject.identity, opened.runtime, cache_folder() / "distributions")
+
+
+def _answer(
+    opened: _Opened, context: int, tokenizer: Tokenizer, tasks: TaskList, progress: Progress, fingerprint: str
+) -> dict[str, TaskResult]:
+    """The results of one model; `fingerprint` stands for the tokenizer in the name of its answers."""
     if not tasks:
         return {}
     from elmexport.evaluation.lm import RuntimeLM
@@ -159,7 +192,7 @@ def _answer(opened: _Opened, context: int, tokenizer: Tokenizer, tasks: TaskList
     from elmexport.evaluation.tasks.local import quiet
 
     subject = opened.evaluated.subject
-    folder = cache_folder() / "answers" / _store_name(subject, context, tokenizer)
+    folder = cache_folder() / "answers" / _store_name(subject, context, fingerprint)
     stores = [AnswerStore(folder / f"{suite.name}-{suite.fewshot}shot.jsonl", lambda: progress.advance(1)) for suite, _ in tasks]
     open_requests = [_unanswered(documents, store) for (_, documents), store in zip(tasks, stores, strict=True)]
     progress.stage(subject.label, sum(len(requests) for kinds in open_requests for requests in kinds.values()))
@@ -194,10 +227,10 @@ def _too_long(instance: Any, tokenizer: Tokenizer, context: int) -> bool:
     return len(tokenizer.encode("".join(instance.args), parse_special=True)) > context + 1
 
 
-def _store_name(subject: Subject, context: int, tokenizer: Tokenizer) -> str:
+def _store_name(subject: Subject, context: int, fingerprint: str) -> str:
     """The folder of answers: its name changes with everything that may change one."""
     engine = f"{subject.engine} {engine_version(subject.target)}"
-    key = f"{STORE_FORMAT} {subject.identity} {engine} {context} {_lm_eval_version()} {tokenizer.fingerprint()}"
+    key = f"{STORE_FORMAT} {subject.identity} {engine} {context} {_lm_eval_version()} {fingerprint}"
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

@@ -33,7 +33,7 @@ class EvaluatedModel:
     open_runtime: Callable[[], Runtime]
 
 
-def evaluated_artifact(path: Path) -> EvaluatedModel:
+def evaluated_artifact(path: Path, progress: Progress | None = None) -> EvaluatedModel:
     """The artifact (or bare model file, or checkpoint) `path`; reads every byte of it once, for its identity.
 
     Raises:
@@ -42,8 +42,9 @@ def evaluated_artifact(path: Path) -> EvaluatedModel:
     kind = artifact_kind(path)
     if kind == CHECKPOINT:
         return _evaluated_checkpoint(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
-    files = _files(path)
-    identity = hashlib.sha256("".join(f"{name} {file_sha256(file)}\n" for name, file in files).encode()).hexdigest()
+    files, progress = _files(path), progress or SilentProgress()
+    progress.stage("reading files", sum(file.stat().st_size for _, file in files))
+    identity = hashlib.sha256("".join(f"{name} {file_sha256(file, progress)}\n" for name, file in files).encode()).hexdigest()
     quant, words, bits, model = "unknown", "not recorded", None, ModelFacts("unknown", None)
     if (path / MANIFEST).is_file():
         manifest = Artifact.open(path).manifest
@@ -89,7 +90,7 @@ def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None 
         raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
     else:
         checkpoint = _named_checkpoint(artifact, manifest.model, adapter, progress)
-        evaluated = _evaluated_checkpoint(checkpoint, "", context, rounded=True)
+        evaluated = fp16_reference(checkpoint, checkpoint.config.dims.context if context is None else context)
     if kind == CHECKPOINT:
         own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
     other = evaluated.subject.model
@@ -99,6 +100,11 @@ def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None 
             "not the same weights. Compare artifacts of one model, or pass the model it came from with --against PATH"
         )
     return evaluated
+
+
+def fp16_reference(checkpoint: Checkpoint, context: int) -> EvaluatedModel:
+    """The model as the reference of its artifacts with a context of `context` tokens: weights rounded to fp16, computed in float32."""
+    return _evaluated_checkpoint(checkpoint, "", context, rounded=True)
 
 
 def _named_checkpoint(artifact: Path, model: Model, adapter: Path | None, progress: Progress | None) -> Checkpoint:

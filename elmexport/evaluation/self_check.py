@@ -23,11 +23,12 @@ from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
 from elmexport.runtimes import open_as
 from elmexport.runtimes.artifact_tokenizer import find_tokenizer
+from elmexport.runtimes.base import CHECK_TOKENS
 from elmexport.target import Target, wider_formats
 from elmexport.weights import Role, WeightSpec
 
-TOKENS = 128  # read by the reference and the artifact
-DECODED = 8  # of these, fed one at a time to cover the decode path
+TOKENS = CHECK_TOKENS  # read by the reference and the artifact
+DECODED = 4  # of these, fed one at a time to cover the decode path
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ def reference_pass(checkpoint: Checkpoint, graph: Graph, tokenizer: Tokenizer | 
         return checkpoint.tensor(spec.name)
 
     caches = KVCaches(graph, batch=2, context=count, device=torch_device())
-    logits = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)[1]
+    both = forward(graph, weight, torch.from_numpy(np.stack((weighting, ids))), 0, caches, observe=observer)
+    logits = both[1].clone()  # the other half is given up
+    del both
     if not torch.isfinite(logits).all():
         raise ElmExportError(
             f"{checkpoint.source.name} gives logits that are not finite in float32; the checkpoint is damaged, download it again"

@@ -33,7 +33,7 @@ def torch_device() -> torch.device:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which `device` multiplies matrices fastest where 8 bits of mantissa are enough: bfloat16 if the hardware has it, else float32."""
+    """Dtype of matrix products where 8 bits of mantissa are enough: bfloat16 if the hardware multiplies it, else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,9 +19,23 @@ from elmexport.graph.ir import Graph, Node
 from elmexport.weights import Role, WeightSpec
 
 BATCH_TOKENS = 2048  # run at once: enough for matrix products at full speed, few enough that a layer's activations stay small
+_WIDENED = 1 << 21  # values of a matrix that are brought to another dtype at a time: an embedding's would take more than all else
+
+
+class Rows(Protocol):
+    """Weight `[rows, columns]`, of a `linear` or `embed` node, that is made as it is read."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, rows: slice | Tensor, /) -> Tensor:
+        """Rows, in any float dtype: those of a slice, or those of the numbers in an int64 tensor on the CPU, `[…, columns]`."""
+
 
 GetWeight = Callable[[WeightSpec], Tensor]
 """Gives a weight, in any float dtype, on any device."""
+GetRows = Callable[[WeightSpec], Tensor | Rows]
+"""Gives a weight, whole or made as it is read."""
 Observer = Callable[[Node, Tensor], None]
 """Is called with every node and its first output, on the device that computes; of a `moe` node, with what each expert reads before
 (see `Node.observed`), as the output of a node of the op "expert"."""
@@ -58,7 +73,7 @@ class KVCaches:
 
 def forward(
     graph: Graph,
-    weight: GetWeight,
+    weight: GetRows,
     x: Tensor,
     position: int,
     caches: KVCaches,
@@ -69,15 +84,52 @@ def forward(
     """Compute the logits `[batch, tokens, vocab]` of the ids `x` `[batch, tokens]` standing at `position`; writes into `caches`.
 
     Of a part of a model, `x` and the result are the values `graph.source` and `graph.result`. `last` computes the head for the last tokens
-    only (`[batch, last, vocab]`).
+    only (`[batch, last, vocab]`). A large matrix in another dtype than the caches' is widened a slice at a time.
     """
     values = {graph.source: x.to(caches.device)}
 
-    def get(spec: WeightSpec) -> Tensor:
-        return weight(spec).to(caches.device, caches.dtype)
+    def get(spec: WeightSpec) -> Tensor | Rows:
+        found = weight(spec)
+        wide = not spec.role.is_expert and len(found.shape) == 2 and spec.size > _WIDENED
+        if not isinstance(found, Tensor) or (wide and found.dtype != caches.dtype):
+            return _Widened(found, caches.device, caches.dtype)
+        return found.to(caches.device, caches.dtype)
 
     found = _run(graph.nodes, values, get, _attend(caches.layer, position), {graph.result}, last=last, observe=observe)
     return found[graph.result].cpu()
+
+
+@dataclass(frozen=True)
+class _Widened:
+    """Rows on the device and in the dtype that a pass computes in."""
+
+    weight: Tensor | Rows
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return self.weight.shape
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        return self.weight[rows].to(self.device, self.dtype)
+
+
+def _embed(ids: Tensor, table: Rows) -> Tensor:
+    return table[ids.cpu()]
+
+
+def _linear(x: Tensor, weight: Rows) -> Tensor:
+    rows, columns = weight.shape
+    out = x.new_empty((*x.shape[:-1], rows))
+    size = max(1, _WIDENED // columns)
+    for start in range(0, rows, size):
+        part = slice(start, min(start + size, rows))
+        out[..., part] = ops.EAGER["linear"](x, weight[part])
+    return out
+
+
+_BY_ROWS: Mapping[str, Callable[..., Tensor]] = {"embed": _embed, "linear": _linear}
 
 
 def step(graph: Graph, weight: GetWeight, ids: Tensor, positions: Sequence[int], caches: Sequence[KVCaches]) -> Tensor:
@@ -205,7 +257,7 @@ def _stages(graph: Graph, groups: Iterable[tuple[str, Sequence[Node]]]) -> list[
 def _run(
     nodes: Sequence[Node],
     values: dict[str, Tensor],
-    weight: GetWeight,
+    weight: Callable[[WeightSpec], Any],
     attend: Callable[[Node, Tensor, Tensor | None, Tensor | None], Tensor],
     wanted: Collection[str],
     *,
@@ -231,7 +283,8 @@ def _run(
         else:
             if products is not None and node.op == "linear":
                 x, w = ({name: tensor.to(products) for name, tensor in tensors.items()} for tensors in (x, w))
-            out = ops.EAGER[node.op](**x, **w, **node.attrs)
+            table = ops.EAGER if all(isinstance(tensor, Tensor) for tensor in w.values()) else _BY_ROWS
+            out = table[node.op](**x, **w, **node.attrs)
             if products is not None:
                 out = out.to(torch.float32)
             if node.weight_scale != 1.0:

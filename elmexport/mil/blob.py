@@ -7,6 +7,7 @@ coremltools has a reader too; this one gives views instead of copies, and says w
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,10 +63,14 @@ class BlobFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._map: mmap.mmap | None = None
         try:
             size = path.stat().st_size
-            # "c", copy on write: nothing is ever written, but torch takes only writable memory.
-            self._bytes: NDArray[np.uint8] = np.memmap(path, np.uint8, "c") if size else np.zeros(0, np.uint8)
+            if size:
+                with path.open("rb") as file:
+                    # Copy on write: nothing is ever written, but torch takes only writable memory.
+                    self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._bytes: NDArray[np.uint8] = np.zeros(0, np.uint8) if self._map is None else np.frombuffer(self._map, np.uint8)
         except OSError as error:
             raise ElmExportError(
                 f"{path}: cannot read the weight file ({error.strerror}); copy the package again or export it again"
@@ -87,6 +92,11 @@ class BlobFile:
         if element.bits < 8:
             return unpack(data, element.bits, prod(shape), signed=dtype.startswith("int")).reshape(shape)
         return data.view(element.dtype).reshape(shape)
+
+    def release(self) -> None:
+        """Take what was read out of this process's memory; arrays stay valid, and what is read again comes from the file."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def check(self, offset: int, dtype: str, shape: tuple[int, ...]) -> None:
         """Check that a blob of this type and shape lies at `offset`; `read` without reading.
@@ -116,8 +126,25 @@ class BlobFile:
         return ElmExportError(f"{self.path}: damaged weight file ({reason}); copy the package again or export it again")
 
 
+_TAKEN = 1 << 18  # bytes unpacked at a time, so that their numbers as indices stay in the cache
+
+
+def _unpacked_nibbles(packed: NDArray[np.uint8], signed: bool) -> NDArray[Any]:
+    """Both halves of each byte, the low one first, out of a table of 256 pairs: several times as fast as shifts over the whole array."""
+    byte = np.arange(256)
+    halves = np.stack((byte & 15, byte >> 4), axis=1)
+    pairs = ((halves ^ 8) - 8 if signed else halves).astype(np.int8 if signed else np.uint8).view(np.uint16).reshape(-1)
+    out = np.empty(len(packed), np.uint16)
+    for start in range(0, len(packed), _TAKEN):
+        part = slice(start, start + _TAKEN)
+        np.take(pairs, packed[part], out=out[part], mode="clip")
+    return out.view(np.int8 if signed else np.uint8)
+
+
 def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, signed: bool = False) -> NDArray[Any]:
     """Unpack `count` integers of `bits` (1, 2, 3, 4 or 6) each from bytes filled from the lowest bit up; int8 if `signed`, else uint8."""
+    if bits == 4:
+        return _unpacked_nibbles(packed, signed)[:count]
     group = 1 if 8 % bits == 0 else 3  # bytes that hold a whole number of elements
     padded = np.zeros(-(-len(packed) // group) * group, np.uint8)
     padded[: len(packed)] = packed

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from elmexport.mil.blob import unpack
 
+_SLICE = 1 << 18  # values dequantized at a time
+
 
 def _blocked(tensor: Tensor, grid: Sequence[int]) -> Tensor:
     """`tensor` `[d0, d1, …]` as `[g0, d0/g0, g1, d1/g1, …]`."""
@@ -27,10 +29,16 @@ def _per_block(grid: Tensor) -> Tensor:
 
 def blockwise_shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:
     """Dequantize: `scale * (data - offset)`, one scale and offset for each block of `data`."""
+    if data.ndim and 1 < len(scale) == len(data) and data.numel() > _SLICE:  # a few rows at a time, which stay in the cache
+        out, rows = torch.empty(data.shape), max(1, _SLICE * len(data) // data.numel())
+        for start in range(0, len(data), rows):
+            part = slice(start, start + rows)
+            out[part] = blockwise_shift_scale(data[part], scale[part], None if offset is None else offset[part])
+        return out
     values = _blocked(data, scale.shape).to(torch.float32)
     if offset is not None:
         values = values - _per_block(offset.to(torch.float32))
-    return (values * _per_block(scale)).reshape(data.shape)
+    return values.mul_(_per_block(scale)).reshape(data.shape)
 
 
 def affine_dequantize(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, axis: Tensor) -> Tensor:

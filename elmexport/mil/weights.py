@@ -21,6 +21,7 @@ from elmexport.mil.blob import BlobFile
 from elmexport.mil.constexpr import CONSTEXPR
 from elmexport.mil.program import BlobFileValue, ImmediateValue
 
+_ROUNDED_ROWS = 256  # rounded at a time, which stay in the cache
 _GRIDS = {"constexpr_blockwise_shift_scale": ("data", ("scale", "offset")), "constexpr_lut_to_dense": ("indices", ("lut",))}
 
 
@@ -80,6 +81,9 @@ class WeightStore:
         if size <= self._left:
             self._left -= size
             self._kept[key] = tensor
+        else:
+            for file in self._files.values():
+                file.release()
         return tensor
 
     def _decompress(self, constant: Compressed) -> Tensor:
@@ -87,7 +91,8 @@ class WeightStore:
         result = CONSTEXPR[constant.type](**arguments)
         tensor = result[constant.output] if isinstance(result, tuple) else result
         if constant.round and self._round:
-            tensor = tensor.half().float()
+            for part in torch.split(tensor, _ROUNDED_ROWS) if tensor.ndim else (tensor,):
+                part.copy_(part.half())
         return tensor
 
     def _raw(self, constant: Constant) -> Tensor:

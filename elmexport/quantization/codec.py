@@ -20,8 +20,9 @@ from elmexport.errors import ElmExportError, Fp16RangeError
 from elmexport.quantization.grids import Grid
 from elmexport.quantization.schemes import CodedScheme
 
-Rounding = Literal["mse", "rtn"]
-"""How codes are found from the weight alone: "rtn" rounds to nearest, "mse" searches parameters of least squared error."""
+Rounding = Literal["mse", "rtn", "quick"]
+"""How codes are found from the weight alone: "rtn" rounds to nearest, "mse" searches parameters of least squared error, "quick" searches
+fewer of them, for measurements that no artifact comes of: its squared error is a few percent larger."""
 
 FP16_MAX = 65504.0
 

@@ -81,9 +81,9 @@ class GgmlCodec(Codec):
         """Quantize `weight` `[…, out, in]`; see `elmexport.quantization.ggml_search`.
 
         Raises:
-            ElmExportError: a method other than "mse".
+            ElmExportError: method "rtn".
         """
-        if method != "mse":
+        if method == "rtn":
             raise ElmExportError(f"method {method!r} does not exist for {self.scheme}, whose scales are searched; choose 'mse'")
         scheme, shape = self.scheme, tuple(weight.shape)
         columns = shape[-1]
@@ -100,7 +100,7 @@ class GgmlCodec(Codec):
             part = slice(start, start + step)
             rows = x[part].to(torch.float32)
             spread = None if weights is None else weights.expand(rows.shape).flatten(0, 1)
-            found = search(rows.flatten(0, 1), scheme, spread)
+            found = search(rows.flatten(0, 1), scheme, spread, quick=method == "quick")
             for target, value in zip(
                 (codes, scales, minima, d, dmin), (found.codes, found.scales, found.minima, found.d, found.dmin), strict=True
             ):

@@ -6,6 +6,7 @@ scale (and minimum) is found first, by least squares over several roundings; the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from elmexport.quantization.ggml_coded import IQ4_LEVELS, GgmlCoded
 # Distances (in codes) between the code that the largest magnitude of a sub-block gets and the last one, tried in turn.
 _OVERSHOOT = (0.0, -0.9, -0.45, 0.45, 0.9)
 _SPANS = (0.0, -0.9, -0.6, -0.3, 0.3, 0.6, 0.9)
-_TURNS = 2  # of codes and whole numbers
+_QUICK_OVERSHOOT, _QUICK_SPANS = (0.0, -0.9), (0.0, -0.6, 0.6)
+_TURNS = 2  # of codes and whole numbers; a quick search takes one
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,18 @@ class Found:
     dmin: Tensor
 
 
-def search(x: Tensor, kind: GgmlCoded, importance: Tensor | None) -> Found:
-    """Search parameters and codes of `x`; `importance`, of the same shape, weights the squares."""
+def search(x: Tensor, kind: GgmlCoded, importance: Tensor | None, *, quick: bool = False) -> Found:
+    """Search parameters and codes of `x`, among fewer if `quick`; `importance`, of the same shape, weights the squares."""
     weight = torch.ones_like(x[..., :1]) if importance is None else importance
-    scale, minimum = _affine(x, kind, weight) if kind.has_minimum else (_symmetric(x, kind, weight), torch.zeros_like(x[..., 0]))
+    if kind.has_minimum:
+        scale, minimum = _affine(x, kind, weight, _QUICK_SPANS if quick else _SPANS)
+    else:
+        scale, minimum = _symmetric(x, kind, weight, _QUICK_OVERSHOOT if quick else _OVERSHOOT), torch.zeros_like(x[..., 0])
     d, scales = _whole(scale, kind.scales)
     dmin, minima = _whole(minimum, kind.minima)
     codes = nearest(x, kind, _product(d, scales), _product(dmin, minima))
     if kind.scales is not None:
-        codes, scales, minima = _settled(x, kind, weight, codes, scales, minima, d, dmin)
+        codes, scales, minima = _settled(x, kind, weight, codes, scales, minima, d, dmin, 1 if quick else _TURNS)
     # Given codes and whole numbers, a block's d and dmin have a least-squares solution of their own.
     refined_d, refined_dmin = _refined(x, weight, levels(codes, kind), scales, minima, d, dmin, kind)
     refined = nearest(x, kind, _product(refined_d, scales), _product(refined_dmin, minima))
@@ -59,7 +64,8 @@ def nearest(x: Tensor, kind: GgmlCoded, scale: Tensor, minimum: Tensor) -> Tenso
     inverse = torch.where(scale == 0, 0.0, scale.reciprocal())
     ratio = (x + minimum[..., None]) * inverse[..., None]
     if kind.low is None:
-        return torch.bucketize(ratio, iq4_edges(x.device)).to(torch.int8)
+        # The edges are multiples of a half: twice a ratio, rounded up, says between which it lies.
+        return _iq4_codes(x.device)[ratio.mul_(2).ceil_().nan_to_num_(0.0).clamp_(-256, 255).add_(256).to(torch.int32)]
     return ratio.round_().clamp_(kind.low, kind.high).to(torch.int8)
 
 
@@ -70,13 +76,18 @@ def levels(codes: Tensor, kind: GgmlCoded) -> Tensor:
     return codes.to(torch.float32)
 
 
+def _iq4_codes(device: torch.device) -> Tensor:
+    """The code int8 nearest to every multiple of a half from -128 to 127.5, the lower of two."""
+    return torch.bucketize(torch.arange(-128, 128, 0.5, device=device), iq4_edges(device)).to(torch.int8)
+
+
 def iq4_edges(device: torch.device) -> Tensor:
     """Bounds between the levels of IQ4."""
     table = torch.tensor(IQ4_LEVELS, dtype=torch.float32, device=device)
     return (table[1:] + table[:-1]) / 2
 
 
-def _affine(x: Tensor, kind: GgmlCoded, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _affine(x: Tensor, kind: GgmlCoded, weight: Tensor, spans: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Best scale and minimum (not below zero, except where it is no whole number) of each sub-block by itself."""
     low, high = x.amin(-1), x.amax(-1)
     if kind.minima is not None:
@@ -86,7 +97,7 @@ def _affine(x: Tensor, kind: GgmlCoded, weight: Tensor) -> tuple[Tensor, Tensor]
     best_scale, best_minimum = torch.zeros_like(low), torch.zeros_like(low)
     best = torch.full_like(low, torch.inf)
     span = high - low
-    for delta in _SPANS:
+    for delta in spans:
         inverse = torch.where(span > 0, (top + delta) / span, 0.0)
         codes = ((x - low[..., None]) * inverse[..., None]).round_().clamp_(0, top)
         weighted = weight * codes
@@ -105,7 +116,7 @@ def _affine(x: Tensor, kind: GgmlCoded, weight: Tensor) -> tuple[Tensor, Tensor]
     return best_scale, best_minimum
 
 
-def _symmetric(x: Tensor, kind: GgmlCoded, weight: Tensor) -> Tensor:
+def _symmetric(x: Tensor, kind: GgmlCoded, weight: Tensor, overshoot: Sequence[float]) -> Tensor:
     """Best scale of each sub-block by itself; its sign is that which lets the largest magnitude take the longer side of the codes."""
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
     ends = (float(kind.low), float(kind.high)) if kind.low is not None else (float(IQ4_LEVELS[0]), float(IQ4_LEVELS[-1]))
@@ -113,7 +124,7 @@ def _symmetric(x: Tensor, kind: GgmlCoded, weight: Tensor) -> Tensor:
     best_scale, best = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     none = torch.zeros_like(extreme)
     for end in ends:
-        for delta in _OVERSHOOT:
+        for delta in overshoot:
             found = levels(nearest(x, kind, extreme / (end + step * delta), none), kind)
             weighted = weight * found
             square = (weighted * found).sum(-1)
@@ -140,13 +151,13 @@ def _product(factor: Tensor, whole: Tensor) -> Tensor:
 
 
 def _settled(
-    x: Tensor, kind: GgmlCoded, weight: Tensor, codes: Tensor, scales: Tensor, minima: Tensor, d: Tensor, dmin: Tensor
+    x: Tensor, kind: GgmlCoded, weight: Tensor, codes: Tensor, scales: Tensor, minima: Tensor, d: Tensor, dmin: Tensor, turns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whole numbers fitted to the codes and codes to these, in turns, for as long as either lowers a sub-block's error."""
+    """Whole numbers fitted to the codes and codes to these, at most `turns` times in turns, for as long as either lowers a sub-block's error."""
     assert kind.scales is not None
     wide_d, wide_dmin = d.to(torch.float32)[:, None], dmin.to(torch.float32)[:, None]
     error = _error(x, weight, levels(codes, kind), _product(d, scales), _product(dmin, minima))
-    for _ in range(_TURNS):
+    for _ in range(turns):
         level = levels(codes, kind)
         weighted = weight * level
         twice, cross = (weighted * level).sum(-1), (weighted * x).sum(-1)

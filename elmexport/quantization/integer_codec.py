@@ -92,7 +92,7 @@ class IntegerCodec(Codec):
         def work(start: int) -> None:
             part = slice(start, start + step)
             rows = x[part].to(torch.float32)
-            found = round_to_nearest(rows, scheme) if method == "rtn" else least_squares(rows, scheme, importance)
+            found = round_to_nearest(rows, scheme) if method == "rtn" else least_squares(rows, scheme, importance, quick=method == "quick")
             codes[part], scales[part] = found[:2]
             if zeros is not None and found[2] is not None:
                 zeros[part] = found[2]

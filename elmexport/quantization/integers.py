@@ -6,6 +6,8 @@ shape, scales float16 `[rows, groups]`, and zero points int8 `[rows, groups]` (N
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ _FROM_LOW = (0.0, -1.0, -0.5, 0.5, 1.0, 1.5)
 _FROM_HIGH = (0.0, 1.0, 0.5, -0.5, -1.0)
 _FROM_LOW_IF_LONG = (-1.5, -2.0, -2.5, -3.0, -4.0, -5.0, -6.5)
 _FROM_HIGH_IF_LONG = (2.0, 3.0, 4.0)
+_QUICK = (0.0, -0.5, -1.5, -3.0)  # of those from the lowest code, all that a quick search tries, with the highest code itself
 _LONG = 33  # values; the more there are, the further the extreme one lies from the rest
 # Parts of the distances from zero to a group's smallest and largest value that asymmetric codes span.
 _SPANS = (1.0, 0.92, 0.84, 0.75)
@@ -50,14 +53,14 @@ def round_to_nearest(x: Tensor, scheme: Integer) -> Coded:
     return codes.to(torch.int8), scale.to(torch.float16), None
 
 
-def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None) -> Coded:
-    """Search the scale of least squared error among a fixed set of candidates; refine it once by least squares given the codes.
+def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None, *, quick: bool = False) -> Coded:
+    """Search the scale of least squared error among candidates (few if `quick`); refine it once by least squares given the codes.
 
     Codes are nearest for the scale as stored (fp16), so every format that holds the same codes and scales dequantizes to the same numbers.
     Symmetric 8-bit codes are fine enough for the largest magnitude to become code 127. `importance` `[groups, block]` weights the squares.
     """
     if not scheme.symmetric:
-        return _least_squares_asymmetric(x, importance)
+        return _least_squares_asymmetric(x, importance, _SPANS[::2] if quick else _SPANS)
     low, high = scheme.range
     extreme = _extreme(x)
     if scheme.width == 8:
@@ -65,7 +68,7 @@ def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None) 
         return _codes(x, scale, low, high).to(torch.int8), scale, None
     best_scale = torch.zeros_like(extreme, dtype=torch.float16)
     best_error = torch.full_like(extreme, torch.inf)
-    for code in _extreme_codes(low, high, x.shape[-1]):
+    for code in (*(low + distance for distance in _QUICK), high) if quick else _extreme_codes(low, high, x.shape[-1]):
         _keep_better(x, importance, (extreme / code).to(torch.float16), low, high, best_scale, best_error)
     codes = _codes(x, best_scale, low, high)
     # With the codes fixed, the least-squares scale is <x, codes> / <codes, codes>.
@@ -76,12 +79,12 @@ def least_squares(x: Tensor, scheme: Integer, importance: Tensor | None = None) 
     return _codes(x, best_scale, low, high).to(torch.int8), best_scale, None
 
 
-def _least_squares_asymmetric(x: Tensor, importance: Tensor | None) -> Coded:
+def _least_squares_asymmetric(x: Tensor, importance: Tensor | None, spans: Sequence[float]) -> Coded:
     bottom, top = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
     best_error = torch.full_like(top, torch.inf)
     best_scale, best_zero = torch.zeros_like(top, dtype=torch.float16), torch.zeros_like(top)
-    for lower in _SPANS:
-        for upper in _SPANS:
+    for lower in spans:
+        for upper in spans:
             scale = ((top * upper - bottom * lower) / 15).to(torch.float16)
             zero = (-bottom * lower * _inverse(scale)).round_().clamp_(0, 15)
             _keep_better_asymmetric(x, importance, scale, zero, best_scale, best_zero, best_error)

@@ -62,9 +62,9 @@ class LutCodec(Codec):
         """Quantize `weight` `[…, out, in]`; see `elmexport.quantization.kmeans.cluster`.
 
         Raises:
-            ElmExportError: a method other than "mse".
+            ElmExportError: method "rtn".
         """
-        if method != "mse":
+        if method == "rtn":
             raise ElmExportError(f"method {method!r} does not exist for {self.scheme}; tables come from k-means: choose 'mse'")
         groups = self.scheme.granularity.count(tuple(weight.shape))
         # On the CPU: the search is in float64, which not every device has.

@@ -62,8 +62,8 @@ class Mxfp4Codec(Codec):
     def quantize(self, weight: Tensor, method: Rounding, importance: Tensor | None) -> Mxfp4Tensor:
         """Quantize `weight` `[…, out, in]`.
 
-        `rtn` takes the least exponent at which no value of a block is clipped, as MLX does; `mse` that of least squared error among it and its
-        neighbours. Elements are the nearest, ties to even codes.
+        `rtn` takes the least exponent at which no value of a block is clipped, as MLX does; `mse` (and `quick`) that of least squared error
+        among it and its neighbours. Elements are the nearest, ties to even codes.
 
         Raises:
             ElmExportError: no such method.
@@ -83,7 +83,7 @@ class Mxfp4Codec(Codec):
             part = slice(start, start + step)
             rows = x[part].to(torch.float32)
             found = _least_exponents(rows)
-            if method == "mse":
+            if method != "rtn":
                 found = _best_exponents(rows, found, importance)
             exponents[part] = found
             codes[part] = nearest(rows / _powers(found)[..., None])

@@ -22,7 +22,8 @@ def quantize(weight: Tensor, scheme: CodedScheme, method: Rounding = "mse", mean
 
     `rtn` takes a scale from the extreme values of its group and rounds to nearest, as ggml's Q4_0 and Q8_0 do. `mse` searches the scale of
     least squared error. With `mean_square`, float32 `[in]`, E[x²] of each input channel, squares are weighted by it, which makes them the error of
-    the output as far as channels are uncorrelated. Tables come from k-means, weighted likewise, and have no `rtn`.
+    the output as far as channels are uncorrelated. Tables come from k-means, weighted likewise, and have no `rtn`. `quick` is `mse` with a
+    shorter search.
 
     Raises:
         ElmExportError: the shape does not fit the scheme, a parameter does not fit its type, mean squares that are not finite or of another

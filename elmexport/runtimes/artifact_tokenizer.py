@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from elmexport.checkpoint.tokenizer import TOKENIZER_FILES, ModelIds, Tokenizer, load_tokenizer
@@ -15,6 +17,13 @@ from elmexport.runtimes import CHECKPOINT
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers, of files of whatever kind, give texts the same ids and end them alike."""
     return one.special.eos == other.special.eos and all(one.encode(text) == other.encode(text) for text in probes(one))
+
+
+def tokens_fingerprint(tokenizer: Tokenizer) -> str:
+    """SHA-256 (hex) that tokenizers share which `same_tokens` cannot tell apart, of files of whatever kind."""
+    special = tokenizer.special
+    facts = [special.eos, special.prefix, [tokenizer.encode(text) for text in probes(tokenizer)]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def artifact_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenizer:

@@ -12,6 +12,7 @@ from elmexport.errors import ElmExportError
 from elmexport.runtimes.sequences import Sequences
 
 TokenIds = Sequence[int] | NDArray[np.integer]
+CHECK_TOKENS = 128  # that the self-check reads: what a runtime opened for it has to hold, where its cache may be shorter than the context
 
 
 class Runtime(ABC):

@@ -15,7 +15,7 @@ from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
 from elmexport.runtimes.coreml_chain import join, load_chain
 from elmexport.runtimes.coreml_contract import Contract, read_contract
-from elmexport.runtimes.coreml_engines import CoreMLEngine, Engine, NarrowedMilEngine, open_mil_engine
+from elmexport.runtimes.coreml_engines import CoreMLEngine, Engine, NarrowedMilEngine, open_check_engine, open_mil_engine
 
 
 class CoreMLRuntime(Runtime):
@@ -83,13 +83,18 @@ def open_runtime(path: Path, *, precision: Precision = "fp16") -> Runtime:
 
 
 def open_for_check(path: Path) -> Runtime:
-    """As `open_runtime`; of a package that gives the most likely token, the MIL executor reads the logits that it is taken from.
+    """As `open_runtime`, in little memory: the MIL executor at the functions' declared sizes, which decompresses weights for every call.
 
-    Such a runtime's `logits` also compare the two, and raise VerificationError where they disagree.
+    Of a package that gives the most likely token, it reads the logits that the token is taken from. Such a runtime's `logits` also compare
+    the two, and raise VerificationError where they disagree. On macOS, Core ML runs all other packages.
     """
-    program = join(load_chain(path), path)
-    if coreml_gpu.matches(program) or not (contract := read_contract(program)).interface.argmax:
+    programs = load_chain(path)
+    if coreml_gpu.matches(programs[0]):
+        return coreml_gpu.open_program(programs[0], programs[0].path, "fp16", budget=0)
+    program = join(programs, path)
+    contract = read_contract(program)
+    if sys.platform == "darwin" and not contract.interface.argmax:
         return open_runtime(path)
-    runtime = CoreMLRuntime(contract, executor_name("fp16"), lambda: open_mil_engine(program, contract, "fp16"))
+    runtime = CoreMLRuntime(contract, executor_name("fp16"), lambda: open_check_engine(program, contract))
     runtime.only_greedy = None
     return runtime

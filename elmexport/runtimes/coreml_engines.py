@@ -143,6 +143,17 @@ class PaddedMilEngine(MilEngine):
         return caches
 
 
+class WholeChunkMilEngine(PaddedMilEngine):
+    """As `PaddedMilEngine`, but `last_token` takes as many entries as logits are wanted, so that all of a chunk come of one call."""
+
+    def calls(self, count: int, position: int, first: int) -> Iterator[tuple[int, int]]:
+        chunk, start = self.contract.interface.prefill, 0
+        while start < count:
+            stop = min(start + chunk, count) if position + start + chunk <= self.contract.context else start + 1
+            yield start, stop
+            start = stop
+
+
 class NarrowedMilEngine(MilEngine):
     """MIL executor on no more than is needed: neither padding nor the cache behind the last token is computed.
 
@@ -179,6 +190,18 @@ def copied_prefix(caches: States, batch: int, position: int, length: int) -> Sta
     return copies
 
 
+_ROWS = {"rows": [(LAST_TOKEN, 0)]}
+
+
+def open_check_engine(program: Program, contract: Contract) -> MilEngine:
+    """Open the MIL executor for a few calls in little memory: functions at their declared sizes, no decompressed weight kept."""
+    model = MilModel(contract.with_scores(program), budget=0)
+    try:
+        return WholeChunkMilEngine(model.narrowed(_ROWS, PREFILL), contract)
+    except CannotNarrowError:
+        return PaddedMilEngine(model, contract)
+
+
 def open_mil_engine(program: Program, contract: Contract, precision: Precision) -> MilEngine:
     """Open the MIL executor: narrowed where that gives what the package gives, else padded.
 
@@ -187,13 +210,12 @@ def open_mil_engine(program: Program, contract: Contract, precision: Precision) 
     """
     model = MilModel(contract.with_scores(program), precision=precision)
     padded = PaddedMilEngine(model, contract)
-    rows = {"rows": [(LAST_TOKEN, 0)]}
     # The caches of one package share a mask, and nothing says that those of another one are as long.
     names = list(contract.caches)
     context = {f"context of {keys}": [(keys, 2), (values, 2)] for keys, values in zip(names[::2], names[1::2], strict=True)}
     try:
-        every_row = PaddedMilEngine(model.narrowed(rows, PREFILL), contract)
-        less = model.narrowed({**rows, "tokens": [(INPUT_IDS, 1)], **context}, PREFILL).narrowed(context, DECODE)
+        every_row = WholeChunkMilEngine(model.narrowed(_ROWS, PREFILL), contract)
+        less = model.narrowed({**_ROWS, "tokens": [(INPUT_IDS, 1)], **context}, PREFILL).narrowed(context, DECODE)
     except CannotNarrowError:
         return padded
     narrowed = NarrowedMilEngine(less, contract)

@@ -65,9 +65,9 @@ class CoreMLGpuRuntime(Runtime):
 class _MilEngine:
     """The MIL executor. `fp32` rounds nothing."""
 
-    def __init__(self, program: Program, precision: Precision) -> None:
+    def __init__(self, program: Program, precision: Precision, budget: int | None) -> None:
         self.name = executor_name(precision)
-        self.model = MilModel(program, precision=precision)
+        self.model = MilModel(program, precision=precision, budget=budget)
         self._states = self.model.make_states()
 
     def logits(self, ids: NDArray[np.int32], position: int, wanted: bool) -> NDArray[np.float32]:
@@ -111,14 +111,14 @@ def matches(program: Program) -> bool:
     return found == ({INPUT_IDS, CAUSAL_MASK}, {KEY_CACHE, VALUE_CACHE}, {LOGITS})
 
 
-def open_program(program: Program, package: Path, precision: Precision) -> CoreMLGpuRuntime:
-    """Open a package for which `matches` is true. `precision` is the MIL executor's.
+def open_program(program: Program, package: Path, precision: Precision, budget: int | None = None) -> CoreMLGpuRuntime:
+    """Open a package for which `matches` is true. `precision` and `budget` (see `MilModel`) are the MIL executor's.
 
     Raises:
         ElmExportError: sizes other than the interface's.
     """
     _sizes(program)
-    return CoreMLGpuRuntime(program, _CoreML(package) if sys.platform == "darwin" else _MilEngine(program, precision))
+    return CoreMLGpuRuntime(program, _CoreML(package) if sys.platform == "darwin" else _MilEngine(program, precision, budget))
 
 
 def _sizes(program: Program) -> tuple[int, int]:

@@ -49,11 +49,11 @@ def generate(
             ids, unknown ids, more ids than the context holds.
     """
     if max_tokens < 1:
-        raise ElmExportError(f"max-tokens is {max_tokens}; it must be 1 or above")
+        raise ElmExportError(f"--max-tokens is {max_tokens}; it must be 1 or above")
     if runtime.only_greedy is not None:
         for what, given in (
-            (f"temperature is {sampling.temperature:g}", sampling.temperature),
-            (f"repetition-penalty is {sampling.repetition_penalty:g}", sampling.repetition_penalty != 1),
+            (f"--temperature is {sampling.temperature:g}", sampling.temperature),
+            (f"--repetition-penalty is {sampling.repetition_penalty:g}", sampling.repetition_penalty != 1),
             ("guesses are to be verified", drafter is not None),
         ):
             if given:

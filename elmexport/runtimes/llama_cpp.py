@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from elmexport.cores import asked_threads, available_cores
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.base import CHECK_TOKENS, Runtime
 from elmexport.runtimes.batching import FULL_CACHES, batches
 from elmexport.runtimes.sequences import Sequences
 
@@ -42,8 +42,8 @@ class LlamaCppRuntime(Runtime):
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path) -> None:
-        """Load the file.
+    def __init__(self, path: Path, *, check: bool = False) -> None:
+        """Load the file; for a `check` in little memory, with a cache of `CHECK_TOKENS` tokens and the weights as the file holds them.
 
         Raises:
             ElmExportError: llama.cpp cannot load the file.
@@ -59,6 +59,8 @@ class LlamaCppRuntime(Runtime):
         _messages.clear()
         model_params = self._lib.llama_model_default_params()
         model_params.n_gpu_layers = 0
+        if check and hasattr(model_params, "use_extra_bufts"):
+            model_params.use_extra_bufts = False  # no second copy of the weights, arranged for the processor
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), model_params)
         if not self._model:
             raise ElmExportError(
@@ -66,6 +68,9 @@ class LlamaCppRuntime(Runtime):
             )
         self.vocab_size = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         self.context = self._lib.llama_model_n_ctx_train(self._model)
+        if check:
+            self.context = min(self.context, CHECK_TOKENS)
+        self._batch_size = self.context if check else BATCH
         self.batch_tokens = max(FULL_CACHES * self.context, BATCH)
         self._path = path
         self._handle = self._open_context(self._context_params())
@@ -91,8 +96,8 @@ class LlamaCppRuntime(Runtime):
         params = self._lib.llama_context_default_params()
         # Sequences share one pool of cells: the cells of a prefix belong to all of its continuations, nothing is copied.
         params.kv_unified, params.n_seq_max = True, SEQUENCES + 1
-        params.n_ctx = self.context + BATCH  # a full sequence 0 leaves room for a batch of continuations
-        params.n_batch = params.n_ubatch = BATCH
+        params.n_ctx = self.context + self._batch_size  # a full sequence 0 leaves room for a batch of continuations
+        params.n_batch = params.n_ubatch = self._batch_size
         params.n_threads = params.n_threads_batch = asked_threads() or available_cores()
         params.type_k = params.type_v = _F32
         params.flash_attn_type = self._flash  # 0: disabled; versions that lack the field have it off by default
@@ -245,6 +250,11 @@ def open_runtime(path: Path) -> LlamaCppRuntime:
     return LlamaCppRuntime(gguf_file(path))
 
 
+def open_for_check(path: Path) -> LlamaCppRuntime:
+    """As `open_runtime`, in little memory, for at most `CHECK_TOKENS` tokens."""
+    return LlamaCppRuntime(gguf_file(path), check=True)
+
+
 def gguf_file(path: Path) -> Path:
     """The one `.gguf` in the folder `path`, the first of one that is split, or the file itself.
 
@@ -271,7 +281,7 @@ def engine() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "llama_cpp":
             raise
-        raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install llama-cpp-python") from None
+        raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install 'elmexport[llama]'") from None
     llama_cpp.llama_log_set(_collector(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp

@@ -1,7 +1,7 @@
 """MLX, through mlx-lm: on a Mac's GPU as stored, on CPUs with scales, biases, norms and floating-point weights widened to fp32.
 
 Codes stay as they are. CPUs multiply fp16 many times slower than fp32, and what is measured there is the stored numbers in exact
-arithmetic; how much fp16 activations cost on a GPU it does not say.
+arithmetic (several tokens at once through numpy, see `mlx_products`); how much fp16 activations cost on a GPU it does not say.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.models import read_config
 from elmexport.runtimes.base import Runtime
 from elmexport.runtimes.batching import in_padded_batches
+from elmexport.runtimes.mlx_products import multiply_by_numpy
 
 CHUNK = 512  # tokens fed at once
 
@@ -47,6 +48,7 @@ class MlxRuntime(Runtime):
             if not mx.metal.is_available():
                 wide = tree_map(lambda array: array.astype(mx.float32) if _is_float(mx, array) else array, self._model.parameters())
                 self._model.update(wide)
+                multiply_by_numpy(self._model)
             mx.eval(self._model.parameters())
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -58,19 +60,23 @@ class MlxRuntime(Runtime):
         self._new_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(self._model)
         self._cache = self._new_cache()
 
+    @property
+    def _layers(self) -> Any:
+        """The model without its head, by either of the names that mlx-lm's models give it."""
+        return self._model.transformer if "transformer" in self._model else self._model.model
+
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         mx = self._mx
         self._rewind(position)
         tokens = mx.array(ids.astype(np.int32))[None]
         rows: list[NDArray[np.float32]] = []
         first = len(ids) - last  # whose logits are wanted
-        # Logits that nothing asks for are never computed, for evaluation is lazy.
         cuts = sorted({*range(0, len(ids), CHUNK), first, len(ids)})
         for start, end in pairwise(cuts):
-            out = self._model(tokens[:, start:end], cache=self._cache)
             if start >= first:
-                rows.append(self._read(out)[0])
+                rows.append(self._read(self._model(tokens[:, start:end], cache=self._cache))[0])
             else:
+                self._layers(tokens[:, start:end], cache=self._cache)
                 mx.eval([layer.state for layer in self._cache])
         return np.concatenate(rows)
 

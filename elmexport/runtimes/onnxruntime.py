@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from elmexport.contracts.onnx import ATTENTION_MASK, CONTEXT_METADATA, EVERY_TOKEN, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, is_past, present_of
 from elmexport.cores import asked_threads
 from elmexport.errors import ElmExportError, MissingDependencyError
-from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.base import CHECK_TOKENS, Runtime
 from elmexport.runtimes.batching import batches, copies, padded
 
 if TYPE_CHECKING:
@@ -35,15 +35,15 @@ class OnnxRuntime(Runtime):
     # A product with one row has a kernel of its own, which sums in another order: two rows take a tenth longer, and round as any number does.
     step_tokens = 2
 
-    def __init__(self, path: Path) -> None:
-        """Open the `.onnx` file `path`.
+    def __init__(self, path: Path, *, check: bool = False) -> None:
+        """Open the `.onnx` file `path`; for a `check` in little memory, with room for `CHECK_TOKENS` tokens where the cache's length is free.
 
         Raises:
             ElmExportError: a damaged file, or one that elmexport did not write.
             MissingDependencyError: onnxruntime is not installed.
         """
         super().__init__()
-        session = _open(path)
+        session = _open(path, arena=not check)
         inputs = {entry.name: entry for entry in session.get_inputs()}
         outputs = {entry.name: entry for entry in session.get_outputs()}
         context = session.get_modelmeta().custom_metadata_map.get(CONTEXT_METADATA)
@@ -54,6 +54,8 @@ class OnnxRuntime(Runtime):
         self.context, self.vocab_size = int(context), int(outputs[LOGITS].shape[2])
         self._session: InferenceSession | None = session
         self._inputs = [entry for name, entry in inputs.items() if is_past(name)]
+        if check and not any(isinstance(past.shape[2], int) for past in self._inputs):
+            self.context = min(self.context, CHECK_TOKENS)
         self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
@@ -151,23 +153,31 @@ def open_runtime(path: Path) -> OnnxRuntime:
         ElmExportError: no model there, several, or a damaged one.
         MissingDependencyError: onnxruntime is not installed.
     """
-    if path.is_dir():
-        found = sorted(path.glob("onnx/*.onnx"))
-        if len(found) != 1:
-            raise ElmExportError(
-                f"{path} holds {len(found)} files of the form onnx/*.onnx, one is expected; give the path of the file to open"
-            )
-        path = found[0]
-    return OnnxRuntime(path)
+    return OnnxRuntime(_model_file(path))
 
 
-def _open(path: Path) -> InferenceSession:
+def open_for_check(path: Path) -> OnnxRuntime:
+    """As `open_runtime`, in little memory, for at most `CHECK_TOKENS` tokens where the cache's length is free."""
+    return OnnxRuntime(_model_file(path), check=True)
+
+
+def _model_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("onnx/*.onnx"))
+    if len(found) != 1:
+        raise ElmExportError(f"{path} holds {len(found)} files of the form onnx/*.onnx, one is expected; give the path of the file to open")
+    return found[0]
+
+
+def _open(path: Path, *, arena: bool) -> InferenceSession:
     try:
         import onnxruntime
     except ImportError:
         raise MissingDependencyError("ONNX artifacts run in onnxruntime, which is not installed; pip install onnxruntime") from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: what goes wrong is raised
+    options.enable_cpu_mem_arena = arena  # which keeps what it once held
     options.intra_op_num_threads = asked_threads() or 0  # 0: a thread for each physical core
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -35,20 +35,20 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ElmExportError(f"temperature is {self.temperature:g}; it must be 0 (always the most likely token) or above")
+            raise ElmExportError(f"--temperature is {self.temperature:g}; it must be 0 (always the most likely token) or above")
         if self.top_k is not None and self.top_k < 1:
-            raise ElmExportError(f"top-k is {self.top_k}; it must be 1 or above")
+            raise ElmExportError(f"--top-k is {self.top_k}; it must be 1 or above")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ElmExportError(f"top-p is {self.top_p:g}; it must be above 0 and at most 1")
+            raise ElmExportError(f"--top-p is {self.top_p:g}; it must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ElmExportError(f"min-p is {self.min_p:g}; it must be from 0 to 1")
+            raise ElmExportError(f"--min-p is {self.min_p:g}; it must be from 0 to 1")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ElmExportError(f"repetition-penalty is {self.repetition_penalty:g}; it must be above 0 (1: none)")
+            raise ElmExportError(f"--repetition-penalty is {self.repetition_penalty:g}; it must be above 0 (1: none)")
         if self.seed is not None and self.seed < 0:
-            raise ElmExportError(f"seed is {self.seed}; it must be 0 or above")
+            raise ElmExportError(f"--seed is {self.seed}; it must be 0 or above")
         if self.temperature == 0 and not (self.top_k is self.top_p is self.min_p is None):
             raise ElmExportError(
-                "top-k, top-p and min-p have no effect at temperature 0, which always takes the most likely token; set a temperature above 0"
+                "--top-k, --top-p and --min-p have no effect at temperature 0, which always takes the most likely token; set a --temperature above 0"
             )
 
     def scores(self, logits: NDArray[np.floating], previous: Sequence[int] = ()) -> NDArray[np.float64]:

@@ -71,7 +71,7 @@ class PromptLookup:
     _indexed: int = 0
 
     def __post_init__(self) -> None:
-        for what, value in (("prompt-lookup", self.count), ("ngram-size", self.ngram_size)):
+        for what, value in (("--prompt-lookup", self.count), ("--ngram-size", self.ngram_size)):
             if value < 1:
                 raise ElmExportError(f"{what} is {value}; it must be 1 or above")
 
@@ -100,7 +100,7 @@ class DraftModel:
             ElmExportError: `count` below 1, or an artifact that gives no logits, which drawing needs.
         """
         if count < 1:
-            raise ElmExportError(f"num-draft-tokens is {count}; it must be 1 or above")
+            raise ElmExportError(f"--num-draft-tokens is {count}; it must be 1 or above")
         if runtime.only_greedy is not None:
             raise ElmExportError(f"the draft model cannot guess: {runtime.only_greedy}")
         self.count = count

@@ -57,7 +57,7 @@ class GgufTarget(Target):
 
     name: ClassVar[str] = "gguf"
     quants: ClassVar[tuple[str, ...]] = (*OURS, *LLAMA_CPPS)
-    quants_note: ClassVar[str] = "Those of llama.cpp are its own, byte for byte; they need ggml's quantizer: pip install xllamacpp"
+    quants_note: ClassVar[str] = "Those of llama.cpp are its own, byte for byte; they need ggml's quantizer: pip install 'elmexport[ggml]'"
     example: ClassVar[str] = "--model 1.1B-Instruct --quant q4_k_m --context 1024"
 
     def recipe(self, quant: str) -> Recipe:

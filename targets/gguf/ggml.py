@@ -85,7 +85,7 @@ def _library() -> ctypes.CDLL:
             library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
             return library
     raise MissingDependencyError(
-        "this quantization needs ggml's own quantizer; install it with: pip install xllamacpp (a prebuilt wheel; llama-cpp-python brings it "
+        "this quantization needs ggml's own quantizer; install it with: pip install 'elmexport[ggml]' (a prebuilt wheel; [llama] brings it "
         "too). Without it, --quant takes int4, int8, fp16, bf16 and fp32"
     )
 

@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from elmexport.bench import Guesses
-from elmexport.checkpoint.base import Checkpoint
+from elmexport.bench import Guesses, benchmark
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run, run  # noqa: F401  (a fixture)
-from tests.conftest import ExportTo
+from tests.conftest import MadeOnce
 
 
 @pytest.mark.slow
@@ -30,17 +29,20 @@ def test_figures(run: Run, options: tuple[object, ...]) -> None:  # noqa: F811
 
 
 @pytest.mark.slow
-def test_llama_cpps_own_lookup(run: Run, tiny: Checkpoint, export_to: ExportTo) -> None:  # noqa: F811
+def test_llama_cpps_own_lookup(run: Run, tiny_artifact: MadeOnce, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Beside ours, in the table and the document; other engines have none."""
-    artifact = export_to(tiny, "gguf", "q4_0")
+    results = []
+    monkeypatch.setattr("elmexport.bench.benchmark", lambda *given, **options: results.append(benchmark(*given, **options)) or results[-1])
+    artifact = tiny_artifact("gguf", "q4_0")
     workload = ("--prompt", "none", "--depth", "0", "--generate", "40", "--repeat", "1", "--threads", "1")
-    (row,) = json.loads(run("bench", artifact, *workload, "--prompt-lookup", "6", "--json").out)["artifacts"]
+    lines = run("bench", artifact, TINY_FOLDER, *workload, "--prompt-lookup", "6").out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-3:]] == ["lookup 6", "llama.cpp's own lookup 6", "lookup 6"]
+    row, other = results[0].to_dict()["artifacts"]
+    assert other["speculation"]["own"] is None
     own = row["speculation"]["own"]
     assert own["how"] == "llama.cpp's own lookup 6"
     assert own["speed_up"] == pytest.approx(own["tokens_per_s"]["median"] / own["plain_tokens_per_s"]["median"])
     assert own["plain_tokens_per_s"]["median"] == pytest.approx(row["speculation"]["plain_tokens_per_s"]["median"], rel=0.9)
-    lines = run("bench", artifact, TINY_FOLDER, *workload, "--prompt-lookup", "6").out.splitlines()
-    assert [line.split("  ")[0] for line in lines[-3:]] == ["lookup 6", "llama.cpp's own lookup 6", "lookup 6"]
 
 
 @pytest.mark.parametrize(
@@ -55,9 +57,3 @@ def test_llama_cpps_own_lookup(run: Run, tiny: Checkpoint, export_to: ExportTo) 
 def test_bad_guesses(guesses: Guesses, message: str) -> None:
     with pytest.raises(ElmExportError, match=message):
         guesses.check([TINY_FOLDER])
-
-
-@pytest.mark.slow
-def test_without_guesses_nothing_is_said_of_them(run: Run) -> None:  # noqa: F811
-    outcome = run("bench", TINY_FOLDER, "--prompt", "none", "--depth", "0", "--generate", "2", "--repeat", "1")
-    assert outcome.code == 0 and "guesses" not in outcome.out

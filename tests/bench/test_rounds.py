@@ -74,6 +74,12 @@ def test_counts(small_artifact: SmallArtifact, options: dict[str, int], message:
         benchmark([small_artifact("onnx", "int4")], Workload(), **options)
 
 
+def test_windows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(MissingDependencyError, match="run it on Linux or macOS"):
+        benchmark([tmp_path], Workload())
+
+
 def test_beyond_the_context_is_refused_before_any_work(small_artifact: SmallArtifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", None)
     with pytest.raises(ElmExportError, match=r"64 tokens at depth 65 need a context of 129, and that of .* is 128"):

@@ -45,7 +45,7 @@ def test_the_best_that_fits(small_checkpoint: MemoryCheckpoint, monkeypatch: pyt
 
 
 def test_estimates_are_of_the_size_of_what_was_measured() -> None:
-    """270M along 2,048 tokens took 144 s on a machine that multiplied at 140e9 operations a second; docs/calibration.md."""
+    """270M along 2,048 tokens took 144 s on a machine that multiplied at 140e9 operations a second; docs/numbers.md."""
     checkpoint = open_checkpoint("270M", random_weights=0)
     plan = resolve(find_target("onnx").recipe("int4"), checkpoint.config)
     assert gptq_seconds(checkpoint, plan, 2048, 140e9) == pytest.approx(144, rel=0.25)

@@ -24,11 +24,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def few_items(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The number of items that the cloze task is cut to: all of them take minutes."""
+def few_items(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The number of items, 80 unless a test asks for others, that the cloze task is cut to: all of them take minutes."""
     from elmexport.evaluation.tasks import documents
 
-    whole, count = documents.build_documents, 80
+    whole, count = documents.build_documents, getattr(request, "param", 80)
     monkeypatch.setattr(documents, "build_documents", lambda suite, limit, seed: whole(suite, count, 0))
     return count
 
@@ -63,12 +63,11 @@ def test_a_model_without_a_tokenizer(small_checkpoint: MemoryCheckpoint, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("few_items", [8], indirect=True)
 def test_a_drop_that_nothing_keeps_within(tiny: Checkpoint, few_items: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibration.mixed.smallest", lambda sizes, passes: None if not passes(sizes[-1]) else pytest.fail("passed"))
     monkeypatch.setattr("elmexport.evaluation.task_drop.AccuracyDrop", lambda task, items, *_: AccuracyDrop(task, items, 3.0, None, None))
-    with pytest.raises(
-        ElmExportError, match=r"--max-drop 1 is out of reach: .* \(\d\.\d\d bits each\) .* falls by 3\.00 points \(40 items"
-    ):
+    with pytest.raises(ElmExportError, match=r"--max-drop 1 is out of reach: .* \(\d\.\d\d bits each\) .* falls by 3\.00 points \(4 items"):
         export_checkpoint(tiny, "onnx", out=tmp_path / "a", weights=WeightOptions(max_drop=1.0))
 
 

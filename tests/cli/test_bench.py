@@ -69,6 +69,7 @@ def test_table(run: Run) -> None:
     assert "decode 64 at 0     two          100.0     20%   0.50        46%" in lines
     assert "decode 64 at 1024  two          100.0     20%      -" in lines
     assert outcome.err == "note: two: no device\n"
+    assert "guesses" not in outcome.out  # none were asked for
 
 
 @pytest.mark.usefixtures("calls")

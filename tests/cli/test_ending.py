@@ -16,6 +16,7 @@ import pytest
 
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from tests.cli.conftest import Run
+from tests.evaluation.report import examples
 
 
 def heed_interrupts() -> None:
@@ -34,10 +35,17 @@ def test_a_reader_that_goes_away(arguments: list[str]) -> None:
     assert (process.stderr.read(), process.wait()) == ("", 141)
 
 
-@pytest.mark.slow
-def test_a_report_into_a_pipe_that_is_closed() -> None:
+@pytest.fixture
+def stored(tmp_path: Path) -> str:
+    """A report that was stored, to be printed again: the same tables as an evaluation's, without one."""
+    path = tmp_path / "stored.json"
+    path.write_text(examples.report().to_json(), encoding="utf-8")
+    return str(path)
+
+
+def test_a_report_into_a_pipe_that_is_closed(stored: str) -> None:
     """Rich, which draws it, would end the process with code 1."""
-    command = [*PROGRAM, "eval", str(TINY_FOLDER), "--against", "none", "--limit", "2", "--text-tokens", "0"]
+    command = [*PROGRAM, "report", stored]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
@@ -46,9 +54,10 @@ def test_a_report_into_a_pipe_that_is_closed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")], ids=["int", "term"]
+    ("number", "code", "word", "delay"),
+    [(signal.SIGINT, 130, "interrupted", 0.0), (signal.SIGINT, 130, "interrupted", 0.5), (signal.SIGTERM, 143, "terminated", 0.0)],
+    ids=["int", "int-later", "term"],
 )
-@pytest.mark.parametrize("delay", [0.0, 0.5])
 def test_an_export_that_is_ended(number: signal.Signals, code: int, word: str, delay: float, tmp_path: Path) -> None:
     """At once after it began to write, while coremltools may be on its way in, and later."""
     command = [*PROGRAM, "coreml", "--model", "tiny", "--calibrate", "none", "--out", str(tmp_path / "artifact")]
@@ -145,11 +154,10 @@ def terminal(arguments: list[str], **environment: str) -> bytes:
 
 
 @pytest.mark.slow
-def test_no_color() -> None:
-    command = ["eval", str(TINY_FOLDER), "--limit", "10", "--text-tokens", "64"]
+def test_no_color(stored: str) -> None:
     styles = re.compile(rb"\x1b\[[0-9;]*m")
-    assert styles.search(terminal(command, NO_COLOR=""))  # an empty one counts as none
-    plain = terminal(command, NO_COLOR="1")
+    assert styles.search(terminal(["report", stored], NO_COLOR=""))  # an empty one counts as none
+    plain = terminal(["eval", str(TINY_FOLDER), "--limit", "2", "--text-tokens", "0", "--against", "none"], NO_COLOR="1")
     assert b"cloze" in plain and not styles.search(plain)
 
 

@@ -212,3 +212,17 @@ def test_a_choice_that_there_is_not(run: Run, tmp_path: Path) -> None:
 def test_a_setting_that_the_target_does_not_have_is_refused() -> None:
     with pytest.raises(ElmExportError, match="onnx has no setting 'colour'"):
         find_target("onnx", {"colour": "red"})
+
+
+@pytest.mark.usefixtures("calls")
+def test_quiet_prints_the_path_alone(run: Run, artifact: Path) -> None:
+    outcome = run("onnx", "--quiet")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"{artifact}\n", "")
+    assert json.loads(run("onnx", "--quiet", "--json").out)["path"] == str(artifact)
+
+
+@pytest.mark.usefixtures("calls")
+def test_verbose_says_how_long_it_took(run: Run) -> None:
+    outcome = run("onnx", "--verbose")
+    assert re.fullmatch(r" +\d+\.\d s  start\n +\d+\.\d s  in all\nnote: one thing to know\n", outcome.err)
+    assert run("onnx", "--quiet", "--verbose").code == 2

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from elmexport import __version__
+from elmexport.cli.main import app
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
+from elmexport.formats import FORMATS, load
 from elmexport.models.openelm.catalog import TINY_FOLDER
+from elmexport.target import options
 from tests.cli.conftest import Run
 
 COMMANDS = (
@@ -23,6 +30,7 @@ COMMANDS = (
         "eval",
         "report",
         "bench",
+        "sweep",
         "models",
         "generate",
         "compare",
@@ -66,6 +74,7 @@ OPTIONS = dict.fromkeys(("onnx", "coreml", "gguf", "mlx"), EXPORT) | {
     ),
     "report": ("--out", "--tasks", "--preset", "--fewshot", "--limit", "--against", "--data", "--text", "--text-tokens", "--json"),
     "bench": ("--prompt", "--generate", "--depth", "--repeat", "--threads", "--prompt-lookup", "--draft-model", "--json"),
+    "sweep": ("--out", "--workers", "--scheduler", "--retries", "--dry-run"),
     "logits": ("--ids-file", "--out"),
 }
 HEAVY = (
@@ -159,10 +168,27 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "imported: []"
 
 
-def test_without_arguments_it_shows_help(run: Run) -> None:
+def test_alone_it_greets_with_three_commands(run: Run) -> None:
     outcome = run()
-    assert outcome.code == 2
-    assert "Commands:" in outcome.out + outcome.err
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    commands = [shlex.split(line) for line in lines if line.startswith("  elmexport ")]
+    assert [name for _, name, *_ in commands] == ["coreml", "eval", "generate"]
+    program: Any = typer.main.get_command(app)
+    for _, name, *arguments in commands:
+        program.get_command(None, name).make_context(name, arguments)  # parses; runs nothing
+
+
+@pytest.mark.parametrize("target", ["onnx", "coreml", "gguf", "mlx"])
+def test_options_of_an_export_are_in_groups(run: Run, target: str) -> None:
+    page = run(target, "--help").out
+    heads = re.findall(r"^(\w+):$", page, re.MULTILINE)
+    assert heads == ["Model", "Quantization", "Output", "Format", "Options"]
+    model, quantization, output, own, other = re.split(r"^(?:Model|Quantization|Output|Format|Options):$", page, flags=re.MULTILINE)[1:]
+    assert "  --model " in model and "  --quant " in quantization and "  --out " in output
+    assert own.count("\n  --") == len(options(load(FORMATS[target].target))) > 0
+    assert re.findall(r"--\w+", other) == ["--help"]
 
 
 def test_version(run: Run) -> None:

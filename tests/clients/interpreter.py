@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 _LOOP = """
@@ -32,8 +33,8 @@ for line in sys.stdin:
 class Interpreter:
     """Python process without anything of ours; `close` ends it."""
 
-    def __init__(self, log: Path) -> None:
-        """What programs and libraries write to stderr goes into the file `log`."""
+    def __init__(self, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        """What programs and libraries write to stderr goes into the file `log`. `environment`: this process's own where None."""
         answers, theirs = os.pipe()
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
@@ -43,6 +44,7 @@ class Interpreter:
                 text=True,
                 pass_fds=[theirs],
                 cwd=log.parent,
+                env=environment,
             )
         os.close(theirs)
         self._answers, self._log = os.fdopen(answers), log

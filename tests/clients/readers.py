@@ -52,8 +52,16 @@ def _onnx(folder: Path, config: OpenELMConfig) -> Weights:
     matmuls = [node for node in graph.node if node.op_type == "MatMulNBits"]
     if config.share_input_output_layers:
         specs.append(table)
-    assert len(matmuls) == len(specs)
     weights: Weights = {}
+    if not matmuls:  # the standard operators; that of a tied table, the last one, serves embedding and head
+        dequantized = [node for node in graph.node if node.op_type == "DequantizeLinear" and set(node.input) <= set(tensors)]
+        for node, spec in zip(dequantized, specs, strict=True):
+            codes, scales = (array(name).astype(dtype) for name, dtype in zip(node.input, (np.int16, np.float32), strict=True))
+            (axis,) = (attribute.i for attribute in node.attribute if attribute.name == "axis")
+            weights[spec.name] = _dequantize(codes, scales) if axis == 1 else _dequantize(codes.T, scales.T)
+            assert weights[spec.name].shape == spec.shape
+        return weights
+    assert len(matmuls) == len(specs)
     for node, spec in zip(matmuls, specs, strict=True):
         facts = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         rows, columns, bits, block = facts["N"], facts["K"], facts["bits"], facts["block_size"]
@@ -97,8 +105,7 @@ _GGUF_NAMES = {
 def _gguf(folder: Path, config: OpenELMConfig) -> Weights:
     from gguf import GGUFReader, quants
 
-    (path,) = folder.glob("*.gguf")
-    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for path in folder.glob("*.gguf") for tensor in GGUFReader(path).tensors}
 
     def array(name: str) -> NDArray[np.float32]:
         return quants.dequantize(tensors[name].data, tensors[name].tensor_type)
@@ -123,15 +130,15 @@ def _gguf(folder: Path, config: OpenELMConfig) -> Weights:
 def _coreml(folder: Path, config: OpenELMConfig) -> Weights:
     import coremltools
 
-    (package,) = folder.glob("*.mlpackage")
-    spec = coremltools.utils.load_spec(str(package))
-    (data,) = package.glob("Data/*/weights/weight.bin")
-    function = spec.mlProgram.functions[spec.description.defaultFunctionName or "main"]
     parts: Weights = {}
-    for name, value in _constexprs(function.block_specializations[function.opset], data):
-        name = name.removesuffix("_rows")  # the embedding's table; of a tied head's convolution, the same again
-        assert name not in parts or np.array_equal(parts[name], value)
-        parts[name] = value
+    for package in folder.glob("*.mlpackage"):
+        spec = coremltools.utils.load_spec(str(package))
+        (data,) = package.glob("Data/*/weights/weight.bin")
+        function = spec.mlProgram.functions[spec.description.defaultFunctionName or "main"]
+        for name, value in _constexprs(function.block_specializations[function.opset], data):
+            name = name.removesuffix("_rows")  # the embedding's table; of a tied head's convolution, the same again
+            assert name not in parts or np.array_equal(parts[name], value)
+            parts[name] = value
     weights: Weights = {}
     for tensor in config.weights():
         stem = tensor.name.replace(".", "_")

@@ -20,6 +20,7 @@ from elmexport.runtimes import open_artifact
 from elmexport.weights import Role
 from tests.clients.readers import Weights, quantized_weights
 from tests.conftest import ExportTo
+from tests.memory_checkpoint import MemoryCheckpoint
 from tests.reference import kl
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: pip install 'mlx[cpu]' mlx-lm")
@@ -110,6 +111,36 @@ def test_mlx_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrat
         times_alpha = checkpoint.specs[name].role in (Role.EMBEDDING, Role.ATTENTION_QKV, Role.FFN_DOWN)
         wanted = expected[name] * np.float32(manifest["alpha"] if times_alpha else 1)
         assert np.abs(weight - wanted).max() <= (0.005 * np.abs(wanted).max() if times_alpha else 0), name
+
+
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("onnx", {"ops": "standard"}),
+        ("gguf", {"split_max_size": "300K"}),
+        ("mlx", {"max_shard_size": "300K"}),
+        ("coreml", {}),
+        ("coreml", {"kv": "io", "argmax": True}),
+        ("coreml", {"max_package_mb": 0.7}),
+    ],
+    ids=str,
+)
+def test_every_other_form_has_the_same(
+    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, target: str, settings: dict[str, Any]
+) -> None:
+    """Standard operators, files and packages that are cut, Core ML packages for the Neural Engine."""
+    folders = (export_to(small_checkpoint, "onnx", "int4"), export_to(small_checkpoint, target, "int4", settings=settings))
+    expected, found = (
+        quantized_weights(name, folder, small_checkpoint.config) for name, folder in zip(("onnx", target), folders, strict=True)
+    )
+    if any("max_" in name for name in settings):
+        assert len([path for path in folders[1].iterdir() if path.suffix in (".gguf", ".safetensors", ".mlpackage")]) > 1
+    manifest = json.loads((folders[1] / "manifest.json").read_text(encoding="utf-8"))
+    if target == "coreml":
+        assert_same_but_for_alpha(small_checkpoint, found, expected, manifest)
+    else:
+        assert manifest["alpha"] == 1
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])

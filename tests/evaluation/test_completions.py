@@ -10,21 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.evaluation.completions import side_by_side
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.prompts import bundled_prompts
 from tests.cli.conftest import Run, run  # noqa: F401  (a fixture)
-from tests.conftest import ExportTo
+from tests.conftest import MadeOnce
 
 PROMPTS = ["It was a dark", "The door was opened, and", "She said that"]
 
 
 @pytest.mark.slow
-def test_where_texts_differ(tiny: Checkpoint, export_to: ExportTo) -> None:
-    artifact = export_to(tiny, "onnx", "int4-all")
+def test_where_texts_differ(tiny_artifact: MadeOnce) -> None:
+    artifact = tiny_artifact("onnx", "int4-all")
     found = side_by_side([artifact, TINY_FOLDER], PROMPTS, max_tokens=16)
     assert [model.name for model in found.models] == ["OpenELM-tiny fp16", artifact.name, "tiny"]
     reference, small, same = found.models
@@ -52,8 +51,8 @@ def test_the_bundled_prompts_ask_for_the_capital() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_and_the_page(run: Run, tiny: Checkpoint, export_to: ExportTo) -> None:  # noqa: F811
-    artifact = export_to(tiny, "onnx", "int4-all")
+def test_the_command_and_the_page(run: Run, tiny_artifact: MadeOnce) -> None:  # noqa: F811
+    artifact = tiny_artifact("onnx", "int4-all")
     Path("questions.txt").write_text("It was a dark\nThe <b>door</b>\n")
     options = ("--prompts", "questions.txt")
     found = json.loads(run("compare", artifact, TINY_FOLDER, *options, "--max-tokens", "8", "--json").out)

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
-from elmexport.evaluation.evaluate import Settings, evaluate
+from elmexport.evaluation.evaluate import Settings, evaluate, evaluate_reference
 from elmexport.evaluation.results import Report
 from elmexport.models.openelm.catalog import TINY_FOLDER
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
 from tests.evaluation.lm_eval_backend import ROWS
 
 TASKS: Mapping[str, int | None] = {"arc_easy": 0, "winogrande": 2, "crows_pairs_english": 0, "hellaswag": 0, "wikitext": None}
@@ -26,9 +27,9 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_engines_agree_item_by_item(tiny: Checkpoint, export_to: ExportTo) -> None:
+def test_engines_agree_item_by_item(tiny_artifact: MadeOnce) -> None:
     settings = Settings(TASKS, data=ROWS, text_tokens=0)
-    paths = (TINY_FOLDER, export_to(tiny, "onnx", "fp32"), export_to(tiny, "gguf", "fp32"))
+    paths = (TINY_FOLDER, tiny_artifact("onnx", "fp32"), tiny_artifact("gguf", "fp32"))
     torch, onnx, gguf = (evaluate(path, settings, against=None) for path in paths)
     assert [report.artifact.engine for report in (torch, onnx, gguf)] == ["torch", "onnxruntime", "llama.cpp"]
     for name, task in torch.tasks.items():
@@ -42,8 +43,28 @@ def test_engines_agree_item_by_item(tiny: Checkpoint, export_to: ExportTo) -> No
 
 
 @pytest.mark.slow
-def test_report_and_second_run(tiny: Checkpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact = export_to(tiny, "onnx", "int8")
+def test_a_reference_that_was_evaluated_before_serves_every_format(
+    tiny: Checkpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kind of file the tokenizer comes from: SentencePiece's for the model, `tokenizer.json` for ONNX, the GGUF file's own."""
+    artifacts = [export_to(tiny, "onnx", "int8"), export_to(tiny, "gguf", "int8")]
+    settings = Settings({"cloze": None}, limit=4, text_tokens=128)
+    alone = evaluate(artifacts[0], settings)
+    monkeypatch.setenv("ELMEXPORT_CACHE", str(artifacts[0].parent / "another cache"))
+    evaluate_reference(tiny, tiny.config.dims.context, settings)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("the reference was computed again")
+
+    monkeypatch.setattr("elmexport.runtimes.torch.TorchRuntime.logits", refuse)
+    found = [evaluate(artifact, settings) for artifact in artifacts]
+    assert msgspec.structs.replace(found[0], seconds=alone.seconds) == alone
+    assert found[1].reference == found[0].reference and found[1].kl is not None
+
+
+@pytest.mark.slow
+def test_report_and_second_run(tiny_artifact: MadeOnce, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = tiny_artifact("onnx", "int8")
     settings = Settings({"cloze": None, "piqa": 1}, limit=4, data=ROWS, text_tokens=512)
     notes: list[str] = []
     report = evaluate(artifact, settings, note=notes.append)
@@ -105,10 +126,10 @@ def test_generated_answers_end_at_stop_strings(tiny: Checkpoint) -> None:
 
 
 @pytest.mark.slow
-def test_command_line(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(tiny_artifact: MadeOnce, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from elmexport.cli.main import main
 
-    artifact = str(export_to(tiny, "onnx", "int4"))
+    artifact = str(tiny_artifact("onnx", "int4"))
     arguments = ["eval", artifact, "--limit", "6", "--text-tokens", "512"]
 
     def run(*more: str) -> tuple[int, str, str]:
@@ -150,8 +171,8 @@ def test_answers_are_kept_for_what_gave_them(monkeypatch: pytest.MonkeyPatch, tm
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     others.append(load_tokenizer(changed))
     assert others[0].pieces() == own.pieces()
-    names = [_store_name(subject, 256, tokenizer) for tokenizer in (own, *others)]
-    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model"))
+    names = [_store_name(subject, 256, tokenizer.fingerprint()) for tokenizer in (own, *others)]
+    assert names[0] == _store_name(subject, 256, load_tokenizer(TINY_FOLDER / "tokenizer.model").fingerprint())
     monkeypatch.setattr("elmexport.runtimes.version", lambda package: "99.0")
-    names.append(_store_name(subject, 256, own))
+    names.append(_store_name(subject, 256, own.fingerprint()))
     assert len(set(names)) == 5

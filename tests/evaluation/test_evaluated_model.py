@@ -23,7 +23,7 @@ from elmexport.evaluation.evaluated_model import evaluated_artifact, find_refere
 from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes.torch import TorchRuntime
-from tests.conftest import ExportTo, SmallArtifact
+from tests.conftest import ExportTo, MadeOnce, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.reference import reference_logits
 
@@ -117,12 +117,12 @@ def test_a_local_model_is_given_with_against(small_checkpoint: MemoryCheckpoint,
 
 
 @pytest.mark.slow
-def test_another_artifact_as_reference(small_artifact: SmallArtifact, tiny: Checkpoint, export_to: ExportTo) -> None:
+def test_another_artifact_as_reference(small_artifact: SmallArtifact, tiny_artifact: MadeOnce) -> None:
     path = small_artifact("onnx", "int8")
     reference = find_reference(path, str(small_artifact("onnx", "fp32")))
     assert reference.subject.quant == "fp32"
     with pytest.raises(ElmExportError, match="not the same weights"):
-        find_reference(path, str(export_to(tiny, "onnx", "int8")))
+        find_reference(path, str(tiny_artifact("onnx", "int8")))
     (model,) = path.glob("onnx/*.onnx")
     with pytest.raises(ElmExportError, match="names the model it was made from; pass --against PATH"):
         find_reference(model)
@@ -131,8 +131,8 @@ def test_another_artifact_as_reference(small_artifact: SmallArtifact, tiny: Chec
 
 
 @pytest.mark.slow
-def test_a_manifest_of_another_model_is_noticed(tiny: Checkpoint, export_to: ExportTo, tmp_path: Path) -> None:
-    path = export_to(tiny, "onnx", "int8")
+def test_a_manifest_of_another_model_is_noticed(tiny_artifact: MadeOnce, tmp_path: Path) -> None:
+    path = tiny_artifact("onnx", "int8")
     changed = edited(path, tmp_path / "a", lambda manifest: manifest["model"].update(identity="0" * 64))
     with pytest.raises(ElmExportError, match=r"is of the model 000000000000…, fp16 of OpenELM-tiny, "):
         find_reference(changed)

@@ -21,7 +21,7 @@ from elmexport.target import find_target
         ("onnx", "int4", "int8"),
         ("onnx", "int8", "fp16"),
         ("onnx", "fp32", None),
-        ("coreml", "int4", "lut6"),
+        ("coreml", "int4", "int8"),  # lut6 has fewer bits, but tables take long to find
         ("mlx", "int3", "int4-group64"),
         ("gguf", "q4_k_m", "q5_0"),
         ("gguf", "fp16", "fp32"),

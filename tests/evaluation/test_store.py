@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from elmexport.evaluation.store import AnswerStore
-from tests.conftest import ExportTo
+from tests.conftest import MadeOnce
 
 
 def test_answers_survive(tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_half_a_line_is_dropped_and_the_next_one_is_whole(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_goes_on_where_it_ended(tiny: object, export_to: ExportTo, tmp_path: Path) -> None:
-    artifact = export_to(tiny, "onnx", "int8")  # type: ignore[arg-type]
+def test_a_killed_evaluation_goes_on_where_it_ended(tiny_artifact: MadeOnce, tmp_path: Path) -> None:
+    artifact = tiny_artifact("onnx", "int8")
     command = [
         sys.executable,
         "-m",

@@ -23,7 +23,7 @@ from elmexport.progress import SilentProgress
 from elmexport.runtimes import open_artifact
 from elmexport.runtimes.artifact_tokenizer import artifact_tokenizer
 from tests.clients.llama_cpp_tools import llama_cpp_tools
-from tests.conftest import ExportTo
+from tests.conftest import MadeOnce
 
 WINDOW = 128
 
@@ -53,9 +53,9 @@ def kl_of_stored(stored: NDArray[np.float32], logits: NDArray[np.float32]) -> ND
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["f16", "f32"])
-def test_figures_are_those_of_llama_perplexity(base: str, tiny: Checkpoint, export_to: ExportTo, tmp_path: Path) -> None:
+def test_figures_are_those_of_llama_perplexity(base: str, tiny: Checkpoint, tiny_artifact: MadeOnce, tmp_path: Path) -> None:
     tools = llama_cpp_tools()
-    reference, artifact = export_to(tiny, "gguf", base), export_to(tiny, "gguf", "q4_0")
+    reference, artifact = tiny_artifact("gguf", base), tiny_artifact("gguf", "q4_0")
     text, kept = tmp_path / "prose.txt", tmp_path / "base.kld"
     text.write_text(bundled_text("weighting"), encoding="utf-8")
     alike = ["-c", WINDOW, "-b", WINDOW, "-ub", WINDOW, "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-t", 2, "--kl-divergence-base", kept]

@@ -143,7 +143,9 @@ def test_everything_that_runs_the_model(small_checkpoint: MemoryCheckpoint, ids:
 @pytest.mark.slow
 def test_every_calibrated_method(small_config: OpenELMConfig, ids: np.ndarray, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Codes are found on the device: from statistics, along the text, and for folded weights."""
-    checkpoint = random_checkpoint(replace(small_config, num_transformer_layers=2, qkv_multipliers=0.5, ffn_multipliers=0.5))
+    checkpoint = random_checkpoint(
+        replace(small_config, model_dim=96, num_transformer_layers=2, qkv_multipliers=1.0, ffn_multipliers=0.5)
+    )  # the fake device takes its time
     sample = Sample(ids, "random ids")
     statistics = collect(checkpoint, sample, hessian=True)
     kinds = {Role.EMBEDDING: "int4-block32", Role.ATTENTION_QKV: "int4-asym-block32", Role.ATTENTION_OUT: "lut4-group8"}

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from elmexport.graph.forward import KVCaches, forward
+from elmexport.graph import forward as forward_module
+from elmexport.graph.forward import GetRows, KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.models import trace
 from elmexport.models.openelm.config import OpenELMConfig
@@ -151,3 +152,36 @@ def test_observer_sees_every_node_and_weights_are_asked_for_in_order(small_check
     names = [spec.name for spec in small_checkpoint.config.weights()]
     assert asked == [*names, names[0]]  # the tied table comes again as the head
     assert seen[-1].role is Role.LM_HEAD
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS["untied"]], ids=["tied", "untied"])
+def test_large_matrices_are_widened_a_slice_at_a_time(
+    small_config: OpenELMConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in fp16, whole or as rows that are made when they are read, give what they give once they are float32."""
+    checkpoint = random_checkpoint(replace(small_config, **options))
+    graph, ids = trace(checkpoint.config), torch.from_numpy(token_ids(12, small_config))[None]
+    weights = {name: torch.from_numpy(array).half() for name, array in checkpoint.arrays.items()}
+
+    def logits(weight: GetRows) -> torch.Tensor:
+        return forward(graph, weight, ids, 0, KVCaches(graph))
+
+    expected = logits(lambda spec: weights[spec.name].float())
+    monkeypatch.setattr(forward_module, "_WIDENED", 1000)  # smaller than any matrix, and no whole number of rows
+    for weight in (
+        lambda spec: weights[spec.name],
+        lambda spec: MadeRows(weights[spec.name]) if len(spec.shape) == 2 else weights[spec.name],
+    ):
+        torch.testing.assert_close(logits(weight), expected, rtol=1e-5, atol=1e-5)
+
+
+class MadeRows:
+    """Rows of a tensor, never more than 1000 values of a slice."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.shape = tensor, tensor.shape
+
+    def __getitem__(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        found = self.tensor[rows]
+        assert isinstance(rows, torch.Tensor) or found.numel() <= 1000
+        return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.coreml_stock import export_stock
+from benchmarks import coreml_stock
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.mil.executor import MilModel
 from elmexport.runtimes.torch import TorchRuntime
@@ -123,11 +123,27 @@ def test_states_and_any_number_of_tokens(generator: torch.Generator, tmp_path: P
         past += count
 
 
+@pytest.fixture(scope="module")
+def converted() -> Callable[..., Any]:
+    """coremltools' conversion of `tiny`, each function once: it takes longer than all the rest."""
+    convert, done = coreml_stock.convert, {}
+
+    def call(config: Any, weights: Any, tokens: int, context: int) -> Any:
+        if tokens not in done:
+            done[tokens] = convert(config, weights, tokens, context)
+        return done[tokens]
+
+    return call
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("int4", "limit"), [(False, 1e-3), (True, 0.3)])
-def test_the_stock_route_of_tiny(tiny: Checkpoint, int4: bool, limit: float, tmp_path: Path) -> None:
+def test_the_stock_route_of_tiny(
+    tiny: Checkpoint, int4: bool, limit: float, converted: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Traced, converted, quantized and merged by coremltools alone; states, two functions."""
-    export_stock(tiny, tmp_path / "stock.mlpackage", prefill=32, int4=int4)
+    monkeypatch.setattr(coreml_stock, "convert", converted)
+    coreml_stock.export_stock(tiny, tmp_path / "stock.mlpackage", prefill=32, int4=int4)
     model = MilModel(tmp_path / "stock.mlpackage")
     ids = np.random.default_rng(0).integers(0, tiny.config.vocab_size, 68).astype(np.int32)
     states, rows = model.make_states("prefill"), []

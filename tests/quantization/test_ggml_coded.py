@@ -14,6 +14,7 @@ from elmexport.quantization.codec import find_codec
 from elmexport.quantization.ggml import GGML_TYPES
 from elmexport.quantization.ggml_codec import BlockTensor
 from elmexport.quantization.ggml_coded import GGML_CODED, GgmlCoded, coded
+from elmexport.quantization.ggml_search import iq4_edges, nearest
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import find_scheme
 from targets.gguf import ggml
@@ -153,3 +154,16 @@ def test_names() -> None:
         find_scheme("gguf-q9_k")
     with pytest.raises(ElmExportError, match="whose scales are searched; choose 'mse'"):
         quantize(weights(), GGML_CODED[0], "rtn")
+
+
+def test_iq4_codes_are_the_nearest() -> None:
+    """Out of a table, as comparing with every level gives them; of two levels equally near, the lower."""
+    kind = find_scheme("gguf-iq4_nl")
+    assert isinstance(kind, GgmlCoded)
+    edges = iq4_edges(torch.device("cpu"))
+    ratios = torch.cat(
+        (edges, edges.nextafter(torch.tensor(torch.inf)), edges.nextafter(torch.tensor(-torch.inf)), torch.linspace(-300, 300, 999))
+    )
+    ones = torch.ones(1, 1)
+    found = nearest(ratios[None, None].clone(), kind, ones, torch.zeros(1, 1))[0, 0]
+    assert torch.equal(found.long(), torch.bucketize(ratios, edges))

@@ -321,3 +321,18 @@ def test_scaled_by_a_power_of_two_is_exact(scheme: Integer, factor: float) -> No
 @pytest.mark.parametrize("factor", [2.0**-20, 2.0**20, 1 / 3])
 def test_scaling_that_would_round_is_refused(factor: float) -> None:
     assert run(normal(4, 64), INT4).scaled(factor) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["int4-block32", "int4-block128", "int5-block32", "int8-block32", "int4-asym-block32", "gguf-q4_k", "gguf-q6_k", "gguf-iq4_nl"]
+)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_a_quick_search_is_hardly_worse(name: str, weighted: bool) -> None:
+    scheme, x = find_scheme(name), torch.from_numpy(normal(32, 256) ** 3)  # tails heavier than those of weights
+    energy = torch.linspace(0.5, 2, 256) if weighted else torch.ones(256)
+
+    def error(method: Rounding) -> float:
+        rounded = quantize(x, scheme, method, energy if weighted else None).dequantize()
+        return float(((rounded - x).square() @ energy).sum())
+
+    assert error("quick") <= 1.1 * error("mse")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from elmexport.checkpoint.base import Checkpoint
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
@@ -20,7 +19,7 @@ from elmexport.runtimes.prompts import bundled_prompts
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.sequences import Sequences
 from elmexport.runtimes.text import TextModel, TextOptions, open_text_model
-from tests.conftest import ExportTo
+from tests.conftest import MadeOnce
 
 VOCAB = 6
 
@@ -172,9 +171,9 @@ def test_groups() -> None:
     ("target", "quant", "noted"),
     [("gguf", "int4", False), ("gguf", "q8_0", False), ("gguf", "q4_k_m", True), ("checkpoint", "", False), ("onnx", "int4", False)],
 )
-def test_texts_are_the_same_as_alone(tiny: Checkpoint, export_to: ExportTo, target: str, quant: str, noted: bool) -> None:
+def test_texts_are_the_same_as_alone(tiny_artifact: MadeOnce, target: str, quant: str, noted: bool) -> None:
     """`Completion`s of texts of different lengths, one of which a stop string cuts and others fill the context."""
-    model = open_text_model(TINY_FOLDER if target == "checkpoint" else export_to(tiny, target, quant))
+    model = open_text_model(TINY_FOLDER if target == "checkpoint" else tiny_artifact(target, quant))
     prompts = [model.encode(prompt) for prompt in bundled_prompts()]
     prompts[3] = prompts[3] * 40
     prompts[3] = prompts[3][: model.runtime.context - 20]
@@ -214,8 +213,8 @@ def test_bad_prompts_are_refused_before_any_work() -> None:
 
 
 @pytest.mark.parametrize("target", ["gguf", "checkpoint"])
-def test_ids_outside_the_vocabulary(tiny: Checkpoint, export_to: ExportTo, target: str) -> None:
-    runtime = open_artifact(TINY_FOLDER if target == "checkpoint" else export_to(tiny, target, "int4"))
+def test_ids_outside_the_vocabulary(tiny_artifact: MadeOnce, target: str) -> None:
+    runtime = open_artifact(TINY_FOLDER if target == "checkpoint" else tiny_artifact(target, "int4"))
     with pytest.raises(ElmExportError, match="outside the vocabulary"):
         decoded(runtime, Sampling(), [[1], [runtime.vocab_size]], 4)
     assert runtime.logits([1, 2]).shape == (2, runtime.vocab_size)

@@ -39,7 +39,11 @@ LENGTHS: dict[str, Sequence[int]] = {
     "very different": [1, 30, 2, 17, 1],
     "more than a batch": [2, 3] * 20,
 }
-SLOW = {"more than a batch": pytest.mark.slow}
+# Where they begin: all at the beginning and at a chunk's end, of those that take long one, the most uneven ones also between.
+PLACES = [
+    *((position, name) for position in (0, 64) for name in LENGTHS if position or name != "more than a batch"),
+    *((position, "very different") for position in (1, 90)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +96,7 @@ def one_by_one(runtime: Runtime, prefix: NDArray[np.int64], continuations: Seque
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lengths", [pytest.param(LENGTHS[name], id=name, marks=SLOW.get(name, ())) for name in LENGTHS])
-@pytest.mark.parametrize("position", [0, 64, *(pytest.param(position, marks=pytest.mark.slow) for position in (1, 90))])
+@pytest.mark.parametrize(("position", "lengths"), [pytest.param(place, LENGTHS[name], id=f"{place}-{name}") for place, name in PLACES])
 @pytest.mark.parametrize("name", [*EXACT, *NEAR])
 def test_equal_one_after_another(opened: Opened, ids: NDArray[np.int64], name: str, position: int, lengths: Sequence[int]) -> None:
     runtime = opened(name)

@@ -1,6 +1,6 @@
 """Our Core ML packages through the MIL executor: the numbers of the reference, at every place of the cache, in every form, and its refusals.
 
-Core ML itself is played by the executor at the functions' declared sizes, so that what the runtime feeds it is tested too.
+Core ML itself is a fake (`tests.fake_core_ml`), so that what the runtime feeds it is tested too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
 from targets.coreml.neural_engine import head
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
+from tests.fake_core_ml import FakeMLModel
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.mil.packages import function, write_package
 from tests.reference import kl, reference_logits
@@ -111,9 +112,9 @@ def test_without_rounding_only_the_weights_are_fp16(artifact: Path, small_checkp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quant", "limit"), [("fp16", 1e-3), ("int8", 0.01), ("lut8", 0.01), ("lut6", 0.02), ("lut4", 0.2)])
-def test_tiny_agrees_with_torch(tiny: Checkpoint, export_to: ExportTo, quant: str, limit: float) -> None:
+def test_tiny_agrees_with_torch(tiny: Checkpoint, tiny_artifact: MadeOnce, quant: str, limit: float) -> None:
     ids = np.random.default_rng(0).integers(0, tiny.config.vocab_size, 100)
-    logits = open_artifact(export_to(tiny, "coreml", quant)).logits(ids)
+    logits = open_artifact(tiny_artifact("coreml", quant)).logits(ids)
     assert kl(TorchRuntime(tiny).logits(ids), logits).mean() < limit
 
 
@@ -168,22 +169,6 @@ def test_the_bare_package(artifact: Path, ids: NDArray[np.int64], runtime: Runti
     np.testing.assert_array_equal(open_artifact(package).logits(ids[:5]), runtime.logits(ids[:5]))
 
 
-class CoreMLModel:
-    """Stands for coremltools' `MLModel` on a Mac: one function, at its declared sizes."""
-
-    def __init__(self, path: str, function_name: str) -> None:
-        self.model, self.function = MilModel(Path(path)), function_name
-
-    def make_state(self) -> dict[str, Any]:
-        return self.model.make_states(self.function)
-
-    def predict(self, inputs: dict[str, NDArray[Any]], state: dict[str, Any] | None = None) -> dict[str, NDArray[Any]]:
-        halves = {"key_cache", "value_cache", "hidden"} & set(inputs)
-        assert {inputs[name].dtype for name in halves} <= {np.dtype(np.float16)}
-        assert {value.dtype for name, value in inputs.items() if name not in halves} == {np.dtype(np.int32)}
-        return self.model.predict(inputs, state, self.function)
-
-
 def padded_engine(program: Program, contract: Contract, precision: Precision) -> PaddedMilEngine:
     return PaddedMilEngine(MilModel(contract.with_scores(program), precision=precision), contract)
 
@@ -196,7 +181,7 @@ def open_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     def call(path: Path) -> Runtime:
         if request.param == "core ml":
             monkeypatch.setattr("elmexport.runtimes.coreml.sys", SimpleNamespace(platform="darwin"))
-            monkeypatch.setattr("coremltools.models.MLModel", CoreMLModel)
+            monkeypatch.setattr("coremltools.models.MLModel", FakeMLModel)
         elif request.param == "executor at full sizes":
             monkeypatch.setattr("elmexport.runtimes.coreml.open_mil_engine", padded_engine)
         runtime = open_artifact(path)

@@ -12,7 +12,7 @@ from coremltools.converters.mil.mil import Builder as mb
 
 from elmexport.mil.executor import MilModel
 from elmexport.mil.narrowing import CannotNarrowError
-from elmexport.runtimes.coreml import CoreMLRuntime, open_runtime
+from elmexport.runtimes.coreml import CoreMLRuntime, open_for_check, open_runtime
 from elmexport.runtimes.coreml_engines import NarrowedMilEngine, PaddedMilEngine
 from targets.coreml.neural_engine import cache
 from tests.conftest import ExportTo, SmallArtifact
@@ -74,3 +74,17 @@ def test_a_model_whose_axes_cannot_be_followed_is_run_in_full(small_artifact: Sm
     assert isinstance(runtime, CoreMLRuntime)
     assert isinstance(runtime.engine(), PaddedMilEngine)
     assert kl(expected, runtime.logits(ids)).max() < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"kv": "io"}, {"argmax": True}, {"device": "gpu"}], ids=["state", "io", "argmax", "gpu"])
+def test_a_check_reads_what_an_evaluation_reads(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, options: dict[str, Any]) -> None:
+    """In chunks and one by one, at the declared sizes, with no decompressed weight kept."""
+    path = export_to(small_checkpoint, "coreml", "int4", settings=options)
+    ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, 90)
+    checked, evaluated = open_for_check(path), open_runtime(path)
+    evaluated.only_greedy = None
+    for start, stop in ((0, 84), (84, 85), (85, 90)):
+        assert kl(evaluated.logits(ids[start:stop], start), checked.logits(ids[start:stop], start)).max() < 1e-4
+    engine = checked.engine() if isinstance(checked, CoreMLRuntime) else checked._engine  # type: ignore[attr-defined]
+    assert engine.model._store._kept == {}

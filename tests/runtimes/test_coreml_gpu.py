@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from elmexport.runtimes.generation import generate
 from elmexport.runtimes.sampler import Sampling
 from elmexport.runtimes.torch import TorchRuntime
 from tests.conftest import ExportTo
+from tests.fake_core_ml import FakeMLModel
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.mil.packages import function, write_package
 from tests.reference import kl, reference_logits
@@ -60,6 +62,19 @@ def expected(small_checkpoint: MemoryCheckpoint, ids: NDArray[np.int64]) -> NDAr
 @pytest.fixture
 def runtime(artifact: Path) -> Runtime:
     return open_artifact(artifact)
+
+
+@pytest.mark.slow
+def test_what_core_ml_is_given(
+    artifact: Path, ids: NDArray[np.int64], expected: NDArray[np.float64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake, which checks the inputs: a prompt, then a token behind it."""
+    monkeypatch.setattr("elmexport.runtimes.coreml_gpu.sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr("coremltools.models.MLModel", FakeMLModel)
+    runtime = open_artifact(artifact)
+    assert runtime.name == "core ml"
+    assert kl(expected[:10], runtime.logits(ids[:10])).max() < 1e-3
+    assert kl(expected[10:11], runtime.logits(ids[10:11], 10)).max() < 1e-3
 
 
 def call(model: MilModel, states: dict[str, torch.Tensor], ids: NDArray[np.int64], mask: torch.Tensor) -> NDArray[np.float32]:

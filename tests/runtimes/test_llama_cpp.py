@@ -204,7 +204,7 @@ def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(builtins, "__import__", without)
     module.engine.cache_clear()
-    with pytest.raises(MissingDependencyError, match="pip install llama-cpp-python"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'elmexport\[llama\]'"):
         open_runtime(tmp_path / "x.gguf")
 
 

@@ -15,7 +15,8 @@ from elmexport.evaluation.report.table import Cell, Column, Table, number_column
 from elmexport.evaluation.report.wording import megabytes, number, points, tasks
 from elmexport.evaluation.results import Report, TaskResult
 
-_WIDTHS = (("wide", 860.0), ("narrow", 350.0))
+NOISE = " Drops are noisier than KL divergence: where they differ by less than their intervals, trust the plot of KL divergence."
+WIDTHS = (("wide", 860.0), ("narrow", 350.0))
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def drop_figure(reports: Sequence[Report]) -> Figure | None:
     limits = {gate.limit for report in reports for gate in report.gates if gate.name == "max-drop" and gate.limit is not None}
     limit = limits.pop() if len(limits) == 1 else None
     label = f"Plot of the drop on each of {len(rows)} tasks, in percentage points, with 95 % intervals. The tables of this section hold its figures."
-    drawings = tuple(drop_plot(rows, width=width, limit=limit, label=label, class_=class_) for class_, width in _WIDTHS)
+    drawings = tuple(drop_plot(rows, width=width, limit=limit, label=label, class_=class_) for class_, width in WIDTHS)
     caption = "A mark is the drop that was measured; its bar is the 95 % interval. A bar that crosses 0 is within noise."
     if limit is not None:
         caption += f" The dashed line is the largest drop that the gate allows, {limit:g} points."
@@ -99,7 +100,7 @@ def _depth_figure(lines: Sequence[Line], what: str, caption: str, legend: tuple[
     label = f"Plot of {what} in nats per token against depth in the text in tokens."
     drawings = tuple(
         line_plot(drawn, width=width, x_title="depth in the text, tokens", y_title=f"{what}, nats per token", label=label, class_=class_)
-        for class_, width in _WIDTHS
+        for class_, width in WIDTHS
     )
     return Figure(drawings, caption, legend, tables)
 
@@ -120,8 +121,8 @@ def _depth_table(name: str, report: Report) -> Table:
 
 
 @dataclass(frozen=True)
-class _Loss:
-    """Measure of what quantization cost: one value for each report."""
+class Loss:
+    """Measure of what quantization cost: one value for each report; `show` formats it, `warning` ends the caption."""
 
     what: str
     unit: str
@@ -133,20 +134,23 @@ class _Loss:
 def size_figures(reports: Sequence[Report]) -> list[Figure]:
     """Plot size against KL divergence and against mean drop, for several artifacts whose sizes are known."""
     common = common_tasks(reports)
-    kl = _Loss("mean KL divergence", "nats per token", [None if report.kl is None else report.kl.mean for report in reports], number)
-    drop = _Loss(
+    kl = Loss("mean KL divergence", "nats per token", [None if report.kl is None else report.kl.mean for report in reports], number)
+    drop = Loss(
         f"mean drop over {tasks(len(common))}",
         "percentage points",
         [mean_drop(report, common) for report in reports],
         points,
-        " Drops are noisier than KL divergence: where they differ by less than their intervals, trust the plot of KL divergence.",
+        NOISE,
     )
-    return [drawn for loss in (kl, drop) if (drawn := _size_figure(reports, loss)) is not None]
+    names, sizes = labels(reports), [report.artifact.bytes for report in reports]
+    return [drawn for loss in (kl, drop) if (drawn := size_figure(names, sizes, loss)) is not None]
 
 
-def _size_figure(reports: Sequence[Report], loss: _Loss) -> Figure | None:
-    names = labels(reports)
-    sizes = [report.artifact.bytes for report in reports]
+def size_figure(names: Sequence[str], sizes: Sequence[int | None], loss: Loss, title: str = "") -> Figure | None:
+    """Plot size (bytes) against `loss` of artifacts, the Pareto front marked; None for fewer than two that have both.
+
+    `title` begins the caption.
+    """
     discs = [
         Point(i, name, size / 1e6, value)
         for i, (name, size, value) in enumerate(zip(names, sizes, loss.values, strict=True), 1)
@@ -157,8 +161,8 @@ def _size_figure(reports: Sequence[Report], loss: _Loss) -> Figure | None:
     front = [discs[i].number for i in pareto_front([(disc.x, disc.y) for disc in discs])]
     label = f"Plot of size in MB against {loss.what} in {loss.unit}. On the Pareto front: {', '.join(names[i - 1] for i in front)}."
     axes = {"x_title": "size of the artifact, MB", "y_title": f"{loss.what}, {loss.unit}"}
-    drawings = tuple(size_plot(discs, width=width, **axes, label=label, class_=class_) for class_, width in _WIDTHS)
-    caption = "Filled and joined: the Pareto front, artifacts that no other beats in both size and quality. Down and to the left is better."
+    drawings = tuple(size_plot(discs, width=width, **axes, label=label, class_=class_) for class_, width in WIDTHS)
+    caption = f"{title}Filled and joined: the Pareto front, artifacts that no other beats in both size and quality. Down and to the left is better."
     if left_out := [name for i, name in enumerate(names, 1) if i not in {disc.number for disc in discs}]:
         caption += f" Not drawn, for want of finite figures: {', '.join(left_out)}."
     rows = tuple(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from elmexport.documents import decode_json
@@ -44,15 +44,15 @@ def read_reports(path: Path) -> list[Report]:
 _FORMS: Mapping[str, Callable[[Sequence[Report]], str]] = {".html": html, ".md": markdown, ".json": to_json}
 
 
-def check_output(path: Path) -> None:
-    """Check the place of a report: refuse early what `write_reports` could not write.
+def check_output(path: Path, forms: Collection[str] = tuple(_FORMS)) -> None:
+    """Check the place of a report: refuse early what could not be written there. `forms` are the suffixes that it may have.
 
     Raises:
         ElmExportError: a suffix that names no form, a folder, or a place in a folder that is not there.
     """
-    if path.suffix.lower() not in _FORMS:
+    if path.suffix.lower() not in forms:
         found = f"suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise ElmExportError(f"{path} has {found}, which names no form of a report; end it with {', '.join(_FORMS)}")
+        raise ElmExportError(f"{path} has {found}, which names no form of a report; end it with {', '.join(forms)}")
     if path.is_dir():
         raise ElmExportError(f"{path} is a folder; name a file in it")
     if not path.parent.is_dir():

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from elmexport.evaluation.completions import SideBySide
-from elmexport.evaluation.report.contents import contents_of
-from elmexport.evaluation.report.figures import depth_figures, drop_figure, size_figures
+from elmexport.evaluation.report.contents import Contents, contents_of
+from elmexport.evaluation.report.figures import Figure, depth_figures, drop_figure, size_figures
 from elmexport.evaluation.report.items import ShownItem, shown_items
 from elmexport.evaluation.report.overview import labels
 from elmexport.evaluation.report.svg import swatch
@@ -37,6 +37,11 @@ def html(reports: Sequence[Report], said: SideBySide | None = None) -> str:
         items=_items(reports),
         said=said,
     )
+
+
+def html_of(contents: Contents, figures: Sequence[Figure]) -> str:
+    """Render the page of other contents than those of one evaluation, with `figures` of size and quality."""
+    return _template().render(contents=contents, sizes=figures, drops=None, depths=[], items=[], said=None)
 
 
 @cache

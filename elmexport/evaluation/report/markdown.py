@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from elmexport.evaluation.report.contents import contents_of
+from elmexport.evaluation.report.contents import Contents, contents_of
 from elmexport.evaluation.report.table import Cell, Column, Kind, Table, Tone
 from elmexport.evaluation.results import Report
 
@@ -14,7 +14,11 @@ _OUTCOMES = {Tone.GOOD: "✅ ", Tone.BAD: "❌ "}
 
 def markdown(reports: Sequence[Report]) -> str:
     """Render one report, or a comparison of several, as Markdown; ends with a newline."""
-    contents = contents_of(reports)
+    return markdown_of(contents_of(reports))
+
+
+def markdown_of(contents: Contents) -> str:
+    """Render the contents of a report as Markdown; ends with a newline."""
     verdict = contents.verdict
     mark = "" if verdict is None or verdict.tone is None else _OUTCOMES[verdict.tone]
     said = ([] if verdict is None else [verdict.text]) + list(contents.findings)

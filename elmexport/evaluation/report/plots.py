@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -123,6 +123,35 @@ def size_plot(discs: Sequence[Point], *, width: float, x_title: str, y_title: st
         best = i in front
         said = f"{point.label}: {number(point.x)} {x_title}, {number(point.y)} {y_title}" + (", on the Pareto front" if best else "")
         drawing.disc(x, y, str(point.number), said, "disc best" if best else "disc")
+    return drawing.render(label, class_)
+
+
+def heat_map(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    show: Callable[[float], str],
+    width: float,
+    label: str,
+    class_: str,
+) -> Markup:
+    """Draw values by row and column as tiles, darker where they are larger; on a logarithmic scale where they range widely."""
+    step, top = 24.0, FONT + 16
+    left = min(max(map(text_width, rows)) + 14, 0.5 * width)
+    room = min((width - left) / len(columns), 150.0)
+    drawing = Drawing(width, top + step * len(rows) + 4)
+    known = [value for line in values for value in line if value is not None]
+    scale = fit(known, 0.0, 1.0) if known else None
+    for place, column in enumerate(columns):
+        drawing.text(left + room * (place + 0.5), FONT + 2, shorten(column, room - 4), anchor="middle", class_="axis")
+    for at, (row, line) in enumerate(zip(rows, values, strict=True)):
+        y = top + step * at
+        drawing.text(left - 8, y + step / 2 + 4, shorten(row, left - 8), anchor="end", class_="label")
+        for place, (column, value) in enumerate(zip(columns, line, strict=True)):
+            said = f"{row}, {column}: {'not measured' if value is None else show(value)}"
+            shade = None if value is None or scale is None else min(max(scale(value), 0.0), 1.0)
+            drawing.tile(left + room * place, y, room, step, "" if value is None else show(value), said, shade)
     return drawing.render(label, class_)
 
 

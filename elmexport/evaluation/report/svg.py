@@ -133,6 +133,14 @@ class Drawing:
         circle, label = tag("circle", cx=x, cy=y, r=10.0), tag("text", text, x=x, y=y + 4, text_anchor="middle")
         self.parts.append(tag("g", tag("title", title), circle, label, class_=class_))
 
+    def tile(self, x: float, y: float, width: float, height: float, text: str, title: str, shade: float | None) -> None:
+        """Add a rectangle with a `text` in it, in the shade of a value: 0 the lightest, 1 the darkest, None where there is no value."""
+        opacity = None if shade is None else 0.08 + 0.92 * shade
+        class_ = "cell blank" if shade is None else "cell dark" if shade > 0.55 else "cell"
+        area = tag("rect", x=x, y=y, width=width, height=height, fill_opacity=opacity)
+        label = tag("text", text, x=x + width / 2, y=y + height / 2 + 4, text_anchor="middle")
+        self.parts.append(tag("g", tag("title", title), area, label, class_=class_))
+
     def render(self, label: str, class_: str) -> Markup:
         """Return the `<svg>` element; `label` is what a screen reader says instead."""
         return tag(

@@ -21,7 +21,12 @@ _STYLES = {None: "", Tone.BAD: "red", Tone.GOOD: "green"}
 
 
 def print_reports(reports: Sequence[Report], console: Console | None = None) -> None:
-    """Print one report, or a comparison of several, on `console` (stdout where None).
+    """Print one report, or a comparison of several, on `console` (stdout where None)."""
+    print_contents(contents_of(reports), console)
+
+
+def print_contents(contents: Contents, console: Console | None = None) -> None:
+    """Print the contents of a report on `console` (stdout where None).
 
     Piped text has no colour and no wrapped lines; where NO_COLOR is set, a terminal gets no escape codes either.
     """
@@ -32,7 +37,6 @@ def print_reports(reports: Sequence[Report], console: Console | None = None) -> 
         out = Console(file=out.file, width=_UNLIMITED, color_system=None, highlight=False)
     elif os.environ.get("NO_COLOR"):  # rich leaves out colours, and keeps bold
         out = Console(file=out.file, width=out.width, color_system=None, highlight=False)
-    contents = contents_of(reports)
     with out.capture() as printed:  # written here: rich answers a closed pipe by ending the process with code 1
         _print_contents(out, contents)
     out.file.write(printed.get())

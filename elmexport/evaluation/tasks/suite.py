@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, MissingDependencyError
 from elmexport.evaluation.data import LocalData
 
 CLOZE = "cloze"
@@ -50,6 +51,7 @@ METRICS: Mapping[str, str] = {
     "wikitext": "word_perplexity",
     "winogrande": "acc",
 }
+TEXT_ALONE = "--tasks none compares on the text alone"  # what evaluation can do without lm-eval
 _WORDS = re.compile(rb"[^\s\"':,\[\]]+")
 
 
@@ -71,15 +73,29 @@ class Suite:
         return next((name for name in ("acc_norm", "acc") if name in names), names[0])
 
 
+def require_lm_eval(otherwise: str) -> None:
+    """Refuse, before any work, an environment without lm-eval. `otherwise` ends the message: what works without it.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise MissingDependencyError(
+            f"tasks are run by lm-eval, which is not installed; install it with: pip install 'elmexport[eval]'. Without it, {otherwise}"
+        )
+
+
 def check_names(names: Sequence[str]) -> None:
     """Refuse names that stand nowhere in lm-eval's definitions: without importing it, which takes longer than reading all of them.
 
     Raises:
         ElmExportError: an unknown name, with the nearest known ones.
+        MissingDependencyError: a name that only lm-eval may know, which is not installed.
     """
     unknown = {name for name in names if name not in FOLDERS and name != CLOZE}
     if not unknown:
         return
+    require_lm_eval(TEXT_ALONE)
     package = find_spec("lm_eval")
     assert package is not None and package.origin is not None
     # Templates that definitions include have no suffix.
@@ -117,11 +133,18 @@ def _index(names: Sequence[str]) -> Mapping[str, Any]:
     with as_file(files(__package__)) as own:
         folders = [own, *sorted({root / FOLDERS[name] for name in names if name in FOLDERS})]
         # later folders win: our own `cloze` stays ours
-        manager = lm_eval.tasks.TaskManager(include_defaults=bool(unknown), include_path=[own] if unknown else folders)
+        manager = _manager(bool(unknown), (own,) if unknown else tuple(folders))
     for name in unknown:
         if name not in manager.task_index:
             raise _unknown(name, manager.all_tasks)
     return manager.task_index
+
+
+@cache  # to read all definitions takes seconds, and a report on several artifacts asks for them each time
+def _manager(defaults: bool, folders: tuple[Path, ...]) -> Any:
+    import lm_eval.tasks
+
+    return lm_eval.tasks.TaskManager(include_defaults=defaults, include_path=list(folders))
 
 
 def _load(name: str, fewshot: int | None, index: Mapping[str, Any], data: LocalData | None) -> Suite:

@@ -20,7 +20,7 @@ from elmexport.errors import ElmExportError
 from elmexport.models import known_models
 from targets.coreml.lint import LintResult, lint
 from targets.coreml.rules import RULES, Severity
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.mil.packages import function, write_package
 from tests.targets.coreml.hollow import hollow_package
@@ -71,8 +71,15 @@ def test_our_form_of_the_trained_model_has_no_finding(tiny: Checkpoint, export_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"kv": "io", "argmax": True, "prefill": 512}], ids=str)
-@pytest.mark.parametrize(("size", "quant"), [("270M", "int4"), ("3B", "int4"), ("1.1B", "fp16")])
+@pytest.mark.parametrize(
+    ("size", "quant", "settings"),
+    [
+        ("270M", "int4", {}),
+        ("3B", "int4", {"kv": "io", "argmax": True, "prefill": 512}),
+        ("1.1B", "fp16", {}),
+    ],
+    ids=str,
+)
 def test_our_form_of_every_size_has_no_finding(
     size: str, quant: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,9 +338,9 @@ def test_what_is_no_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_artifact_of_another_target(tiny: Checkpoint, export_to: ExportTo) -> None:
+def test_an_artifact_of_another_target(tiny_artifact: MadeOnce) -> None:
     with pytest.raises(ElmExportError, match="is an artifact for onnx; the rules of the Neural Engine are for Core ML"):
-        lint(export_to(tiny, "onnx", "int4"))
+        lint(tiny_artifact("onnx", "int4"))
 
 
 def test_every_rule_has_an_id_a_source_and_one_check() -> None:

@@ -97,8 +97,7 @@ def _config(name: str) -> OpenELMConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["270M", "3B"])
-@pytest.mark.parametrize("interface", [Interface(64), Interface(64, cache_io=True, argmax=True)], ids=["state", "io"])
+@pytest.mark.parametrize(("name", "interface"), [("270M", Interface(64)), ("3B", Interface(64, cache_io=True, argmax=True))], ids=str)
 def test_no_dimension_of_the_known_models_is_too_large(tmp_path: Path, name: str, interface: Interface) -> None:
     config = _config(name)
     CoreMLTarget(kv="io" if interface.cache_io else "state", argmax=interface.argmax).check(config, config.max_context_length)

@@ -1,4 +1,4 @@
-"""`verify.py` as it lies in an artifact, run with a stand-in for Core ML; and the golden file that it reads."""
+"""`verify.py` as it lies in an artifact, run with a fake of Core ML (`tests.fake_core_ml`); and the golden file that it reads."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch
 from elmexport.artifact import Artifact
 from elmexport.checkpoint.base import Checkpoint
 from tests.conftest import ExportTo
+from tests.fake_core_ml import FakeMLModel, fake_coremltools
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.reference import reference_logits
-from tests.targets.coreml.fake_coremltools import FakeModel, fake_coremltools
 
 pytestmark = pytest.mark.slow
 
@@ -52,10 +52,10 @@ def test_every_form_passes(
     tiny: Checkpoint, export_to: ExportTo, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = export_to(tiny, "coreml", "int4", settings=settings, verify=True)
-    FakeModel.units.clear()
+    FakeMLModel.units.clear()
     code, out = verify(folder, monkeypatch, capsys, "--compute-units", "cpu_and_ne")
     assert code == 0, out
-    assert FakeModel.units == {"CPU_AND_NE"}
+    assert FakeMLModel.units == {"CPU_AND_NE"}
     # The stand-in runs what the self-check ran: what it gives is the golden file's, but for the order of sums.
     other = re.search(r"from the check of the export: +([\d.e+-]+), ([\d.e+-]+), (\d+) of (\d+)", out)
     assert other is not None, out
@@ -68,7 +68,7 @@ def test_a_package_that_says_something_else_fails(
     tiny: Checkpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = artifact(tiny, export_to)
-    monkeypatch.setattr(FakeModel, "noise", 8.0)
+    monkeypatch.setattr(FakeMLModel, "noise", 8.0)
     code, out = verify(folder, monkeypatch, capsys)
     assert (code, "FAILED: the export allowed a mean of 0.5" in out) == (1, True)
 

@@ -28,7 +28,7 @@ from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.runtimes.llama_cpp_tokenizer import LlamaCppTokenizer
 from targets.gguf.tokenizer import find_vocabulary
 from tests.checkpoint.tokenizer.vocabularies import added, change, in_gguf, sentencepiece_model, write_json
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.targets.gguf.test_gguf_target import metadata
 
@@ -93,8 +93,8 @@ def test_any_text(llama_cpp_tokenize: Tokenize, sentencepiece_tokenize: Tokenize
 
 
 @pytest.mark.slow
-def test_pieces_are_sentencepieces(tiny: Checkpoint, export_to: ExportTo) -> None:
-    found = metadata(export_to(tiny, "gguf", "int8"))
+def test_pieces_are_sentencepieces(tiny_artifact: MadeOnce) -> None:
+    found = metadata(tiny_artifact("gguf", "int8"))
     processor = sentencepiece.SentencePieceProcessor(str(MODEL))
     ids = range(processor.vocab_size())
     assert found["tokenizer.ggml.model"] == "llama"

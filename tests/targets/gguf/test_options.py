@@ -19,7 +19,7 @@ from elmexport.target import find_target
 from targets.gguf import LLAMA_CPPS, OURS, ggml
 from targets.gguf.inspect import list_tensors
 from tests.clients.llama_cpp_tools import LlamaCppTools
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, MadeOnce
 from tests.memory_checkpoint import MemoryCheckpoint
 from tests.targets.gguf.test_gguf_target import gguf_path, metadata
 
@@ -27,8 +27,10 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 @pytest.mark.slow
-def test_split_files_are_llama_cpps_own(tiny: Checkpoint, export_to: ExportTo, llama_cpp_tools: LlamaCppTools, tmp_path: Path) -> None:
-    whole = gguf_path(export_to(tiny, "gguf", "q4_k_m"))
+def test_split_files_are_llama_cpps_own(
+    tiny: Checkpoint, export_to: ExportTo, tiny_artifact: MadeOnce, llama_cpp_tools: LlamaCppTools, tmp_path: Path
+) -> None:
+    whole = gguf_path(tiny_artifact("gguf", "q4_k_m"))
     llama_cpp_tools.run("llama-gguf-split", "--split", "--split-max-size", "1M", whole, tmp_path / whole.stem)
     expected = sorted(tmp_path.iterdir())
     found = sorted(export_to(tiny, "gguf", "q4_k_m", settings={"split_max_size": "1M"}).glob("*.gguf"))
@@ -48,7 +50,7 @@ def test_split_artifacts_run(small_checkpoint: MemoryCheckpoint, export_to: Expo
     sizes = [[tensor.n_bytes for tensor in GGUFReader(file).tensors] for file in files]
     limit = int(size.upper().replace("K", "000"))
     assert all(len(one) == 1 or sum(one) <= limit for one in sizes) and all(sizes)
-    Artifact.open(parts).verify()
+    assert Artifact.open(parts).verify() == []
     assert [(t.name, t.shape) for t in list_tensors(parts, small_checkpoint.config)] == [
         (t.name, t.shape) for t in list_tensors(whole, small_checkpoint.config)
     ]
@@ -114,7 +116,7 @@ def test_without_ggml(monkeypatch: pytest.MonkeyPatch) -> None:
     target = find_target("gguf")
     for quant in LLAMA_CPPS:
         with pytest.raises(
-            MissingDependencyError, match=r"pip install xllamacpp.*Without it, --quant takes int4, int8, fp16, bf16 and fp32"
+            MissingDependencyError, match=r"pip install 'elmexport\[ggml\]'.*Without it, --quant takes int4, int8, fp16, bf16 and fp32"
         ):
             target.recipe(quant)
     for quant in OURS:

@@ -1,7 +1,7 @@
 """`optimum-cli export openelm`: elmexport's ONNX export as a command of optimum.
 
-optimum looks for commands in the namespace `optimum.commands.register`, to which any package may add a file. This one is read whenever
-`optimum-cli` starts, so nothing heavy may be imported here.
+optimum looks for commands in the namespace `optimum.commands.register`, to which any package may add a file: a wheel of elmexport holds this
+one there. It is read whenever `optimum-cli` starts, so nothing heavy may be imported here.
 """
 
 from __future__ import annotations

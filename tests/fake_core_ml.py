@@ -1,4 +1,8 @@
-"""coremltools as `verify.py` sees it on a Mac: packages run in our executor, and arguments are checked as strictly as Core ML would."""
+"""A FAKE: coremltools' `MLModel` as on a Mac, the suite's only stand-in for Core ML. Packages run in our own executor.
+
+It can show that a caller gives every input by its declared name, type and size, and states where there are any, and makes the right thing of
+the outputs. It can show nothing about Core ML itself, which no test runs, and no figure of a model comes from it.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,15 @@ from elmexport.mil.executor import MilModel
 _DTYPES = {"float16": np.float16, "int32": np.int32}
 
 
-class FakeModel:
+class FakeMLModel:
+    """One function of a package, at its declared sizes."""
+
     units: ClassVar[set[str]] = set()  # asked for
     noise: ClassVar[float] = 0.0  # added to every output that is a float
 
-    def __init__(self, path: str, function_name: str | None = None, compute_units: Any = None) -> None:
+    def __init__(self, path: str, function_name: str | None = None, compute_units: Any = coremltools.ComputeUnit.ALL) -> None:
         assert isinstance(compute_units, coremltools.ComputeUnit)
-        FakeModel.units.add(compute_units.name)
+        FakeMLModel.units.add(compute_units.name)
         self.model, self.name = MilModel(Path(path)), function_name
         self.function = self.model.function(function_name)
 
@@ -46,9 +52,10 @@ class FakeModel:
 
 
 def fake_coremltools() -> ModuleType:
+    """The module, as far as `verify.py` uses it."""
     module = ModuleType("coremltools")
     module.__dict__.update(
-        models=SimpleNamespace(MLModel=FakeModel),
+        models=SimpleNamespace(MLModel=FakeMLModel),
         utils=SimpleNamespace(load_spec=coremltools.utils.load_spec),
         ComputeUnit=coremltools.ComputeUnit,
     )
