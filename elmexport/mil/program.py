@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,7 @@ def load_program(path: Path) -> Program:
     reader = _Reader(path, specification_path.parent)
     try:
         functions = {name: reader.function(name, function) for name, function in sorted(specification.mlProgram.functions.items())}
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:  # of a TypeError: names that are no UTF-8, which protobuf gives as bytes
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     default = specification.description.defaultFunctionName or "main"
     default = default if default in functions else next(iter(functions))
@@ -144,12 +144,23 @@ def _specification_path(path: Path) -> Path:
         raise ElmExportError(f"{path} is not a Core ML package: it has no Manifest.json; give the .mlpackage folder that an export wrote")
     try:
         content = decode_json(manifest.read_bytes())
-        root = path / "Data" / content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
+        root = path / "Data" / _inside(content["itemInfoEntries"][content["rootModelIdentifier"]]["path"])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, f"Manifest.json: {type(error).__name__} {error}") from None
     if not root.is_file():
         raise _damaged(path, f"{root.relative_to(path)} is missing")
     return root
+
+
+def _inside(name: str) -> str:
+    """`name`, a path in a package.
+
+    Raises:
+        ValueError: it leads out of it.
+    """
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+        raise ValueError(f"the path {name!r} leads out of the package")
+    return name
 
 
 def _parse(path: Path) -> Any:
@@ -218,7 +229,7 @@ class _Reader:
         shape = tuple(size for size in kind.shape if size is not None)
         if message.WhichOneof("value") == "blobFileValue":
             name = message.blobFileValue.fileName
-            path = self.model_folder / name.removeprefix(_MODEL_PATH)
+            path = self.model_folder / _inside(name.removeprefix(_MODEL_PATH))
             if path not in self.files:
                 self.files[path] = BlobFile(path)
             self.files[path].check(message.blobFileValue.offset, kind.dtype, shape)

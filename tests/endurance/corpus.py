@@ -1,4 +1,4 @@
-"""Sound files of every kind that elmexport reads, of a model of 60,000 parameters: what the mutations begin with."""
+"""Sound files of every kind that elmexport reads, of a model of 300,000 parameters: what the mutations begin with."""
 
 from __future__ import annotations
 

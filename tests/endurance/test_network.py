@@ -28,7 +28,7 @@ def contacted(command: list[str], folder: Path) -> set[str]:
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "ELMEXPORT_THREADS": "1",
     }
-    traced = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(trace), *command]
+    traced = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(trace), *command]
     done = subprocess.run(traced, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     return set(_ADDRESS.findall(trace.read_text(errors="replace")))

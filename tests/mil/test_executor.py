@@ -379,3 +379,25 @@ def test_another_model_type(package: Path) -> None:
     (package / DATA / "model.mlmodel").write_bytes(model.SerializeToString())
     with pytest.raises(ElmExportError, match="a model of type neuralNetwork, only mlProgram can be run here; convert it with coremltools"):
         MilModel(package)
+
+
+@pytest.mark.parametrize("path", ["../../outside.mlmodel", "/etc/passwd", "..\\outside"])
+def test_paths_that_lead_out_of_the_package_are_not_opened(path: str, package: Path) -> None:
+    manifest = package / "Manifest.json"
+    manifest.write_text(manifest.read_text().replace("com.apple.CoreML/model.mlmodel", path.replace("\\", "\\\\")))
+    with pytest.raises(ElmExportError, match="leads out of the package"):
+        MilModel(package)
+
+
+def test_weights_outside_of_the_package_are_not_opened(package: Path) -> None:
+    path = package / DATA / "model.mlmodel"
+    model = Model_pb2.Model()
+    model.ParseFromString(path.read_bytes())
+    block = next(iter(model.mlProgram.functions.values()))
+    for operation in next(iter(block.block_specializations.values())).operations:
+        for value in operation.attributes.values():
+            if value.WhichOneof("value") == "blobFileValue":
+                value.blobFileValue.fileName = "@model_path/../../../outside.bin"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ElmExportError, match="leads out of the package"):
+        MilModel(package)

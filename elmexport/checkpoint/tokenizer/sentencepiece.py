@@ -36,8 +36,8 @@ class SentencePieceTokenizer(Tokenizer):
             # What the processor does not tell: user-defined pieces, normalization.
             self.model: Any = sentencepiece_model_pb2.ModelProto()
             self.model.ParseFromString(self._bytes)
-            self._pieces = tuple(Piece(piece.piece, piece.score, PieceKind(piece.type)) for piece in self.model.pieces)
-        except (RuntimeError, OSError, DecodeError, ValueError) as error:  # of a ValueError: pieces that are no UTF-8
+            self._pieces = tuple(Piece(_text(piece.piece), piece.score, PieceKind(piece.type)) for piece in self.model.pieces)
+        except (RuntimeError, OSError, DecodeError, ValueError) as error:
             raise damaged(path, error) from None
         processor = self._processor
         self.vocab_size = processor.vocab_size()
@@ -71,3 +71,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _content(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()
+
+
+def _text(piece: str | bytes) -> str:
+    """The text of a piece. Protobuf gives bytes where a file holds something that is no UTF-8.
+
+    Raises:
+        UnicodeDecodeError: it is none.
+    """
+    return piece if isinstance(piece, str) else piece.decode("utf-8")
