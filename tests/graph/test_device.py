@@ -145,6 +145,8 @@ def test_every_calibrated_method(small_config: OpenELMConfig, ids: np.ndarray, m
     """Codes are found on the device: from statistics, along the text, and for folded weights."""
     checkpoint = random_checkpoint(replace(small_config, num_transformer_layers=2, qkv_multipliers=0.5, ffn_multipliers=0.5))
     sample = Sample(ids, "random ids")
+    for user in ("calibration.gptq", "calibration.sequential"):  # in one dtype: a CPU may multiply bfloat16, the fake device does not
+        monkeypatch.setattr(f"{user}.product_dtype", lambda device: torch.float32)
     statistics = collect(checkpoint, sample, hessian=True)
     kinds = {Role.EMBEDDING: "int4-block32", Role.ATTENTION_QKV: "int4-asym-block32", Role.ATTENTION_OUT: "lut4-group8"}
     rules = (*(Rule(find_scheme(name), frozenset({role})) for role, name in kinds.items()), Rule(Float("fp32")))
