@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-_ROWS = 4  # tokens from which a product is faster through numpy
+_ROWS = (
+    33  # tokens from which a product goes through numpy: more than are guessed at once, for a guess is to be rounded as a token alone is
+)
 _SLICE = 1 << 22  # values of a weight that are dequantized at a time
 
 

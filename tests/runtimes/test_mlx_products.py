@@ -22,7 +22,7 @@ FORMS: dict[str, dict[str, Any] | None] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tokens", [1, 3, 4, 9])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
 def test_products_are_those_of_mlx(form: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     mx.random.seed(0)
     model = nn.Sequential(nn.Linear(128, 256, bias=False), nn.Linear(256, 128), nn.Embedding(70, 128))
