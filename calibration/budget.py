@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from calibration.sequential import forward_dtype
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.graph.device import torch_device
 from elmexport.quantization.recipes import Plan
@@ -16,19 +17,22 @@ MINUTES = 10.0  # that it may take where nobody says
 
 # Multiplications of each part of the work in the place of one of its own sizes, fitted to benchmarks/gptq_time.py: the parts differ in how
 # well they use the processor, and GPTQ's rounding and search for ridge and damping go over a matrix several times.
-_FORWARD, _PRODUCTS, _SOLVING, _ROUNDING = 1.1, 1.8, 7.0, 19.0
+_FORWARD, _PRODUCTS, _SOLVING, _ROUNDING = 0.6, 1.3, 6.2, 11.0
+_FLOAT32 = 2.0  # times as long as in bfloat16, in which the forward passes of those benchmarks multiplied
 
 
 def gptq_seconds(checkpoint: Checkpoint, plan: Plan, tokens: int, rate: float) -> float:
     """Estimate the seconds of GPTQ along `tokens` tokens where float32 matrices multiply at `rate` operations a second."""
-    work = 0.0
+    work, forward = 0.0, _FORWARD
+    if forward_dtype(checkpoint, plan, torch_device()) == torch.float32:
+        forward *= _FLOAT32
     for name, spec in checkpoint.specs.items():
         if spec.role.is_norm or spec.layer is None:
             continue
         rows, columns = spec.shape
         layer = checkpoint.config.dims.layers[spec.layer]
         read = tokens * layer.active_experts / layer.experts if spec.role.is_expert else tokens  # of the experts, a token goes to some
-        work += _FORWARD * 2 * rows * columns * 2 * read  # as published, and as quantized so far
+        work += forward * 2 * rows * columns * 2 * read  # as published, and as quantized so far
         if isinstance(plan.schemes[name], CodedScheme):
             work += _PRODUCTS * (columns**2 + 2 * min(rows, columns) * columns) * read
             work += _SOLVING * columns**3 + _ROUNDING * columns**2 * rows

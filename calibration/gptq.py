@@ -25,8 +25,10 @@ from elmexport.quantization.grids import Grid
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import CodedScheme
 
-_BLOCK = 64  # columns whose errors are passed on together
-_PRODUCT = 512  # rows of a product with a triangle that are computed together
+_BLOCK = 64  # channels whose errors are passed on to each other one by one
+_PANEL = (
+    256  # channels whose errors are passed on to others together: products of few different shapes, for a library compiles each shape anew
+)
 _ATTEMPTS = 4  # at a Cholesky factor, each with ten times the damping of the one before
 
 
@@ -76,21 +78,25 @@ def _round_in_order(grid: Grid, w: Tensor, factor: Tensor, order: Tensor) -> Ten
     channels, ordered = order.cpu().tolist(), w[order]
     feedback = (factor / size).to(dtype)
     known, left = (torch.empty_like(w, dtype=dtype) for _ in range(2))  # E, and √D (Uᵀ E), as products take them
-    error = torch.empty_like(w[:_BLOCK])
-    for start in range(0, len(w), _BLOCK):
-        stop = min(start + _BLOCK, len(w))
-        block = slice(start, stop)
-        target = ordered[block] + (feedback[:start, block].t() @ known[:start])
-        inside = factor[block, block] / size[block]
-        for i, (channel, exact) in enumerate(zip(channels[block], ordered[block], strict=True)):
-            torch.sub(exact, grid.round(channel, target[i]), out=error[i])
-            target[i + 1 :].addr_(inside[i, i + 1 :], error[i])
-        known[block] = error[: stop - start]
-        left[block] = (target - ordered[block] + error[: stop - start]) * size[block, None]
+    error = torch.empty_like(w[:_PANEL])
+    for first in range(0, len(w), _PANEL):
+        panel = slice(first, min(first + _PANEL, len(w)))
+        targets = ordered[panel] + (feedback[:first, panel].t() @ known[:first])
+        inside = factor[panel, panel] / size[panel]
+        for start in range(0, len(targets), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            target = targets[block].addmm_(inside[:start, block].t(), error[:start])
+            for i in range(len(target)):
+                row = start + i
+                torch.sub(ordered[first + row], grid.round(channels[first + row], target[i]), out=error[row])
+                target[i + 1 :].addr_(inside[row, row + 1 : start + len(target)], error[row])
+        found = error[: len(targets)]
+        known[panel] = found
+        left[panel] = (targets - ordered[panel] + found) * size[panel, None]
     triangle, gradient = factor.to(dtype), torch.empty_like(w)
-    for start in range(0, len(w), _PRODUCT):
-        rows = slice(start, start + _PRODUCT)
-        gradient[order[rows]] = (triangle[rows, start:] @ left[start:]).to(w.dtype)
+    for first in range(0, len(w), _PANEL):
+        panel = slice(first, first + _PANEL)
+        gradient[order[panel]] = (triangle[panel, first:] @ left[first:]).to(w.dtype)
     return gradient
 
 
@@ -103,26 +109,25 @@ def _descend(grid: Grid, w: Tensor, error: Tensor, h: Tensor) -> Tensor:
     products, known = h.to(dtype), error.to(dtype)
     change, gradient = torch.empty_like(w), torch.empty_like(w)
     new = torch.empty_like(w[:_BLOCK])
-    for start in range(0, len(w), _BLOCK):
-        stop = min(start + _BLOCK, len(w))
-        block = slice(start, stop)
-        inside = h[block, block] / size[block]
-        passed = (products[block] @ known).to(w.dtype)
-        target = passed / size[block, None] - error[block] + w[block]
-        for i, (exact, old, changed) in enumerate(zip(w[block], error[block], change[block], strict=True)):
-            torch.sub(exact, grid.round(start + i, target[i]), out=new[i])
-            # Of the block's own errors the product above held the old ones.
-            torch.sub(new[i], old, out=changed)
-            target[i + 1 :].addr_(inside[i, i + 1 :], changed)
-        error[block] = known[block] = new[: stop - start]
-        torch.addmm(passed, h[block, block], change[block], out=gradient[block])
+    for first in range(0, len(w), _PANEL):
+        panel = slice(first, min(first + _PANEL, len(w)))
+        gradient[panel] = (products[panel] @ known).to(w.dtype)  # with the old errors from here on
+        for start in range(first, panel.stop, _BLOCK):
+            block = slice(start, min(start + _BLOCK, panel.stop))
+            passed = gradient[block].addmm_(h[block, first:start], change[first:start])
+            inside = h[block, block] / size[block]
+            target = passed / size[block, None] - error[block] + w[block]
+            for i, (exact, old, changed) in enumerate(zip(w[block], error[block], change[block], strict=True)):
+                torch.sub(exact, grid.round(start + i, target[i]), out=new[i])
+                torch.sub(new[i], old, out=changed)
+                target[i + 1 :].addr_(inside[i, i + 1 :], changed)
+            error[block] = new[: len(target)]
+            gradient[first : block.stop].addmm_(h[first : block.stop, block], change[block])
+        known[panel] = error[panel]
     known.copy_(change)
-    # Every row had the old errors of the blocks behind its own.
-    for start in range(0, len(w), _PRODUCT):
-        stop = min(start + _PRODUCT, len(w))
-        for inner in range(start + _BLOCK, stop, _BLOCK):
-            gradient[inner - _BLOCK : inner] += products[inner - _BLOCK : inner, inner:stop] @ known[inner:stop]
-        gradient[start:stop] += products[start:stop, stop:] @ known[stop:]
+    for first in range(0, len(w), _PANEL):
+        panel = slice(first, min(first + _PANEL, len(w)))
+        gradient[panel] += products[panel, panel.stop :] @ known[panel.stop :]
     return gradient
 
 

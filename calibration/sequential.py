@@ -67,7 +67,7 @@ def quantize_in_order(
             f"token id {sample.ids.max()} is outside the vocabulary of {checkpoint.source.name}; use the model's tokenizer"
         )
     graph, device = trace(checkpoint.config, sample.window), torch_device()
-    products = _forward_dtype(checkpoint, plan, device)
+    products = forward_dtype(checkpoint, plan, device)
     stages = linear_stages(graph)
     chosen: dict[Role, tuple[float, float]] = {}  # damping and ridge of the matrix before of each role
     exact: Activations = {graph.source: torch.from_numpy(sample.ids)}
@@ -126,8 +126,8 @@ def quantize_in_order(
         progress.advance(_cost(stage))
 
 
-def _forward_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
-    """What linear layers multiply in: bfloat16's own rounding is small beside that of 4-bit codes, not beside that of 8-bit ones."""
+def forward_dtype(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> torch.dtype:
+    """Dtype in which linear layers multiply: bfloat16's own rounding is small beside that of 4-bit codes, not beside that of 8-bit ones."""
     coded = (plan.schemes[spec.name] for spec in checkpoint.specs.values() if spec.role not in (Role.EMBEDDING, Role.LM_HEAD))
     fine = any(isinstance(scheme, CodedScheme) and scheme.width > _COARSE for scheme in coded)
     return torch.float32 if fine else product_dtype(device)
