@@ -55,11 +55,12 @@ def gptq(
     w = weight.to(torch.float32).t().contiguous()
     gradient = _round_in_order(grid, w, factor, order)
     del factor
+    products = h.to(product_dtype(h.device))
     for _ in range(rounds):
-        error = _refit(grid, w, gradient, h)
-        gradient = _descend(grid, w, error, h)
+        error = _refit(grid, w, gradient, h, products)
+        gradient = _descend(grid, w, error, h, products)
     if rounds:
-        _refit(grid, w, gradient, h)
+        _refit(grid, w, gradient, h, products)
     return grid.result()
 
 
@@ -100,13 +101,12 @@ def _round_in_order(grid: Grid, w: Tensor, factor: Tensor, order: Tensor) -> Ten
     return gradient
 
 
-def _descend(grid: Grid, w: Tensor, error: Tensor, h: Tensor) -> Tensor:
+def _descend(grid: Grid, w: Tensor, error: Tensor, h: Tensor, products: Tensor) -> Tensor:
     """Round every channel again to what is best beside all others' errors, the newest of each (coordinate descent, `error` is updated).
 
-    Row i's target is w_i + Σ_{j≠i} H_ij E_j / H_ii. Returns H E.
+    Row i's target is w_i + Σ_{j≠i} H_ij E_j / H_ii. `products` is `h` in the dtype of products. Returns H E.
     """
-    size, dtype = h.diagonal(), product_dtype(w.device)
-    products, known = h.to(dtype), error.to(dtype)
+    size, known = h.diagonal(), error.to(products.dtype)
     change, gradient = torch.empty_like(w), torch.empty_like(w)
     new = torch.empty_like(w[:_BLOCK])
     for first in range(0, len(w), _PANEL):
@@ -131,7 +131,7 @@ def _descend(grid: Grid, w: Tensor, error: Tensor, h: Tensor) -> Tensor:
     return gradient
 
 
-def _refit(grid: Grid, w: Tensor, gradient: Tensor, h: Tensor) -> Tensor:
+def _refit(grid: Grid, w: Tensor, gradient: Tensor, h: Tensor, products: Tensor) -> Tensor:
     """Refit the grid's parameters to its codes by a step towards the least squares under `h`; returns the new errors.
 
     The normal equations differ from row to row (or group to group), and a product with `h` for all of them at once is the cheapest way to
@@ -141,8 +141,7 @@ def _refit(grid: Grid, w: Tensor, gradient: Tensor, h: Tensor) -> Tensor:
     slope = grid.reduce(gradient)
     squares = grid.squares(h.diagonal())
     direction = torch.where(squares > 0, slope / squares, 0.0)  # a parameter that no code uses stays as it is
-    dtype = product_dtype(w.device)
-    passed = (h.to(dtype) @ grid.expand(direction).to(dtype)).to(w.dtype)
+    passed = (products @ grid.expand(direction).to(products.dtype)).to(w.dtype)
     curvature = (direction * grid.reduce(passed)).sum(0)
     rate = torch.where(curvature > 0, (direction * slope).sum(0) / curvature, 0.0)
     grid.set(grid.parameters + rate * direction)

@@ -202,6 +202,7 @@ def _moments(
     # The part that the weight makes is W E[(before - x) xᵀ]: `narrow` says that this costs less than the products of its outputs.
     narrow = width < (2 * out if gathered is None else out)
     drift = torch.zeros(width, width, device=device) if narrow else None
+    maker = weight if narrow else weight.to(dtype)
     for batch in batches(stop - start, now.shape[1]):
         rows = slice(start + batch.start, start + batch.stop)
         x = now[rows].flatten(0, 1).to(device)
@@ -212,7 +213,7 @@ def _moments(
         if drift is not None:
             drift += difference.T @ x
         else:
-            made = torch.nn.functional.linear(difference, weight.to(dtype))
+            made = torch.nn.functional.linear(difference, maker)
             lacking = made if lacking is None else lacking + made
         if lacking is not None:
             missing += lacking.to(dtype).T @ x

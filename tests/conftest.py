@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm.config import OpenELMConfig
 from tests.clients import llama_cpp_tools as tools_of_llama_cpp
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
+from tests.small_tokenizer import train_tokenizer
 
 # The files that take longest, in that order: the others fill the gaps, so that no worker waits for another at the end.
 LONGEST = (
@@ -75,20 +75,8 @@ def small_config() -> OpenELMConfig:
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of Llama's kind (BPE, byte fallback, BOS 1, EOS 2) with the 512 pieces of `small_config`."""
-    import sentencepiece
-
     folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(files("calibration") / "texts" / "weighting.txt"),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=512,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
+    train_tokenizer(folder)
     return folder / "tokenizer.model"
 
 

@@ -77,11 +77,11 @@ def small_config() -> OpenELMConfig:
 
 def build(root: Path) -> None:
     """Make the corpus in `root`: a folder a kind of file."""
-    import sentencepiece
     import torch
 
     from elmexport.checkpoint.save import save_checkpoint
     from tests.memory_checkpoint import random_checkpoint
+    from tests.small_tokenizer import train_tokenizer
 
     model = root / "model"
     config = small_config()
@@ -89,17 +89,7 @@ def build(root: Path) -> None:
     tensors = {name: source.read(name) for name in source.specs}
     save_checkpoint(model, config, tensors)
     (model / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [2, 5], "do_sample": False}))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(files("calibration") / "texts" / "weighting.txt"),
-        model_prefix=str(model / "tokenizer"),
-        vocab_size=512,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        num_threads=1,
-        minloglevel=2,
-    )
+    train_tokenizer(model)
     (model / "tokenizer.vocab").unlink()
     for name, (target, quant) in EXPORTS.items():
         assert run(target, "--model", str(model), "--quant", quant, "--out", str(root / name), "--no-verify", "--calibrate", "none") == 0
