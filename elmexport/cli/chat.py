@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from elmexport.cli.ending import go_on
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def _next_line(terminal: bool) -> str | None:
         except KeyboardInterrupt as error:
             if not terminal or type(error) is not KeyboardInterrupt:  # SIGTERM is no Ctrl-C
                 raise
+            go_on()
             typer.echo(f"\n{HELP}", err=True)
 
 
@@ -62,6 +64,7 @@ def _answer(chat: Chat, text: str) -> None:
     except KeyboardInterrupt as error:
         if not sys.stdin.isatty() or type(error) is not KeyboardInterrupt:
             raise
+        go_on()
         typer.echo("\nnote: stopped; the answer is kept as far as it came", err=True)
         return
     typer.echo()

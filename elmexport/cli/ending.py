@@ -1,6 +1,7 @@
 """Early endings of the program: Ctrl-C, termination, a reader that goes away. Nothing half-written, one line that says how to go on.
 
-Commands clean up as exceptions pass through them, so a request to end is always turned into one.
+Commands clean up as exceptions pass through them, so a request to end is always turned into one. Code written in C may answer that exception
+with another one, as torch does while it reads the shape of a tensor: so what was asked is remembered too, and decides what is said.
 """
 
 from __future__ import annotations
@@ -34,19 +35,31 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: ends the work as Ctrl-C does."""
 
 
+_asked: list[type[KeyboardInterrupt]] = []  # requests to end that were raised, and that nothing has answered yet
+
+
 @contextlib.contextmanager
 def clean_endings() -> Iterator[None]:
     """Turn SIGTERM into an exception, and let no code lose a Ctrl-C, while the program runs."""
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
-    before, hook = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
-    sys.unraisablehook = _unlost
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, _terminate)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background, or a caller's own
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _interrupt)
+    hook, sys.unraisablehook = sys.unraisablehook, _unlost
     try:
         yield
     finally:
+        _asked.clear()
         sys.unraisablehook = hook
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def go_on() -> None:
+    """Forget a Ctrl-C that has been answered, by a command that goes on after one."""
+    _asked.clear()
 
 
 @contextlib.contextmanager
@@ -57,18 +70,34 @@ def ended_early(command: Callable[[], str | None] = lambda: None) -> Iterator[No
         if sys.stdout is not None:  # None: closed by the caller
             sys.stdout.flush()
     except KeyboardInterrupt as error:
-        what, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
-        with contextlib.suppress(BrokenPipeError):
-            line = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C on a line of its own
-            typer.echo(f"{line}{what}: {KEPT.get(command() or '', NOTHING_KEPT)}", err=True)
-        raise typer.Exit(code) from None
+        _say_ended(type(error), command())
+    except typer.Exit:
+        raise
     except BrokenPipeError:
         # What is still in the buffer has nowhere to go, and Python would complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(CLOSED_PIPE) from None
+    except Exception:
+        if not _asked:
+            raise
+        _say_ended(_asked[-1], command())
+
+
+def _say_ended(kind: type[KeyboardInterrupt], command: str | None) -> NoReturn:
+    what, code = ("terminated", TERMINATED) if issubclass(kind, Terminated) else ("interrupted", INTERRUPTED)
+    with contextlib.suppress(BrokenPipeError):
+        line = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C on a line of its own
+        typer.echo(f"{line}{what}: {KEPT.get(command or '', NOTHING_KEPT)}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _asked.append(KeyboardInterrupt)
+    raise KeyboardInterrupt
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    _asked.append(Terminated)
     raise Terminated
 
 

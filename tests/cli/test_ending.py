@@ -137,6 +137,47 @@ def test_an_interrupt_in_a_callback_is_not_lost() -> None:
     assert (done.stdout, done.stderr) == ("ended\n", "")
 
 
+# As torch does where C++ asks a tensor for its shape: what Python raised meanwhile is replaced.
+REPLACED = """
+    import signal, sys
+    import typer
+    from elmexport.cli.ending import clean_endings, ended_early, go_on
+    from elmexport.errors import ElmExportError
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def read():
+        try:
+            signal.raise_signal(getattr(signal, sys.argv[1]))
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    try:
+        with clean_endings(), ended_early(lambda: "onnx"):
+            try:
+                read()
+            except ValueError as error:
+                if sys.argv[2] == "answered":
+                    go_on()
+                raise ElmExportError(f"x.safetensors: {error}")
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("number", "word", "code"), [("SIGINT", "interrupted", 130), ("SIGTERM", "terminated", 143)])
+def test_an_interrupt_that_c_code_turns_into_another_error(number: str, word: str, code: int) -> None:
+    """It is neither a fault of the program nor of the file that was being read."""
+    command = [sys.executable, "-c", textwrap.dedent(REPLACED), number, "unanswered"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, f"{word}: nothing half-written was left; run the same command again\n")
+
+
+def test_an_error_after_an_answered_interrupt_is_an_error() -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(REPLACED), "SIGINT", "answered"], capture_output=True, text=True)
+    assert "ElmExportError: x.safetensors: could not determine" in done.stderr and "interrupted" not in done.stderr
+
+
 def terminal(arguments: list[str], **environment: str) -> bytes:
     """What a command writes to a terminal, both streams."""
     child, master = pty.fork()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -59,16 +59,20 @@ def states(outcomes: dict[str, Outcome]) -> dict[str, State]:
 
 
 def wait_for(path: Path) -> None:
-    while not path.exists():
+    wait_until(path.exists)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for a condition; gives up after a minute."""
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, "waited a minute"
         time.sleep(0.05)
 
 
 def wait_for_end(pid: int) -> None:
     """Wait until a process is gone; gives up after a minute."""
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the cell outlived its worker"
-        time.sleep(0.05)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
 def sleeper(started: Path, go: Path) -> str:
@@ -193,12 +197,13 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def test_a_scheduler_that_is_killed_and_started_again(make_job: MakeJob, cluster: Cluster, tmp_path: Path) -> None:
     """What was finished is kept, what ran is run again, by a worker that was started again with it; its memory limit is the worker's."""
-    started, go = tmp_path / "started", tmp_path / "go"
+    started, go, heard = tmp_path / "started", tmp_path / "go", Heard()
     scheduler = cluster.scheduler()
     cluster.worker("--memory-limit", "400MB")
 
     def restart() -> None:
         wait_for(started)
+        wait_until(lambda: "a" in heard.seen)
         scheduler.kill()
         scheduler.wait()
         cluster.scheduler()
@@ -211,7 +216,6 @@ def test_a_scheduler_that_is_killed_and_started_again(make_job: MakeJob, cluster
         make_job("a", sleeper(started, go), after="first"),
         make_job("greedy", "x = bytearray(600_000_000); import time; time.sleep(60)", after="a"),
     ]
-    heard = Heard()
     with remote_client(cluster.address) as client:
         thread = threading.Thread(target=restart)
         thread.start()
