@@ -118,7 +118,7 @@ def calibrate_checkpoint(
         ElmExportError: `out` exists and `force` is false, it cannot be written, or see `collect`.
     """
     check_output(out, force=force)
-    key = [FORMAT, __version__, checkpoint.identity(), sample.sha256, hessian]
+    key = [FORMAT, __version__, checkpoint.identity(progress), sample.sha256, hessian]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     prefix = f".{out.name}.calibrating-"
     folder = out.with_name(prefix + digest)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elmexport.checkpoint.base import Checkpoint
+from elmexport.progress import Progress
 from elmexport.quantization.weight_source import WeightSource
 
 
@@ -41,5 +42,5 @@ class DequantizedCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def identity(self) -> str:
+    def identity(self, progress: Progress | None = None) -> str:
         raise NotImplementedError("weights under construction have no identity; that of an artifact is in its manifest")

@@ -24,6 +24,7 @@ from torch import Tensor
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import ModelDims
+from elmexport.progress import Progress
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ class FoldedCheckpoint(Checkpoint):
             return torch.where(rows == 1, tensor, (tensor / rows).to(torch.float16).to(torch.float32))
         return tensor / rows[:, None]
 
-    def identity(self) -> str:
-        digest = hashlib.sha256(self._checkpoint.identity().encode())
+    def identity(self, progress: Progress | None = None) -> str:
+        digest = hashlib.sha256(self._checkpoint.identity(progress).encode())
         for layer, fold in sorted(self._folds.items()):
             for field in fields(fold):
                 scale = getattr(fold, field.name)

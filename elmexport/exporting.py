@@ -162,6 +162,7 @@ def export_checkpoint(
 
     if not options.mixes:  # what a search for bits will choose is not known before it
         chosen.check_plan(graph, resolve(recipe, config))
+    checkpoint.identity(progress)  # for the manifest and for what is kept between runs; hashed here, where a bar shows it
     with _advice_of(chosen):
         prepared = prepare(
             checkpoint,

@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, n: int) -> None:
         """Report `n` more steps of the current stage."""
 
+    def lend(self, name: str) -> bool:
+        """Begin the last stage, whose progress a library draws itself; returns whether there is anybody to draw it for."""
+
 
 class SilentProgress:
     """Progress that is shown to nobody."""
@@ -23,3 +26,6 @@ class SilentProgress:
 
     def advance(self, n: int) -> None:
         pass
+
+    def lend(self, name: str) -> bool:
+        return False

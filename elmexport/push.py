@@ -38,7 +38,7 @@ def push(
     if not _REPO.fullmatch(repo):
         raise ElmExportError(f"{repo!r} is no name of a hub repository; give user/name")
     artifact = Artifact.open(path)
-    results = [] if report is None else _results(path, read_report(report), report)
+    results = [] if report is None else _results(path, read_report(report), report, progress)
     if problems := artifact.verify(progress):
         raise ElmExportError(f"{path} is not what was exported: {'; '.join(problems)}. Copy it again or export it again")
     with TemporaryDirectory() as temporary:
@@ -48,13 +48,13 @@ def push(
         return _upload(repo, files, private=private, force=force, progress=progress)
 
 
-def _results(path: Path, report: Report, file: Path) -> list[dict[str, Any]]:
+def _results(path: Path, report: Report, file: Path, progress: Progress) -> list[dict[str, Any]]:
     """The hub's entries of a report's figures.
 
     Raises:
         ElmExportError: the report is of another artifact.
     """
-    if report.artifact.identity != evaluated_artifact(path).subject.identity:
+    if report.artifact.identity != evaluated_artifact(path, progress).subject.identity:
         raise ElmExportError(f"{file} is a report on {report.artifact.label}, and not on the files of {path}; evaluate this artifact")
     found = []
     for name, task in report.tasks.items():
@@ -79,7 +79,6 @@ def _upload(repo: str, files: dict[str, Path], *, private: bool, force: bool, pr
     from huggingface_hub import CommitOperationAdd, HfApi, errors
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()
     api = HfApi()
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
@@ -89,7 +88,8 @@ def _upload(repo: str, files: dict[str, Path], *, private: bool, force: bool, pr
                 f"hub repository {repo} holds {', '.join(there[:3])}{' and more' if len(there) > 3 else ''} already; pass --force to replace files of the "
                 "same names, or give another name"
             )
-        progress.stage(f"uploading to {repo}")
+        if not progress.lend(f"uploading to {repo}"):
+            disable_progress_bars()
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
         api.create_commit(repo, operations, commit_message="Upload artifact with elmexport")
     except errors.LocalTokenNotFoundError:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.models.base import ModelConfig
+from elmexport.progress import Progress
 from elmexport.weights import Role
 
 
@@ -31,7 +32,7 @@ class MemoryCheckpoint(Checkpoint):
     def read(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self.arrays[name].copy())
 
-    def identity(self) -> str:
+    def identity(self, progress: Progress | None = None) -> str:
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for name in sorted(self.arrays):
             digest.update(name.encode() + self.arrays[name].tobytes())

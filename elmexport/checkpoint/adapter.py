@@ -24,6 +24,7 @@ from elmexport.checkpoint.tensor_files import TensorFacts, TensorFiles
 from elmexport.errors import ElmExportError, listed
 from elmexport.models import config_from_dict, find_family
 from elmexport.models.base import ModelConfig
+from elmexport.progress import Progress
 from elmexport.weights import WeightSpec
 
 if TYPE_CHECKING:
@@ -215,8 +216,9 @@ class AdaptedCheckpoint(Checkpoint):
         norm = torch.linalg.vector_norm(merged, dim=axis, keepdim=True)
         return merged * (adapter.files.read(update.magnitude).to(torch.float32).reshape(norm.shape) / norm)
 
-    def identity(self) -> str:
+    def identity(self, progress: Progress | None = None) -> str:
         """SHA-256 over the base's identity and the adapter's numbers: not over the products, whose last bits are the processor's."""
+        self._base.identity(progress)
         return self._identity
 
     @cached_property

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from elmexport.checkpoint.mismatch import Mismatch
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
+from elmexport.progress import Progress
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -64,8 +65,11 @@ class Checkpoint(ABC):
         """The tensor in its stored dtype (bfloat16, float16 or float32)."""
 
     @abstractmethod
-    def identity(self) -> str:
-        """SHA-256 (hex) that two checkpoints share only if their configuration and weights are the same bytes."""
+    def identity(self, progress: Progress | None = None) -> str:
+        """SHA-256 (hex) that two checkpoints share only if their configuration and weights are the same bytes.
+
+        Reads every weight, the first time; `progress` receives that as a stage.
+        """
 
     def stored_name(self, name: str) -> str:
         """Name of the tensor `name` in the checkpoint's own files, for messages."""

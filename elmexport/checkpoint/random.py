@@ -16,6 +16,7 @@ from elmexport.checkpoint.base import Checkpoint, Source
 from elmexport.cores import available_cores
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
+from elmexport.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -61,5 +62,5 @@ class RandomCheckpoint(Checkpoint):
             list(threads.map(fill, range(-(-spec.size // CHUNK))))
         return out.view(spec.shape)
 
-    def identity(self) -> str:
+    def identity(self, progress: Progress | None = None) -> str:
         return hashlib.sha256(json.dumps([_SCHEME, self.seed, self.config.to_dict()], sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from elmexport.checkpoint.tensor_files import FLOATS, WHOLE_NUMBERS, TensorFiles
 from elmexport.errors import ElmExportError, listed
 from elmexport.models import find_family
 from elmexport.models.base import ModelConfig
+from elmexport.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +37,7 @@ class StoredCheckpoint(Checkpoint):
         """
         super().__init__(config, source, tokenizer_path)
         self._files = files
+        self._identity: str | None = None
         found = find_names(files.facts, {*self.specs, config.head_name}, find_family(config.model_type).trained_name)
         if found.doubled:
             pairs = [f"{first} and {second}" for first, second in found.doubled]
@@ -74,23 +75,26 @@ class StoredCheckpoint(Checkpoint):
     def mismatch(self) -> Mismatch:
         return Mismatch(self.config, self.specs, self._shapes, self._unknown, self._stored)
 
-    def identity(self) -> str:
+    def identity(self, progress: Progress | None = None) -> str:
         """SHA-256 over the configuration and every tensor's name, dtype, shape and bytes, in the model's order.
 
         So it does not depend on the file format, on how tensors are called or spread over files, or on their order there. Computed once: it
         reads everything.
         """
+        if self._identity is None:
+            self._identity = self._hash(progress or SilentProgress())
         return self._identity
 
-    @cached_property
-    def _identity(self) -> str:
+    def _hash(self, progress: Progress) -> str:
         import torch
 
+        progress.stage("hashing the model", sum(spec.size for spec in self.specs.values()))
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for name in self.specs:
             tensor = self.read(name).contiguous()
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.view(torch.uint8).numpy().data)
+            progress.advance(self.specs[name].size)
         return digest.hexdigest()
 
     def _without_buffers(self, unknown: tuple[str, ...]) -> tuple[str, ...]:

@@ -81,6 +81,13 @@ class _Bar:
         if self._task is not None:
             self._bar.advance(self._task, n)
 
+    def lend(self, name: str) -> bool:
+        self._finish()
+        self._task = None
+        self._bar.stop()
+        self._bar.console.print(name, markup=False, highlight=False)
+        return True
+
     def _finish(self) -> None:
         if self._task is not None:
             task = self._bar.tasks[self._task]
@@ -104,6 +111,11 @@ class _Timed:
 
     def advance(self, n: int) -> None:
         self._inner.advance(n)
+
+    def lend(self, name: str) -> bool:
+        self._end()
+        self._name = name
+        return self._inner.lend(name)
 
     def finish(self) -> None:
         self._end()

@@ -8,27 +8,51 @@ from typing import Annotated
 
 import typer
 
-from elmexport.cli.progress import progress_bar
+from elmexport.cli.command import OUTPUT
+from elmexport.cli.progress import Quiet, Verbose, note, progress_bar
 from elmexport.errors import ElmExportError
+
+WORKERS = "Workers"  # heading on the help page
 
 
 def sweep(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="What to try; docs/sweeps.md describes it.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the sweep. What is finished there is not done again.")],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder of the sweep. What is finished there is not done again.", rich_help_panel=OUTPUT),
+    ],
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Cells at a time on this machine, which share its cores and memory. [default: 1]")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Cells at a time on this machine, which share its cores and memory. [default: 1]",
+            rich_help_panel=WORKERS,
+        ),
     ] = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
-            metavar="ADDRESS", help="Run on the workers of this dask scheduler, tcp://HOST:PORT, which see DIR under the same path."
+            metavar="ADDRESS",
+            help="Run on the workers of this dask scheduler, tcp://HOST:PORT, which see DIR under the same path.",
+            rich_help_panel=WORKERS,
         ),
     ] = None,
     retries: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Further attempts for a cell that crashed or lost its worker. Bad use is not tried again."),
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Further attempts for a cell that crashed or lost its worker. Bad use is not tried again.",
+            rich_help_panel=WORKERS,
+        ),
     ] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells in their order, and what is left out, and run none.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the cells in their order, and what is left out, and run none.", rich_help_panel=OUTPUT),
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Export and evaluate every combination of a plan; resumable.
 
@@ -50,10 +74,10 @@ def sweep(
         raise ElmExportError("--workers starts workers on this machine, --scheduler uses those of a cluster; leave one of them out")
     read = read_plan(plan)
     out = out.resolve()
-    with progress_bar() as progress:
+    with progress_bar(quiet=quiet, verbose=verbose) as progress:
         expansion = expand(read, plan, out, progress)
-    for note in expansion.notes:
-        typer.echo(f"note: {note}", err=True)
+    for line in expansion.notes:
+        note(line, quiet=quiet)
     if dry_run:
         typer.echo(describe(expansion, out))
         return
@@ -65,7 +89,7 @@ def sweep(
             client = stack.enter_context(local_client(count) if scheduler is None else remote_client(scheduler))
         jobs = expansion.assigned(open_folder(out, plan.read_text(encoding="utf-8")), threads)
         keep_jobs(out, [each.job for each in jobs])
-        watch = stack.enter_context(watched(jobs, out))
+        watch = stack.enter_context(watched(jobs, out, quiet=quiet, verbose=verbose))
         outcomes = {} if client is None else run_jobs(client, jobs, watch, retries=retries)
     if print_failures(jobs, outcomes, out):
         raise typer.Exit(1)

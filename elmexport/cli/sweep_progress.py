@@ -40,19 +40,22 @@ def describe(expansion: Expansion, out: Path) -> str:
 
 
 @contextlib.contextmanager
-def watched(planned: Sequence[Planned], out: Path) -> Iterator[_Lines]:
-    """Show the progress of the jobs for the length of a `with` block."""
+def watched(planned: Sequence[Planned], out: Path, *, quiet: bool = False, verbose: bool = False) -> Iterator[_Lines]:
+    """Show the progress of the jobs for the length of a `with` block; `verbose`: with the time of each of their steps."""
     jobs = [each.job for each in planned if not is_done(out, each.job.kind, each.job.key)]
+    if quiet:
+        yield _Silent(jobs)
+        return
     if len(jobs) < len(planned):
         typer.echo(f"{_jobs(len(planned) - len(jobs))} done before, {len(jobs)} to do", err=True)
     if sys.stderr is None or not sys.stderr.isatty():
-        yield _Lines(jobs)
+        yield _Lines(jobs, verbose=verbose)
         return
     from rich.console import Console
     from rich.live import Live
 
     with Live(console=Console(stderr=True), refresh_per_second=2, transient=True) as live:
-        yield _Table(jobs, live)
+        yield _Table(jobs, live, verbose=verbose)
 
 
 def print_failures(planned: Sequence[Planned], outcomes: Mapping[str, Outcome], out: Path) -> bool:
@@ -76,7 +79,8 @@ def print_failures(planned: Sequence[Planned], outcomes: Mapping[str, Outcome], 
 class _Lines:
     """A line for every job that ends."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], *, verbose: bool = False) -> None:
+        self._verbose = verbose
         self._jobs = {job.key: job for job in jobs}
         self._ended: dict[str, Outcome] = {}
         self._started = time.monotonic()
@@ -84,7 +88,7 @@ class _Lines:
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         self._ended[job.key] = outcome
-        self._say(f"{len(self._ended)}/{len(self._jobs)}  {job.label}: {_words(outcome)}{self._left()}")
+        self._say(f"{len(self._ended)}/{len(self._jobs)}  {job.label}: {_words(outcome, verbose=self._verbose)}{self._left()}")
 
     def retried(self, job: Job, outcome: Outcome) -> None:
         self._say(f"{job.label}: {outcome.message}; trying again")
@@ -105,11 +109,18 @@ class _Lines:
         return f", {_time(sum(spent) / len(spent) * left / self._places)} left" if spent and left else ""
 
 
+class _Silent(_Lines):
+    """Nothing, for --quiet: what failed is told at the end."""
+
+    def _say(self, line: str) -> None:
+        pass
+
+
 class _Table(_Lines):
     """A table that is drawn again and again: what runs, and for how long."""
 
-    def __init__(self, jobs: Sequence[Job], live: Live) -> None:
-        super().__init__(jobs)
+    def __init__(self, jobs: Sequence[Job], live: Live, *, verbose: bool = False) -> None:
+        super().__init__(jobs, verbose=verbose)
         self._live = live
         self._since: dict[str, float] = {}
 
@@ -139,8 +150,10 @@ class _Table(_Lines):
         return f"{words}, {_time(now - self._started)} so far{self._left()}"
 
 
-def _words(outcome: Outcome) -> str:
+def _words(outcome: Outcome, *, verbose: bool) -> str:
     took = _time(sum(outcome.seconds.values()))
+    if verbose:
+        took += f" ({', '.join(f'{step} {_time(seconds)}' for step, seconds in outcome.seconds.items())})"
     return f"done in {took}, {outcome.peak_bytes / 1e9:.1f} GB" if outcome.state is State.DONE else f"{outcome.state}: {outcome.message}"
 
 

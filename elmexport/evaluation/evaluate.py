@@ -117,7 +117,7 @@ def evaluate_reference(checkpoint: Checkpoint, context: int, settings: Settings,
         ElmExportError: a model without a tokenizer, or see `evaluate`.
     """
     progress = progress or SilentProgress()
-    reference = fp16_reference(checkpoint, context)
+    reference = fp16_reference(checkpoint, context, progress)
     chosen = open_tokenizer(checkpoint)
     if chosen is None:
         raise ElmExportError(f"{checkpoint.source.name} has no tokenizer to read tasks and texts with; name one for it")

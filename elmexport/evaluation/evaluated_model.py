@@ -41,7 +41,7 @@ def evaluated_artifact(path: Path, progress: Progress | None = None) -> Evaluate
     """
     kind = artifact_kind(path)
     if kind == CHECKPOINT:
-        return _evaluated_checkpoint(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None)
+        return _evaluated_checkpoint(open_checkpoint(str(path), tokenizer=NO_TOKENIZER), str(path), None, progress)
     files, progress = _files(path), progress or SilentProgress()
     progress.stage("reading files", sum(file.stat().st_size for _, file in files))
     identity = hashlib.sha256("".join(f"{name} {file_sha256(file, progress)}\n" for name, file in files).encode()).hexdigest()
@@ -82,17 +82,17 @@ def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None 
         against = str(artifact)
     if against != FP16:
         if artifact_kind(Path(against)) != CHECKPOINT:
-            evaluated = evaluated_artifact(Path(against))
+            evaluated = evaluated_artifact(Path(against), progress)
         else:
             checkpoint = open_checkpoint(against, tokenizer=NO_TOKENIZER, adapter=adapter)
-            evaluated = _evaluated_checkpoint(checkpoint, against, context, rounded=True)
+            evaluated = _evaluated_checkpoint(checkpoint, against, context, progress, rounded=True)
     elif manifest is None:
         raise ElmExportError(f"{artifact} has no {MANIFEST} that names the model it was made from; pass --against PATH, the model's folder")
     else:
         checkpoint = _named_checkpoint(artifact, manifest.model, adapter, progress)
-        evaluated = fp16_reference(checkpoint, checkpoint.config.dims.context if context is None else context)
+        evaluated = fp16_reference(checkpoint, checkpoint.config.dims.context if context is None else context, progress)
     if kind == CHECKPOINT:
-        own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity()
+        own = open_checkpoint(str(artifact), tokenizer=NO_TOKENIZER).identity(progress)
     other = evaluated.subject.model
     if own is not None and other.identity is not None and own != other.identity:
         raise ElmExportError(
@@ -102,9 +102,9 @@ def find_reference(artifact: Path, against: str = FP16, *, adapter: Path | None 
     return evaluated
 
 
-def fp16_reference(checkpoint: Checkpoint, context: int) -> EvaluatedModel:
+def fp16_reference(checkpoint: Checkpoint, context: int, progress: Progress | None = None) -> EvaluatedModel:
     """The model as the reference of its artifacts with a context of `context` tokens: weights rounded to fp16, computed in float32."""
-    return _evaluated_checkpoint(checkpoint, "", context, rounded=True)
+    return _evaluated_checkpoint(checkpoint, "", context, progress, rounded=True)
 
 
 def _named_checkpoint(artifact: Path, model: Model, adapter: Path | None, progress: Progress | None) -> Checkpoint:
@@ -133,9 +133,11 @@ def _named_base(artifact: Path, model: Model, source: str, progress: Progress | 
     )
 
 
-def _evaluated_checkpoint(checkpoint: Checkpoint, path: str, context: int | None, *, rounded: bool = False) -> EvaluatedModel:
+def _evaluated_checkpoint(
+    checkpoint: Checkpoint, path: str, context: int | None, progress: Progress | None = None, *, rounded: bool = False
+) -> EvaluatedModel:
     """`rounded`: weights to fp16 first, which makes it the fp16 reference."""
-    identity = checkpoint.identity()
+    identity = checkpoint.identity(progress)
     context = checkpoint.config.dims.context if context is None else context
     words = "weights rounded to fp16, computed in float32" if rounded else "weights as stored, computed in float32"
     subject = Subject(

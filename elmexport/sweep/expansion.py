@@ -83,6 +83,8 @@ class _Expander:
         for model in models:
             combinations = list(self._combinations(model))
             reference = None
+            if combinations:
+                model.checkpoint.identity(progress)
             if combinations and self._evaluations:
                 jobs.append(plan_reference(model, plan.context, self._evaluations, self._out))
                 reference = jobs[-1].job.key

@@ -93,6 +93,18 @@ def test_verbose_tells_where_an_error_came(capsys: pytest.CaptureFixture[str]) -
     assert [line.rpartition("s  ")[2] for line in capsys.readouterr().err.splitlines()] == EXPECTED
 
 
+def test_a_library_may_draw_on_a_terminal_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress_bar(verbose=True) as progress:
+        assert not progress.lend("uploading")
+    assert "s  uploading" in capsys.readouterr().err
+    make_terminal(monkeypatch)
+    with progress_bar() as progress:
+        stages(progress)
+        assert progress.lend("uploading [all]")
+        sys.stderr.write("<bar of the library>")  # rich does not hold it back any more
+        assert capsys.readouterr().err.endswith("uploading [all]\n<bar of the library>")
+
+
 def test_both_are_refused() -> None:
     with pytest.raises(ElmExportError, match="--quiet and --verbose exclude each other"), progress_bar(quiet=True, verbose=True):
         pass

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
-from elmexport.cli.sweep_progress import _Lines, _Table, print_failures
+from elmexport.cli.sweep_progress import _Lines, _Table, print_failures, watched
 from elmexport.sweep.cell import Planned
 from elmexport.sweep.jobs import Job, Kind, Outcome, State
 
@@ -31,6 +31,17 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "the dask scheduler cannot be reached; waiting for it to come back",
         "2/4  model onnx int1 mse: failed: export: no such quant, 1:40 left",
     ]
+
+
+def test_verbose_tells_steps_and_quiet_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    planned = [Planned(job) for job in JOBS[:1]]
+    with watched(planned, tmp_path, verbose=True) as lines:
+        lines.ended(JOBS[0], DONE)
+    assert capsys.readouterr().err == "1/1  model onnx int0 mse: done in 1:40 (export 1:00, eval 0:40), 1.2 GB\n"
+    with watched(planned, tmp_path, quiet=True) as lines:
+        lines.retried(JOBS[0], FAILED)
+        lines.ended(JOBS[0], DONE)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_live_table() -> None:
