@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.evaluation.report import chromium
+
 ROOT = Path(__file__).parents[2]
 OUTSIDE = tuple(
     sorted(path for pattern in ("*.md", "benchmarks/*.md", "examples/*.md", "examples/*/*.md") for path in ROOT.glob(pattern))
@@ -70,6 +72,18 @@ def test_every_command_is_in_the_reference(site: Path) -> None:
     page = (site / "reference" / "cli.html").read_text(encoding="utf-8")
     for sought in ("elmexport coreml", "elmexport eval", "--max-package-mb", "--max-kl", "int4-block128", "q4_k_m"):
         assert sought in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    chromium.find() is None, reason="no chromium is on the PATH to search the site with. Install one: apt-get install chromium"
+)
+def test_search_in_pages_opened_from_the_disk(site: Path) -> None:
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom")
+    address = (site / "guides" / "ci.html").as_uri() + "?q=perplexity"
+    shown = subprocess.run([chromium.find() or "", *options, address], capture_output=True, text=True, timeout=120).stdout
+    found = re.findall(r'href="([^"]+)" class="md-search-result__link', shown)
+    assert any("evaluation.html" in target for target in found), found
 
 
 @pytest.mark.parametrize("guide", OUTSIDE, ids=lambda path: path.relative_to(ROOT).as_posix())
