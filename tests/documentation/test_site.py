@@ -75,6 +75,13 @@ def test_every_command_is_in_the_reference(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_programs_are_included(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8"))
+        assert not re.search(r"--8\s*(<|&lt;)\s*--", text), f"{page.relative_to(site)} shows an include in the place of a program"
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     chromium.find() is None, reason="no chromium is on the PATH to search the site with. Install one: apt-get install chromium"
 )
