@@ -150,6 +150,7 @@ def export_checkpoint(
     out = out or Path(f"{checkpoint.source.name}-{target}-{name}")
     check_free(out, force=force)
     chosen.check(config, context)
+    progress.stage("tracing")
     graph = trace(config, context)
     tokenizer = open_tokenizer(checkpoint)
     spoken = () if tokenizer is None else chosen.check_tokenizer(tokenizer)

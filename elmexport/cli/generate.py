@@ -10,6 +10,7 @@ import typer
 
 from elmexport.cli.command import GUESSING, MODEL, OUTPUT
 from elmexport.cli.describe import print_json
+from elmexport.cli.progress import progress_bar
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ def generate(
     if json and prompt is None and prompts is None:
         raise ElmExportError("--json prints answers when all are there, which a session is not for; give a prompt or --prompts FILE")
     many = None if prompts is None else read_prompts(prompts)
-    model = open_text_model(artifact, tokenizer=tokenizer, draft=draft_model)
+    with progress_bar(transient=True) as progress:
+        progress.stage(f"opening {artifact.name}")
+        model = open_text_model(artifact, tokenizer=tokenizer, draft=draft_model)
     try:
         if prompt is None and many is None:
             from elmexport.cli.chat import session
@@ -138,7 +141,12 @@ def generate(
         texts = many or [prompt or ""]
         completions = _completions(model, texts, options, chat=chat, show=not json)
         if json:
-            documents = [{"prompt": one, **_document(done)} for one, done in zip(texts, completions, strict=True)]
+            documents = []
+            with progress_bar(transient=True) as progress:
+                progress.stage("generating", len(texts))
+                for one, done in zip(texts, completions, strict=True):
+                    documents.append({"prompt": one, **_document(done)})
+                    progress.advance(1)
             print_json(documents[0] if many is None else {"completions": documents})
             return
         for number, one in enumerate(texts):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elmexport.cli.describe import print_json, table
+from elmexport.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from targets.coreml.lint import LintFinding
@@ -30,7 +31,9 @@ def lint(
     """
     from targets.coreml.lint import lint as check
 
-    result = check(artifact)
+    with progress_bar(transient=True) as progress:
+        progress.stage(f"reading {artifact.name}")
+        result = check(artifact)
     if json:
         findings, edges = ([_document(finding) for finding in found] for found in (result.findings, result.edges))
         print_json({"path": str(artifact), "packages": [p.name for p in result.packages], "findings": findings, "edges": edges})

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from elmexport.cli.progress import progress_bar
 from elmexport.errors import ElmExportError
 from elmexport.files import check_writable
 
@@ -40,7 +41,11 @@ def logits(
 
     from elmexport.runtimes import open_artifact
 
-    result = open_artifact(artifact).logits(ids)
+    with progress_bar(transient=True) as progress:
+        progress.stage(f"opening {artifact.name}")
+        runtime = open_artifact(artifact)
+        progress.stage(f"reading {len(ids)} tokens")
+        result = runtime.logits(ids)
     try:
         with out.open("wb") as file:  # an open file, because numpy adds a suffix to a name that lacks it
             np.save(file, result)

@@ -31,15 +31,15 @@ def note(text: str, *, quiet: bool) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(*, quiet: bool = False, verbose: bool = False) -> Iterator[Progress]:
-    """Give a `Progress` that lives on the terminal for the length of a `with` block.
+def progress_bar(*, quiet: bool = False, verbose: bool = False, transient: bool = False) -> Iterator[Progress]:
+    """Give a `Progress` that lives on the terminal for the length of a `with` block; `transient`: and is wiped off after it.
 
     Raises:
         ElmExportError: `quiet` and `verbose`.
     """
     if quiet and verbose:
         raise ElmExportError("--quiet and --verbose exclude each other; leave one of them out")
-    with _bar(shown=not quiet) as (bar, write):
+    with _bar(shown=not quiet, transient=transient) as (bar, write):
         if not verbose:
             yield bar
             return
@@ -51,7 +51,7 @@ def progress_bar(*, quiet: bool = False, verbose: bool = False) -> Iterator[Prog
 
 
 @contextlib.contextmanager
-def _bar(*, shown: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+def _bar(*, shown: bool, transient: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
     """A bar, where there is a terminal to draw it on, and a function that writes a line above it."""
     if not shown or sys.stderr is None or not sys.stderr.isatty():  # None: closed by the caller
         yield SilentProgress(), lambda line: typer.echo(line, err=True)
@@ -62,7 +62,7 @@ def _bar(*, shown: bool) -> Iterator[tuple[Progress, Callable[[str], None]]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(elapsed_when_finished=True))
     colour: Literal["auto"] | None = None if os.environ.get("NO_COLOR") else "auto"
-    with RichProgress(*columns, console=Console(stderr=True, color_system=colour)) as bar:
+    with RichProgress(*columns, console=Console(stderr=True, color_system=colour), transient=transient) as bar:
         yield _Bar(bar), lambda line: bar.console.print(line, markup=False, highlight=False)
 
 

@@ -80,6 +80,7 @@ def evaluate(
     for line in notes:
         note(line)
 
+    progress.stage(f"opening {evaluated.subject.label}")
     with _Opened(evaluated) as ours:
         context, vocab_size = ours.runtime().context, ours.runtime().vocab_size
         windows = None
