@@ -114,6 +114,7 @@ def test_force_through_a_link_replaces_the_folder_behind_it(tmp_path: Path) -> N
 def test_force_takes_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "artifact").mkdir()
     make(tmp_path / "artifact", force=True)
+    assert names(tmp_path / "artifact") == {"onnx", "config.json", MANIFEST}
 
 
 def test_force_does_not_replace_what_is_no_artifact(tmp_path: Path) -> None:

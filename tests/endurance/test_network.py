@@ -14,7 +14,12 @@ import pytest
 from elmexport.checkpoint.base import Checkpoint
 from tests.conftest import ExportTo
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("strace") is None, reason="strace, which shows what is contacted, is not installed: apt-get install strace"
+    ),
+]
 
 _ADDRESS = re.compile(r"sa_family=AF_INET6?.*?(?:inet_addr\(|inet_pton\(AF_INET6, )\"([^\"]+)\"")
 

@@ -75,9 +75,11 @@ def test_names_cannot_steer_a_terminal() -> None:
 
 
 def test_a_terminal_without_unicode_gets_ascii_figures() -> None:
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    written = io.BytesIO()
+    out = io.TextIOWrapper(written, encoding="ascii")
     print_reports([examples.report(gates=GATES)], Console(file=out, highlight=False))  # would raise UnicodeEncodeError
     out.flush()
+    assert b"arc_challenge" in written.getvalue()
 
 
 def test_a_comparison_marks_what_is_beyond_noise() -> None:
