@@ -103,8 +103,10 @@ def _upload(repo: str, files: dict[str, Path], *, private: bool, force: bool, pr
                 f"the hub does not let this account write to {repo} (HTTP {status}); set HF_TOKEN to an access token that can, or run `hf auth login`"
             ) from None
         raise MissingDependencyError(f"the hub answered HTTP {status} to the upload to {repo}; run the command again") from None
-    except (OSError, errors.OfflineModeIsEnabled) as error:
+    except ElmExportError:
+        raise
+    except Exception as error:  # of the connection: which classes those are changes with huggingface_hub's versions
         raise MissingDependencyError(
             f"the hub could not be reached for {repo} ({type(error).__name__}); check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and run the command again"
-        ) from None
+        ) from error
     return str(url)

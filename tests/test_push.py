@@ -96,6 +96,14 @@ def test_no_right_to_write(hub: HubServer, artifact: Path, tmp_path: Path, token
     assert REPO not in hub.repos
 
 
+@pytest.mark.slow
+def test_a_hub_that_is_not_there(artifact: Path, tmp_path: Path) -> None:
+    with HubServer() as gone:
+        pass
+    done = push(gone, tmp_path, artifact, REPO)
+    assert done.returncode == 3 and "could not be reached" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_bad_name(hub: HubServer, tmp_path: Path) -> None:
     done = push(hub, tmp_path, tmp_path, "no-slash")
     assert done.returncode == 2 and "is no name of a hub repository; give user/name" in done.stderr and not hub.requests

@@ -232,7 +232,7 @@ def _not_reached(what: str, error: Exception) -> ElmExportError:
     reason = f"HTTP {status}" if status else type(cause or error).__name__
     return MissingDependencyError(
         f"the hub could not be reached for {what} ({reason}), and it is not (completely) in the local cache; check the network "
-        "(and HF_ENDPOINT, if set), or give --model a local folder"
+        "(and HF_ENDPOINT, if set), or give --model a local folder. Without a network: --model tiny is built in"
     )
 
 

@@ -192,7 +192,8 @@ def command(target: type[Target]) -> Callable[..., None]:
             return
         typer.echo(describe(artifact))
         path = shlex.quote(str(result.path))
-        example = f'generate {path} "Once upon a time"' if result.has_tokenizer else f"inspect {path}"
+        runs = result.has_tokenizer and (no_verify or artifact.manifest.self_check.done)  # not done: its engine is not installed
+        example = f'generate {path} "Once upon a time"' if runs else f"inspect {path}"
         typer.echo(f"\nTry it:\n  elmexport {example}")
 
     # typer reads the signature: the target's own options stand where `settings` catches them.

@@ -274,7 +274,7 @@ def engine() -> Any:
     """The llama_cpp module, its messages collected instead of printed.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: it is not installed, or its library does not load.
     """
     try:
         import llama_cpp
@@ -282,6 +282,11 @@ def engine() -> Any:
         if error.name != "llama_cpp":
             raise
         raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install 'elmexport[llama]'") from None
+    except (OSError, RuntimeError) as error:  # a library of the system that is not there, or not the one it was built with
+        raise MissingDependencyError(
+            f"llama.cpp is installed, but does not load ({error}); install the library that is named there, or build llama.cpp anew: "
+            "pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        ) from None
     llama_cpp.llama_log_set(_collector(llama_cpp), ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     return llama_cpp

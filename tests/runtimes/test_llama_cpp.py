@@ -194,17 +194,26 @@ def test_folders_without_one_model(tmp_path: Path) -> None:
         open_runtime(tmp_path / "nothing.gguf")
 
 
-def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp"), r"pip install 'elmexport\[llama\]'"),
+        (RuntimeError("Failed to load: libgomp.so.1: cannot open shared object file"), r"does not load \(.*libgomp\.so\.1.*\); install"),
+    ],
+)
+def test_an_engine_that_is_missing_or_broken_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problem: Exception, words: str
+) -> None:
     real = builtins.__import__
 
     def without(name: str, *rest: Any, **options: Any) -> Any:
         if name == "llama_cpp":
-            raise ModuleNotFoundError("No module named 'llama_cpp'", name="llama_cpp")
+            raise problem
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
     module.engine.cache_clear()
-    with pytest.raises(MissingDependencyError, match=r"pip install 'elmexport\[llama\]'"):
+    with pytest.raises(MissingDependencyError, match=words):
         open_runtime(tmp_path / "x.gguf")
 
 
