@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from functools import cache, partial
@@ -15,6 +16,9 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # every worker would use every co
     _threads = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     os.environ.setdefault("OMP_NUM_THREADS", _threads)
     os.environ.setdefault("ELMEXPORT_THREADS", _threads)
+gc.set_threshold(
+    100_000, 20, 50
+)  # what torch, lm-eval and coremltools bring stays: to look through it so often is a tenth of the suite's time
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm.config import OpenELMConfig
