@@ -96,3 +96,12 @@ def test_pickles_that_no_model_needs_are_refused(path: Path, _: str, content: by
     rewrite(path, lambda info, own: (info, content if info.filename.endswith("data.pkl") else own))
     with pytest.raises(ElmExportError, match="truncated or corrupt"):
         open_file(path)
+
+
+def test_a_record_whose_own_name_is_no_text(path: Path) -> None:
+    data = path.read_bytes()
+    record = data.index(b"model/data/1")  # before its content; the list of records at the end names it again
+    flags = record - 30 + 6  # that the name is UTF-8, said beside it
+    path.write_bytes(data[:flags] + (0x800).to_bytes(2, "little") + data[flags + 2 : record] + b"\x8d" + data[record + 1 :])
+    with pytest.raises(ElmExportError, match="truncated or corrupt"):
+        check_content(path)

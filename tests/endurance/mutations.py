@@ -282,8 +282,9 @@ def mutate_gguf(data: bytes, rng: random.Random) -> bytes:
             found[place + 8 : place + 8 + size] = rng.randbytes(size)
         case 2:
             found[place + 8 + size : place + 12 + size] = struct.pack("<I", rng.randrange(16))
-        case _:
-            found[place + 12 + size : place + 20 + size] = struct.pack("<Q", rng.choice(_NUMBERS))
+        case _:  # as wide as the value is, where what is before it is the name of one
+            width = {4: 4, 5: 4, 6: 4, 7: 1}.get(found[min(place + 8 + size, len(found) - 1)], 8)
+            found[place + 12 + size : place + 12 + size + width] = (rng.choice(_NUMBERS) % (1 << 8 * width)).to_bytes(width, "little")
     return bytes(found)
 
 
