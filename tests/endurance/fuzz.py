@@ -128,8 +128,10 @@ def child(items: Sequence[Item], corpus: Path, work: Path) -> None:
         os.dup2(noise.fileno(), 2)
     _keep_commands()
     probing._open_apart = _open_in_a_fork
-    warm = set[str]()
+    warm, parent = set[str](), os.getppid()
     for name, seed in items:
+        if os.getppid() != parent:  # it was killed
+            return
         (work / name).mkdir(exist_ok=True)
         if name not in warm:  # what is loaded once is not the first input's
             warm.add(name)
