@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +83,11 @@ def same(folder: Path, plan: Path) -> None:
     """A sweep, and its commands one by one, with a cache of their own: bytes, figures, time. Goes on where it was interrupted."""
     single, swept = folder / "single", folder / "swept"
     cells = [each.job for each in expand(read_plan(plan), plan, swept).jobs if each.job.kind is Kind.CELL]
-    environment = os.environ | {"ELMEXPORT_CACHE": str(single / "cache")}
     for job in cells:
-        cell = single / job.key
-        if (cell / SPENT).is_file():
-            continue
-        shutil.rmtree(cell, ignore_errors=True)
-        cell.mkdir(parents=True)
-        before = cpu()
-        for step in job.steps:
-            subprocess.run([sys.executable, *step.arguments], cwd=cell, env=environment, check=True, capture_output=True)
-        (cell / SPENT).write_text(str(cpu() - before))
+        if not (single / job.key / SPENT).is_file():
+            before = cpu()
+            run_singly(job, single)
+            (single / job.key / SPENT).write_text(str(cpu() - before))
     spent = sum(float((single / job.key / SPENT).read_text()) for job in cells)
     fresh, before, started = not swept.exists(), cpu(), time.monotonic()
     subprocess.run(sweep_command(plan, swept), check=True, stdout=subprocess.DEVNULL)
@@ -104,6 +99,24 @@ def same(folder: Path, plan: Path) -> None:
             f"sweep: {took:.0f} CPU s, {took / spent:.3f} times as much; wall {wall:.0f} s with {WORKERS} workers, {wall / (spent / WORKERS):.2f} times"
         )
         print(f"the single commands' CPU time shared by {WORKERS} (load average at the end {os.getloadavg()[0]:.1f})")
+        pooled, before, started = folder / "pooled", cpu(), time.monotonic()
+        shutil.rmtree(pooled, ignore_errors=True)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(lambda job: run_singly(job, pooled), cells))
+        took, ideal = cpu() - before, time.monotonic() - started
+        print(
+            f"the single commands, {WORKERS} at a time: {took:.0f} CPU s, wall {ideal:.0f} s; the sweep took {wall / ideal:.2f} times as long"
+        )
+
+
+def run_singly(job: Job, folder: Path) -> None:
+    """Run the commands of a cell as one would type them, in a folder of its own and with a cache that all share."""
+    cell = folder / job.key
+    shutil.rmtree(cell, ignore_errors=True)
+    cell.mkdir(parents=True)
+    environment = os.environ | {"ELMEXPORT_CACHE": str(folder / "cache")}
+    for step in job.steps:
+        subprocess.run([sys.executable, *step.arguments], cwd=cell, env=environment, check=True, capture_output=True)
 
 
 def kills(folder: Path, runs: int, command: Callable[[Path], list[str]], wanted: Path) -> None:
@@ -220,7 +233,7 @@ class Silent:
     def lost(self) -> None:
         pass
 
-    def tick(self, running: Sequence[str]) -> None:
+    def tick(self, running: Sequence[str], places: int) -> None:
         pass
 
 

@@ -21,6 +21,7 @@ from elmexport.progress import Progress
 from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.ggml_coded import coded
 from elmexport.quantization.recipes import Plan, Recipe, resolve
+from elmexport.quantization.schemes import CodedScheme
 from elmexport.quantization.weight_source import WeightSource
 from elmexport.target import Target
 
@@ -65,6 +66,7 @@ def prepare(
             chosen = with_own_codes(chosen)
         plan = resolve(chosen, checkpoint.config)
         check_schemes(target, checkpoint, plan)
+        check_method(plan, options.method)
         if options.weights_from is not None:
             return read_set(checkpoint, plan, options.weights_from)
         return method.prepare(job(plan, inputs))
@@ -119,3 +121,18 @@ def check_schemes(target: Target, checkpoint: Checkpoint, plan: Plan) -> None:
         reason = target.refuses(plan.schemes[name], spec.role)
         if reason is not None:
             raise ElmExportError(f"recipe {plan.recipe.name} stores {name} ({spec.role}) as {plan.schemes[name]}; {target.name} {reason}")
+
+
+def check_method(plan: Plan, method: str) -> None:
+    """Make sure that `method` is defined for every scheme of `plan`.
+
+    Raises:
+        ElmExportError: it is not.
+    """
+    if method != "rtn":
+        return
+    for name, scheme in plan.schemes.items():
+        if isinstance(scheme, CodedScheme) and not scheme.has_rtn:
+            raise ElmExportError(
+                f"--method rtn does not exist for {scheme}, as recipe {plan.recipe.name} stores {name}: its parameters are searched; choose --method {DEFAULT}"
+            )

@@ -36,6 +36,7 @@ class Terminated(KeyboardInterrupt):
 
 
 _asked: list[type[KeyboardInterrupt]] = []  # requests to end that were raised, and that nothing has answered yet
+_repeats: list[threading.Timer] = []  # of requests that could not be raised where they came
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def clean_endings() -> Iterator[None]:
     try:
         yield
     finally:
-        _asked.clear()
+        go_on()
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -59,6 +60,9 @@ def clean_endings() -> Iterator[None]:
 
 def go_on() -> None:
     """Forget a Ctrl-C that has been answered, by a command that goes on after one."""
+    for timer in _repeats:
+        timer.cancel()
+    _repeats.clear()
     _asked.clear()
 
 
@@ -84,6 +88,9 @@ def ended_early(command: Callable[[], str | None] = lambda: None) -> Iterator[No
 
 
 def _say_ended(kind: type[KeyboardInterrupt], command: str | None) -> NoReturn:
+    for number, own in ((signal.SIGINT, _interrupt), (signal.SIGTERM, _terminate)):
+        if signal.getsignal(number) is own:
+            signal.signal(number, signal.SIG_IGN)  # what comes from here on asks for what is under way
     what, code = ("terminated", TERMINATED) if issubclass(kind, Terminated) else ("interrupted", INTERRUPTED)
     with contextlib.suppress(BrokenPipeError):
         line = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C on a line of its own
@@ -105,6 +112,7 @@ def _unlost(unraisable: Any) -> None:
     """Bring back an interrupt that came where Python cannot raise: in a callback from C, or while an object is deleted."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
-        threading.Timer(_AGAIN, os.kill, (os.getpid(), number)).start()
+        _repeats.append(threading.Timer(_AGAIN, os.kill, (os.getpid(), number)))
+        _repeats[-1].start()
     else:
         sys.__unraisablehook__(unraisable)

@@ -92,8 +92,8 @@ class _Lines:
     def lost(self) -> None:
         self._say("the dask scheduler cannot be reached; waiting for it to come back")
 
-    def tick(self, running: Sequence[str]) -> None:
-        self._places = max(self._places, len(running))
+    def tick(self, running: Sequence[str], places: int) -> None:
+        self._places = max(1, places)
 
     def _say(self, line: str) -> None:
         typer.echo(line, err=True)
@@ -113,8 +113,8 @@ class _Table(_Lines):
         self._live = live
         self._since: dict[str, float] = {}
 
-    def tick(self, running: Sequence[str]) -> None:
-        super().tick(running)
+    def tick(self, running: Sequence[str], places: int) -> None:
+        super().tick(running, places)
         now = time.monotonic()
         self._since = {key: self._since.get(key, now) for key in running if key not in self._ended}
         self._live.update(self._drawn(now))

@@ -1,7 +1,7 @@
 """Op vocabulary: everything that a forward pass is made of, as `torch.library` custom ops.
 
-Each op has an eager implementation, which is the numerical reference (it computes in the dtype of its inputs), and a fake one, so that
-`torch.export` traces a model without weights. A target is a table of lowerings from these ops.
+Each op has an eager implementation, which is the numerical reference (it computes in the dtype of its inputs), and a fake one, by which a
+model is traced without weights (`elmexport.graph.trace`; `torch.export` takes it too). A target is a table of lowerings from these ops.
 
 Shapes: `batch` B, `tokens` T, model dimension D, context C (length of the static cache), query heads H, KV heads K, head dimension d,
 experts E, width of an expert F.
@@ -20,11 +20,28 @@ NAMESPACE = "elmexport"
 EAGER: dict[str, Callable[..., Tensor]] = {}
 """Eager implementations by the name of the op, but of `attention` (`attention_`) and `moe` (`moe_`); autograd sees through them, as it does not through custom ops."""
 
+FAKE: dict[str, Callable[..., Any]] = {}
+"""Fake implementations by the name of the op: outputs of the right shape and dtype, on the meta device where the inputs are.
+
+They use `new_empty` alone: on that device `empty_like` loads sympy, most of a second.
+"""
+
 
 def _op(function: Callable[..., Tensor]) -> Any:
     """Register `function` as the custom op of its name; returns torch's `CustomOpDef`."""
     EAGER[function.__name__] = function
     return torch.library.custom_op(f"{NAMESPACE}::{function.__name__}", mutates_args=())(function)
+
+
+def _fake(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the fake implementation of `op`."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        FAKE[op._opoverload._schema.name.split("::")[1]] = function
+        op.register_fake(function)
+        return function
+
+    return register
 
 
 @_op
@@ -33,7 +50,7 @@ def embed(ids: Tensor, table: Tensor) -> Tensor:
     return torch.nn.functional.embedding(ids, table)
 
 
-@embed.register_fake
+@_fake(embed)
 def _(ids: Tensor, table: Tensor) -> Tensor:
     return table.new_empty((*ids.shape, table.shape[1]))
 
@@ -48,9 +65,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _normalize(x, weight, eps)
 
 
-@rms_norm.register_fake
+@_fake(rms_norm)
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @_op
@@ -59,7 +76,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-@linear.register_fake
+@_fake(linear)
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -71,7 +88,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-@swiglu.register_fake
+@_fake(swiglu)
 def _(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
@@ -82,9 +99,9 @@ def silu(x: Tensor) -> Tensor:
     return torch.nn.functional.silu(x)
 
 
-@silu.register_fake
+@_fake(silu)
 def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @_op
@@ -93,9 +110,9 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
 
-@add.register_fake
+@_fake(add)
 def _(x: Tensor, y: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @_op
@@ -104,7 +121,7 @@ def join_qkv(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.cat((query, key, value), dim=-1)
 
 
-@join_qkv.register_fake
+@_fake(join_qkv)
 def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:-1], query.shape[-1] + key.shape[-1] + value.shape[-1]))
 
@@ -154,9 +171,9 @@ def moe(x: Tensor, logits: Tensor, gate: list[Tensor], up: list[Tensor], down: l
     return moe_(x, logits, lambda number: (gate[number], up[number], down[number]), active)
 
 
-@moe.register_fake
+@_fake(moe)
 def _(x: Tensor, logits: Tensor, gate: list[Tensor], up: list[Tensor], down: list[Tensor], active: int) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def rope_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -235,7 +252,7 @@ def attention(
     return out, k_cache, v_cache
 
 
-@attention.register_fake
+@_fake(attention)
 def _(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -249,4 +266,4 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = qkv.new_empty((*qkv.shape[:-1], query_heads * k_cache.shape[3]))
-    return out, torch.empty_like(k_cache), torch.empty_like(v_cache)
+    return out, k_cache.new_empty(k_cache.shape), v_cache.new_empty(v_cache.shape)

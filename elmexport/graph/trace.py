@@ -1,22 +1,23 @@
-"""Tracing: a model's module to a `Graph`, by `torch.export` on meta tensors and a walk over the exported nodes.
+"""Tracing: a model's module to a `Graph`, by one forward pass on meta tensors in which every op of the vocabulary is written down.
 
-No weight is ever allocated, so the 3B model traces in the memory of its Python objects.
+No weight is ever allocated, so the 3B model traces in the memory of its Python objects. `torch.export` gives the same nodes; what it loads
+(dynamo, sympy) takes longer than the rest of a small export.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.export import Dim, export
-from torch.fx import Node as FxNode
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import ModelDims
-from elmexport.graph.ir import BATCH, ROUTED, TOKENS, Graph, Node, Value
-from elmexport.graph.ops import NAMESPACE
+from elmexport.graph.ir import BATCH, IDS, ROUTED, TOKENS, Graph, Node, Value
+from elmexport.graph.ops import FAKE, NAMESPACE
 from elmexport.weights import Role, WeightSpec
 
 
@@ -35,77 +36,78 @@ def trace_module(
         raise ElmExportError(
             f"context is {context}; this model takes 1 to {dims.max_context} tokens, as far as its position embedding reaches"
         )
+    known = {spec.name: spec for spec in specs}
+    # Sizes that no other dimension can have: the widest activation is three weights side by side.
+    batch = 3 * max(context, dims.head_dim, *(size for spec in known.values() for size in spec.shape)) + 1
+    tokens = batch + 1 if context > 1 else 1
     with torch.device("meta"):
         model = make()
-        # Sizes that no dimension of the model can be mistaken for; both are declared dynamic.
-        ids = torch.zeros(2, min(3, context), dtype=torch.int64)
-        caches = [torch.zeros(2, layer.kv_heads, context, dims.head_dim) for layer in dims.layers]
-        position = torch.zeros((), dtype=torch.int64)
-    batch, tokens = Dim(BATCH, min=1), Dim(TOKENS, min=1, max=max(2, context))
-    cache_dims = [{0: batch} for _ in caches]
-    program = export(
-        model,
-        (ids, position, caches, [cache.clone() for cache in caches]),
-        dynamic_shapes=({0: batch, 1: tokens} if context > 1 else {0: batch}, None, cache_dims, cache_dims),
-        strict=False,
+        ids, position = torch.zeros(batch, tokens, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+        keys, values = ([torch.zeros(batch, layer.kv_heads, context, dims.head_dim) for layer in dims.layers] for _ in range(2))
+    symbols = {batch: BATCH, tokens: TOKENS} if context > 1 else {batch: BATCH}
+    trace = _Trace(known, {parameter: name for name, parameter in model.named_parameters()}, symbols, prefix)
+    trace.define(ids, IDS)
+    trace.define(position, "position")
+    for caches, name in ((keys, "k_cache"), (values, "v_cache")):
+        for layer, cache in enumerate(caches):
+            trace.define(cache, f"{name}.{layer}")
+    with trace:
+        logits, new_keys, new_values = model(ids, position, keys, values)
+    names = trace.names
+    return Graph(
+        dims,
+        context,
+        tuple(trace.nodes),
+        trace.values,
+        names[logits],
+        tuple(names[tensor] for tensor in new_keys),
+        tuple(names[tensor] for tensor in new_values),
     )
-    return _Builder(dims, specs, context, prefix, program).build()
 
 
-class _Builder:
-    """Turns an `ExportedProgram` over the op vocabulary into a `Graph`."""
+class _Trace(TorchFunctionMode):
+    """Writes down the ops that run while it is entered, and gives them fake results.
 
-    def __init__(
-        self, dims: ModelDims, specs: Iterable[WeightSpec], context: int, prefix: str, program: torch.export.ExportedProgram
-    ) -> None:
-        self.dims, self.context, self.prefix, self.program = dims, context, prefix, program
-        self.specs = {spec.name: spec for spec in specs}
-        self.weight_of = program.graph_signature.inputs_to_parameters  # placeholder name to parameter name
-        self.symbols: dict[str, str] = {}
-        self.names: dict[FxNode, str] = {}
+    Args:
+        specs: of the parameters, by name.
+        weight_of: names of the parameters.
+        symbols: sizes that stand for a symbol.
+    """
+
+    def __init__(self, specs: Mapping[str, WeightSpec], weight_of: Mapping[Tensor, str], symbols: Mapping[int, str], prefix: str) -> None:
+        super().__init__()
+        self.names: dict[Tensor, str] = {}  # by identity, which keeps them alive
         self.values: dict[str, Value] = {}
         self.nodes: list[Node] = []
-        self.layers: dict[str, int | None] = {}  # of the node that makes each value
+        self._specs, self._weight_of, self._symbols, self._prefix = specs, weight_of, symbols, prefix
+        self._layers: dict[str, int | None] = {}  # of the node that makes each value
 
-    def build(self) -> Graph:
-        layers = len(self.dims.layers)
-        names = ["ids", "position", *(f"k_cache.{i}" for i in range(layers)), *(f"v_cache.{i}" for i in range(layers))]
-        outputs: tuple[FxNode, ...] = ()
-        for fx in self.program.graph.nodes:
-            if fx.op == "placeholder":
-                if fx.name not in self.weight_of:
-                    if not self.symbols:  # ids comes first and carries both symbols
-                        self.symbols = {str(size): name for size, name in zip(fx.meta["val"].shape, (BATCH, TOKENS), strict=True)}
-                    self._define(fx, names.pop(0))
-            elif fx.op == "output":
-                outputs = fx.args[0]
-            elif fx.target is not torch.ops.aten.sym_size.int and "getitem" not in str(fx.target):
-                self._node(fx)
-        found = [self.names[fx] for fx in outputs]
-        return Graph(
-            self.dims, self.context, tuple(self.nodes), self.values, found[0], tuple(found[1 : 1 + layers]), tuple(found[1 + layers :])
-        )
+    def define(self, tensor: Tensor, name: str) -> None:
+        """Call `tensor` `name` from here on."""
+        self.names[tensor] = name
+        self.values[name] = Value(name, tuple(self._symbols.get(size, size) for size in tensor.shape))
 
-    def _define(self, fx: FxNode, name: str) -> None:
-        self.names[fx] = name
-        self.values[name] = Value(name, tuple(size if isinstance(size, int) else self.symbols[str(size)] for size in fx.meta["val"].shape))
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        assert isinstance(func, torch._ops.OpOverload) and func.namespace == NAMESPACE, f"{func} is not in the op vocabulary"
+        op = func._schema.name.split("::")[1]
+        result = FAKE[op](*args, **(kwargs or {}))
+        self._node(op, inspect.signature(FAKE[op]).bind(*args, **(kwargs or {})).arguments, result)
+        return result
 
-    def _node(self, fx: FxNode) -> None:
-        assert isinstance(fx.target, torch._ops.OpOverload) and fx.target.namespace == NAMESPACE, f"{fx.target} is not in the op vocabulary"
-        op = fx.target._schema.name.split("::")[1]
+    def _node(self, op: str, arguments: Mapping[str, Any], result: Tensor | tuple[Tensor, ...]) -> None:
         inputs: dict[str, str] = {}
         weights: dict[str, WeightSpec] = {}
         attrs: dict[str, Any] = {}
-        for argument, given in zip(fx.target._schema.arguments, fx.args, strict=True):
+        for argument, given in arguments.items():
             if isinstance(given, list):  # of weights, one for each expert
-                weights |= {f"{argument.name}.{i}": self.specs[self.weight_of[item.name]] for i, item in enumerate(given)}
-            elif not isinstance(given, FxNode):
+                weights |= {f"{argument}.{i}": self._specs[self._weight_of[item]] for i, item in enumerate(given)}
+            elif not isinstance(given, Tensor):
                 if given is not None:
-                    attrs[argument.name] = given
-            elif given.name in self.weight_of:
-                weights[argument.name] = self.specs[self.weight_of[given.name]]
+                    attrs[argument] = given
+            elif given in self._weight_of:
+                weights[argument] = self._specs[self._weight_of[given]]
             else:
-                inputs[argument.name] = self.names[given]
+                inputs[argument] = self.names[given]
         first = next(iter(weights.values()), None)
         layer, role = (None, None) if first is None else (first.layer, first.role)
         if op == "linear" and role is Role.EMBEDDING:
@@ -113,18 +115,12 @@ class _Builder:
         if op == "moe":
             role = Role.MOE_EXPERTS_DOWN  # what its output comes from
         if first is None or op == "attention":  # the layer that it continues
-            layer = max((found for name in inputs.values() if (found := self.layers.get(name)) is not None), default=None)
+            layer = max((found for name in inputs.values() if (found := self._layers.get(name)) is not None), default=None)
         name = self._name(op, layer, role, first)
-        outputs = [name]
-        if op == "attention":
-            outputs = [name, f"{name}.k_cache", f"{name}.v_cache"]
-            for user in fx.users:
-                which = user.args[1]
-                assert isinstance(which, int)
-                self._define(user, outputs[which])
-        else:
-            self._define(fx, name)
-        self.layers |= dict.fromkeys(outputs, layer)
+        outputs = [name, f"{name}.k_cache", f"{name}.v_cache"] if op == "attention" else [name]
+        for output, tensor in zip(outputs, result if isinstance(result, tuple) else (result,), strict=True):
+            self.define(tensor, output)
+        self._layers |= dict.fromkeys(outputs, layer)
         node = Node(op, name, inputs, weights, attrs, tuple(outputs), layer, role if op in ("linear", "embed", "moe") else None)
         for expert in range(node.experts):
             for name, part in ((node.expert_input(expert), "gate"), (node.expert_hidden(expert), "down")):
@@ -136,6 +132,6 @@ class _Builder:
         if role is Role.LM_HEAD:
             return "lm_head"
         if weight is not None and op not in ("attention", "moe"):
-            return weight.name.removeprefix(self.prefix).removesuffix(".weight")
+            return weight.name.removeprefix(self._prefix).removesuffix(".weight")
         taken = sum(node.op == op and node.layer == layer for node in self.nodes)
         return f"layers.{layer}.{op}" + (f".{taken}" if taken else "")

@@ -38,6 +38,7 @@ class GgmlCoded(CodedScheme):
     minima: tuple[int, int] | None = None
 
     codec: ClassVar[str] = "elmexport.quantization.ggml_codec:GgmlCodec"
+    has_rtn: ClassVar[bool] = False
     FORMS: ClassVar[str]
 
     @classmethod

@@ -70,6 +70,7 @@ class CodedScheme(Scheme):
 
     codec: ClassVar[str]  # "module:Class" of its `elmexport.quantization.codec.Codec`, imported when it is first used
     width: int  # bits of a code
+    has_rtn: ClassVar[bool] = True  # whether rounding to nearest is defined: parameters that are searched have no such rule
     is_slow: ClassVar[bool] = False  # whether finding the codes of a model takes several times as long as exporting it does otherwise
 
     @property
@@ -249,6 +250,7 @@ class Lut(CodedScheme):
     granularity: PerTensor | PerGroupedChannel
 
     codec: ClassVar[str] = "elmexport.quantization.lut_codec:LutCodec"
+    has_rtn: ClassVar[bool] = False
     is_slow: ClassVar[bool] = True
     FORMS: ClassVar[str] = "lut4-group8 (or lut6, lut8, or any other group size), lut4-tensor (or lut6, lut8)"
     _NAME: ClassVar[re.Pattern[str]] = re.compile(r"lut(?P<width>[468])-(?:group(?P<group>[1-9]\d*)|tensor)")

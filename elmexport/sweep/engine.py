@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PATIENCE = 600.0  # seconds that a scheduler may be gone
 ANSWER = 10.0  # seconds in which a scheduler has to answer at first
 _TICK = 1.0
+_GROUP = "cells"  # of dask's keys
 
 
 class Watch(Protocol):
@@ -45,8 +46,8 @@ class Watch(Protocol):
     def lost(self) -> None:
         """Report that the scheduler cannot be reached."""
 
-    def tick(self, running: Sequence[str]) -> None:
-        """Report the keys of jobs that workers have at the moment."""
+    def tick(self, running: Sequence[str], places: int) -> None:
+        """Report the keys of jobs that run at the moment, and how many can run at a time."""
 
 
 @contextlib.contextmanager
@@ -57,9 +58,11 @@ def local_client(workers: int) -> Iterator[Client]:
         MissingDependencyError: dask.distributed is not installed.
     """
     distributed = _distributed()
+    import dask
     from distributed.system import MEMORY_LIMIT
 
     with (
+        dask.config.set({"distributed.scheduler.worker-saturation": 1.0}),  # a cell that waits should not wait for one worker
         distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -118,7 +121,7 @@ class _Run:
         self._order = Order(planned, done)
         self._left = len(planned) - len(done)
         self._events: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._flying: dict[str, tuple[Job, Future]] = {}  # by dask's key of the attempt
+        self._flying: dict[tuple[str, str], tuple[Job, Future]] = {}  # by dask's key of the attempt
         self._again: list[Job] = []  # whose attempts went with the scheduler
         self._attempts: Counter[str] = Counter()
         self._outcomes: dict[str, Outcome] = {}
@@ -136,7 +139,7 @@ class _Run:
                 pass
             self._reconnect()
             self._submit(self._order.ready())
-            self._watch.tick(self._running())
+            self._watch.tick(*self._running())
         return self._outcomes
 
     def _submit(self, jobs: Sequence[Job]) -> None:
@@ -145,7 +148,8 @@ class _Run:
         if self._gone_since is not None:
             self._again += jobs
             return
-        keys = [f"{job.label.replace(' ', '-')}-{job.key}-{uuid.uuid4().hex[:8]}" for job in jobs]
+        # Tasks of one group wait at the scheduler until a worker is free; of others it hands several to a worker at once.
+        keys = [(_GROUP, f"{job.label} {job.key} {uuid.uuid4().hex[:8]}") for job in jobs]
         futures = self._client.map(run_job, [msgspec.json.encode(job) for job in jobs], key=keys, pure=False)
         for key, job, future in zip(keys, jobs, futures, strict=True):
             self._flying[key] = job, future
@@ -190,14 +194,16 @@ class _Run:
                 "the dask scheduler went and did not come back; start it and its workers again, and run the same command: finished cells are kept"
             )
 
-    def _running(self) -> list[str]:
-        """Keys of the jobs that workers have."""
+    def _running(self) -> tuple[list[str], int]:
+        """Keys of the jobs that workers have begun, and how many jobs they can run at a time."""
         if self._gone_since is not None:
-            return []
+            return [], 0
         with contextlib.suppress(OSError):
-            processing: Mapping[str, Sequence[str]] = self._client.processing()
-            return [self._flying[key][0].key for keys in processing.values() for key in keys if key in self._flying]
-        return []
+            threads: Mapping[str, int] = self._client.nthreads()
+            processing: Mapping[str, Sequence[tuple[str, str]]] = self._client.processing()
+            begun = [key for worker, keys in processing.items() for key in keys[: threads.get(worker, 0)]]  # in order; more may wait there
+            return [self._flying[key][0].key for key in begun if key in self._flying], sum(threads.values())
+        return [], 0
 
 
 def _words(error: BaseException | None) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from calibration.methods import DEFAULT, METHODS
 from calibration.options import Calibrate, WeightOptions
-from calibration.preparation import check_schemes, with_own_codes
+from calibration.preparation import check_method, check_schemes, with_own_codes
 from calibration.weight_set import quantized_schemes
 from elmexport.bench.workload import Workload
 from elmexport.errors import ElmExportError, MissingDependencyError
@@ -183,16 +183,18 @@ class _Expander:
         Raises:
             ElmExportError: the format cannot hold the model, or not so; with the lines that leave it out.
         """
-        config = model.checkpoint.config
+        config, excluded = model.checkpoint.config, ""
         try:
             each.target.check(config, self._plan.context or config.dims.context)
             resolved = resolve(recipe if option.method == DEFAULT else with_own_codes(recipe), config)
             check_schemes(each.target, model.checkpoint, resolved)
+            excluded = f', method = "{option.method}"'  # the others may be possible
+            check_method(resolved, option.method)
         except MissingDependencyError:
             raise
         except ElmExportError as error:
             raise ElmExportError(
                 f"{self._where}: {model.written} as {each.choice.label} {quant}: {error}. To leave it out: "
-                f'[[exclude]] model = "{model.written}", format = "{each.choice.format}", quant = "{quant}"'
+                f'[[exclude]] model = "{model.written}", format = "{each.choice.format}", quant = "{quant}"{excluded}'
             ) from None
         return quantized_schemes(resolved)

@@ -8,6 +8,7 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ def run_job(document: bytes) -> bytes:
     job = _with_share(msgspec.json.decode(document, type=Job), worker)
     process = subprocess.Popen(
         [sys.executable, "-m", "elmexport.sweep.process"],
+        env=_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -55,6 +57,14 @@ def run_job(document: bytes) -> bytes:
         last = process.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
     how = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
     return msgspec.json.encode(Outcome(job.key, State.CRASHED, ": ".join([how, *last]), code, host=platform.node()))
+
+
+def _environment() -> dict[str, str]:
+    """This worker's environment without what dask sets for work within it: threads, and an allocator that gives every page back at once."""
+    import dask
+
+    own: Mapping[str, object] = dask.config.get("distributed.nanny.pre-spawn-environ")
+    return {name: value for name, value in os.environ.items() if name not in own or value != str(own[name])}
 
 
 def _ended(process: subprocess.Popen[bytes]) -> bool:

@@ -18,6 +18,7 @@ from calibration.preparation import prepare
 from calibration.second_moments import upper_factor
 from calibration.statistics import Statistics
 from calibration.text import Sample, sample_ids
+from elmexport.checkpoint.base import Checkpoint
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.self_check import TOKENS as TOKENS_READ
 from elmexport.evaluation.self_check import reference_pass
@@ -79,6 +80,13 @@ def test_options_that_do_not_fit_are_refused(case: str) -> None:
     options, message = BAD[case]
     with pytest.raises(ElmExportError, match=message.replace("(", r"\(")):
         WeightOptions(**options)
+
+
+@pytest.mark.parametrize(("target", "quant"), [("gguf", "q4_k_m"), ("coreml", "lut4")])
+def test_rtn_of_searched_parameters_is_refused_before_any_work(tiny: Checkpoint, target: str, quant: str) -> None:
+    chosen = find_target(target)
+    with pytest.raises(ElmExportError, match=r"--method rtn does not exist for .*choose --method mse"):
+        prepare(tiny, chosen, chosen.recipe(quant), WeightOptions(method="rtn"), SilentProgress())
 
 
 def test_mse_and_rtn_read_nothing(small_checkpoint: MemoryCheckpoint) -> None:

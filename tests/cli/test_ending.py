@@ -173,6 +173,34 @@ def test_an_interrupt_that_c_code_turns_into_another_error(number: str, word: st
     assert (done.returncode, done.stderr) == (code, f"{word}: nothing half-written was left; run the same command again\n")
 
 
+# The first one cannot be raised where it comes, so it comes again; by then the program is on its way out because of another.
+TWICE = """
+    import ctypes, signal, sys, time
+    import typer
+    from elmexport.cli.ending import clean_endings, ended_early
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    @ctypes.CFUNCTYPE(None)
+    def callback():
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        with clean_endings(), ended_early(lambda: "onnx"):
+            callback()
+            raise ValueError
+    except typer.Exit as end:
+        code = end.exit_code
+    time.sleep(0.2)
+    sys.exit(code)
+"""
+
+
+def test_an_interrupt_that_comes_again_when_all_is_said() -> None:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(TWICE)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing half-written was left; run the same command again\n")
+
+
 def test_an_error_after_an_answered_interrupt_is_an_error() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(REPLACED), "SIGINT", "answered"], capture_output=True, text=True)
     assert "ElmExportError: x.safetensors: could not determine" in done.stderr and "interrupted" not in done.stderr

@@ -20,7 +20,7 @@ FAILED = Outcome("1", State.FAILED, "export: no such quant", 2, attempts=1)
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     lines = _Lines(JOBS)
-    lines.tick(["0", "1"])
+    lines.tick(["0", "1"], 2)
     lines.ended(JOBS[0], DONE)
     lines.retried(JOBS[2], Outcome("2", State.CRASHED, "export: killed by signal 9"))
     lines.lost()
@@ -37,10 +37,10 @@ def test_the_live_table() -> None:
     out = io.StringIO()
     with Live(console=Console(file=out, force_terminal=True, width=100, color_system=None), auto_refresh=False) as live:
         shown = _Table(JOBS, live)
-        shown.tick(["0", "1"])
+        shown.tick(["0", "1"], 2)
         shown.ended(JOBS[0], DONE)
         shown.ended(JOBS[1], FAILED)
-        shown.tick(["2", "3"])
+        shown.tick(["2", "3"], 2)
         live.refresh()
     said = out.getvalue()
     assert "1/4  model onnx int0 mse: done in 1:40" in said

@@ -40,6 +40,7 @@ class Heard:
         self.again: list[str] = []
         self.gone = 0
         self.seen: set[str] = set()
+        self.most = 0
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         pass
@@ -50,8 +51,10 @@ class Heard:
     def lost(self) -> None:
         self.gone += 1
 
-    def tick(self, running: Sequence[str]) -> None:
+    def tick(self, running: Sequence[str], places: int) -> None:
         self.seen |= set(running)
+        self.most = max(self.most, len(running))
+        assert len(running) <= places or places == 0
 
 
 def states(outcomes: dict[str, Outcome]) -> dict[str, State]:

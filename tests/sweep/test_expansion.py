@@ -153,6 +153,16 @@ def test_a_model_that_a_format_cannot_hold_is_refused_with_the_lines_that_leave_
     assert labels(expanded(f"{plan}{table}\n{keys.replace(', ', chr(10))}"))[1:] == ["coreml int4 mse"]
 
 
+def test_a_method_that_a_scheme_does_not_have_is_refused_alone(expanded: Expand) -> None:
+    plan = 'models = ["tiny"]\nformats = ["gguf"]\nquants = ["int4", "q5_0"]\nmethods = ["mse", "rtn"]\n'
+    with pytest.raises(ElmExportError, match="tiny as gguf q5_0: --method rtn does not exist for ggml's Q6_K") as error:
+        expanded(plan)
+    lines = '[[exclude]] model = "tiny", format = "gguf", quant = "q5_0", method = "rtn"'
+    assert str(error.value).endswith(lines)
+    table, _, keys = lines.partition(" ")
+    assert labels(expanded(f"{plan}{table}\n{keys.replace(', ', chr(10))}"))[1:] == ["gguf int4 mse", "gguf int4 rtn", "gguf q5_0 mse"]
+
+
 def test_a_key_changes_with_what_determines_the_cell_and_with_nothing_else(
     expanded: Expand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
