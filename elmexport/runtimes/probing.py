@@ -21,11 +21,11 @@ from elmexport.formats import find_format, load
 
 REFUSED = 10  # exit code of the process: the engine, or its runtime here, said itself what is wrong, and will say it again
 _SAID_BY_OTHERS = (0, 1, 2, REFUSED)  # 1 and 2: Python's own, where the process could not even begin
-# Processor time that opening a file and one token may take: some seconds of imports, and ten times what the slowest engine took for its weights.
+# Processor time that opening a file and one token may take: for imports, and minutes for a GiB of weights.
 _LEAST_SECONDS, _SECONDS_A_GIB = 10, 200
 _OUT_OF_TIME = getattr(signal, "SIGXCPU", 0)  # Windows has neither the signal nor the limit
 _AGAIN = "copy it again or export it again"
-_TEXT = frozenset({".json", ".jinja", ".md", ".model", ".toml", ".txt"})  # suffixes of files that no engine parses
+_LATER = frozenset({"manifest.json", "README.md", "recipe.toml"})  # what an export adds to the files that it vouches for
 
 
 def probe(kind: str, path: Path) -> None:
@@ -69,8 +69,9 @@ def _note(kind: str, path: Path) -> Path | None:
 
     None where the engine is Python, or macOS, or is not installed, as whoever opens the file will say.
     """
-    package = find_format(kind).engine_package
-    engine = None if package is None else find_spec(package)
+    package, engine = find_format(kind).engine_package, None
+    with contextlib.suppress(ImportError, ValueError):
+        engine = None if package is None else find_spec(package)
     if engine is None or engine.origin is None:
         return None
     facts = [(file.name, *_identity(file)) for file in sorted(_files(path))]
@@ -78,9 +79,9 @@ def _note(kind: str, path: Path) -> Path | None:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """What the engine reads of `path`: the model files of a folder, or a bare one and those beside it whose names begin like it."""
+    """What the engine may read of `path`: the files of a folder, or a bare one and those beside it whose names begin like it."""
     if path.is_dir():
-        yield from (file for file in path.rglob("*") if file.suffix not in _TEXT and file.is_file())
+        yield from (file for file in path.rglob("*") if file.name not in _LATER and file.is_file())
         return
     stem = path.stem.partition("-00001-of-")[0]
     yield from (file for file in path.absolute().parent.iterdir() if file.name.startswith(stem) and file.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -76,6 +77,16 @@ def test_files_without_checksums_are_taken(path: Path, tmp_path: Path) -> None:
     finally:
         torch.serialization.set_crc32_options(True)
     assert torch.equal(open_file(tmp_path / "plain.pt").read("a"), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "C:\\evil", "model/../../evil"])
+def test_records_whose_names_lead_elsewhere_are_not_unpacked(path: Path, tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"evil")
+    before = sorted(tmp_path.parent.rglob("*"))
+    with contextlib.suppress(ElmExportError):  # torch itself may refuse it
+        assert torch.equal(open_file(path).read("d"), torch.arange(50.0, 100.0))
+    assert sorted(tmp_path.parent.rglob("*")) == before
 
 
 def nested() -> tuple[object, ...]:

@@ -120,12 +120,17 @@ def started(command: Sequence[str], cache: Path, log: Path = Path(os.devnull), b
 
 
 def ended(pid: int, after: float = float("inf")) -> tuple[int, float]:
-    """Wait until the process ends, killing it when it has used `after` seconds of processor time; its status (negative: a signal) and its time."""
+    """Wait until the process ends, killing it when it has used `after` seconds of processor time; its status (negative: a signal) and its time.
+
+    What processes use that it starts itself is not its own.
+    """
+    spent = 0.0
     while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
+        found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        if cpu_seconds(pid) >= after:
+            return os.waitstatus_to_exitcode(status), spent
+        spent = max(spent, cpu_seconds(pid))
+        if spent >= after:
             os.kill(pid, signal.SIGKILL)
             after = float("inf")
         time.sleep(0.003)
@@ -164,9 +169,14 @@ def kills(name: str, corpus: Path, count: int, seed: int) -> dict[str, Any]:
                             break
                 assert status in (0, -signal.SIGKILL), f"{command} after a kill ends with {status}"
                 whole += status == 0
+                _say(name, killed, whole)
                 left = [path.name for path in place.parent.iterdir() if path != place] if status == 0 else []
                 assert not left, f"left beside the output: {left}"
     return {"command": name, "kills": killed, "came to their end": whole, "largest difference": difference}
+
+
+def _say(name: str, killed: int, whole: int) -> None:
+    print(f"{name}: {killed} kills, {whole} runs came to their end", file=sys.stderr, flush=True)
 
 
 SWEEP = """models = ["{model}"]
@@ -218,6 +228,7 @@ def sweep_kills(corpus: Path, count: int, seed: int) -> dict[str, Any]:
             )
             assert not list((out / "work").iterdir()), "something is left over"
             whole += 1
+            _say("sweep", killed, whole)
             shutil.rmtree(out)
     return {"command": "sweep", "kills": killed, "came to their end": whole, "largest difference": 0.0}
 
@@ -250,8 +261,6 @@ def prepared(corpus: Path | None) -> Iterator[Path]:
             corpus = Path(temporary) / "corpus"
             build_corpus(corpus)
         import lm_eval.evaluator  # noqa: F401
-        import torch._dynamo
-        import torch.export  # noqa: F401
 
         import elmexport.cli.main
         import elmexport.exporting  # noqa: F401

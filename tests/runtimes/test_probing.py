@@ -14,7 +14,8 @@ import pytest
 from elmexport.errors import ElmExportError
 from elmexport.runtimes import open_artifact, probing
 from elmexport.runtimes.text import open_text_model
-from tests.conftest import SmallArtifact
+from tests.conftest import ExportTo, SmallArtifact
+from tests.memory_checkpoint import MemoryCheckpoint
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +65,10 @@ def test_a_file_is_opened_apart_once(path: Path, small_artifact: SmallArtifact, 
     assert opened == [path, path]
 
 
-def test_what_was_just_exported_is_opened_directly(small_artifact: SmallArtifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(small_artifact("onnx", "int4"), copy)
-    probing.vouch("onnx", copy)
+@pytest.mark.parametrize("target", ["gguf", "onnx", "mlx"])
+def test_what_was_just_exported_is_opened_directly(
+    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    path = export_to(small_checkpoint, target, "fp16")
     monkeypatch.setattr(probing, "_open_apart", None)
-    open_artifact(copy).close()
+    open_artifact(path).close()
