@@ -80,7 +80,7 @@ def one_input(name: str, seed: int, corpus: Path, work: Path) -> tuple[int, tupl
     try:
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")), contextlib.redirect_stderr(said):
             code = run(*command)
-    except Exception as error:
+    except BaseException as error:  # what is no Exception among them, as a panic of Rust
         finding = (f"{type(error).__name__} in {_place(error)}", traceback.format_exc(limit=-6))
     finally:
         file.write_bytes(sound)
