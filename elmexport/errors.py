@@ -19,7 +19,7 @@ class ElmExportError(Exception):
     exit_code = 2
 
     def __str__(self) -> str:
-        return _shortened(super().__str__())
+        return shortened(super().__str__())
 
     def of(self, name: str) -> ElmExportError:
         """The same of the tensor `name`, which the message begins with."""
@@ -40,7 +40,7 @@ class Fp16RangeError(ElmExportError):
         self.found, self.advice = found, advice
 
     def __str__(self) -> str:
-        return _shortened(f"{self.found}; {self.advice}")
+        return shortened(f"{self.found}; {self.advice}")
 
     def of(self, name: str) -> Fp16RangeError:
         return Fp16RangeError(f"{name}: {self.found}", self.advice)
@@ -52,7 +52,7 @@ class MissingDependencyError(ElmExportError):
     exit_code = 3
 
 
-def _shortened(message: str) -> str:
+def shortened(message: str) -> str:
     """Cut what a damaged file put into `message`, a name of thousands of characters or a list of thousands of numbers; the fix, at its end, stays."""
     message = _ENDLESS.sub(lambda word: f"{word[0][:150]}…{word[0][-50:]}", message)
     return message if len(message) <= LONGEST else f"{message[: LONGEST - 203]} … {message[-200:]}"

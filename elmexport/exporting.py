@@ -41,6 +41,7 @@ from elmexport.progress import Progress, SilentProgress
 from elmexport.quantization.recipe_file import write_recipe
 from elmexport.quantization.recipes import Plan, Recipe, load_recipe, resolve
 from elmexport.quantization.schemes import Float
+from elmexport.runtimes.probing import vouch
 from elmexport.target import Checked, ExportJob, Target, Written, find_target, wider_formats
 
 RECIPE = "recipe.toml"  # in the artifact, where --bits-per-weight or --max-drop chose it
@@ -192,6 +193,7 @@ def export_checkpoint(
         progress.stage(f"writing {target}", config.parameter_count)
         job = ExportJob(checkpoint.source.name, config, rescale(graph, alpha), prepared.weights, tokenizer, progress.advance)
         written = chosen.write(job, folder) or Written()
+        vouch(chosen.name, folder)
         give_back()
         notes += written.notes
         if options.mixes:

@@ -48,4 +48,15 @@ def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
         ElmExportError: files that the format's reader cannot make sense of.
     """
     config = config_from_dict(artifact.manifest.model.config, where=str(artifact.path / MANIFEST))
-    return tuple(load(find_format(artifact.target).reader)(artifact.path, config))
+    try:
+        return tuple(load(find_format(artifact.target).reader)(artifact.path, config))
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:  # what readers come upon where a file makes no sense
+        raise ElmExportError(
+            f"the files in {artifact.path} are damaged ({type(error).__name__}: {error}); copy the artifact again or export it again"
+        ) from error

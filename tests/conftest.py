@@ -16,15 +16,15 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # every worker would use every co
     _threads = str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     os.environ.setdefault("OMP_NUM_THREADS", _threads)
     os.environ.setdefault("ELMEXPORT_THREADS", _threads)
-gc.set_threshold(
-    100_000, 20, 50
-)  # what torch, lm-eval and coremltools bring stays: to look through it so often is a tenth of the suite's time
 
 from elmexport.checkpoint.base import Checkpoint
 from elmexport.models.openelm.config import OpenELMConfig
 from tests.clients import llama_cpp_tools as tools_of_llama_cpp
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
 from tests.small_tokenizer import train_tokenizer
+
+# What torch, lm-eval and coremltools bring stays: looking through it so often is a tenth of the suite's time.
+gc.set_threshold(100_000, 20, 50)
 
 # The files that take longest, in that order: the others fill the gaps, so that no worker waits for another at the end.
 LONGEST = (

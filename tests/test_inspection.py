@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections import Counter
 from itertools import product
+from pathlib import Path
 
 import pytest
 
+from elmexport.artifact import Artifact
 from elmexport.checkpoint.base import Checkpoint
-from elmexport.inspection import inspect_artifact
+from elmexport.errors import ElmExportError
+from elmexport.inspection import inspect_artifact, list_tensors
 from elmexport.weights import Role
-from tests.conftest import ExportTo, MadeOnce
+from tests.conftest import ExportTo, MadeOnce, SmallArtifact
 
 SCHEMES = {
     ("gguf", "int4", Role.ATTENTION_QKV): "Q4_0",
@@ -64,3 +69,12 @@ def test_coremltools_leaves_a_package_as_it_was(tiny: Checkpoint, export_to: Exp
     path = export_to(tiny, "coreml", "int4")
     coremltools.utils.load_spec(str(next(path.glob("*.mlpackage"))))
     assert inspect_artifact(path).problems == ()
+
+
+def test_a_file_whose_facts_are_of_another_kind(small_artifact: SmallArtifact, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_artifact("mlx", "int4"), tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"]["bits"] = "four"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ElmExportError, match=r"the files in .* are damaged \(TypeError: "):
+        list_tensors(Artifact.open(folder))

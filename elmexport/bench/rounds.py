@@ -21,7 +21,8 @@ from elmexport.bench.workload import Workload
 from elmexport.cores import VARIABLE, available_cores
 from elmexport.errors import ElmExportError, MissingDependencyError, VerificationError
 from elmexport.progress import Progress, SilentProgress
-from elmexport.runtimes import artifact_kind
+from elmexport.runtimes import CHECKPOINT, artifact_kind
+from elmexport.runtimes.probing import probe
 
 REPEAT = 3
 _BANDWIDTH_BYTES = 1 << 30  # more than any cache holds
@@ -73,6 +74,9 @@ def benchmark(
     threads = threads or available_cores()
     subjects = [_subject(path, workload, fit) for path in paths]
     progress = progress or SilentProgress()
+    for subject in subjects:
+        if subject.kind != CHECKPOINT:
+            probe(subject.kind, subject.path)
     progress.stage("measuring", repeat * (len(subjects) + 1))
     bandwidths: list[float] = []
     runs: list[list[dict[str, Any]]] = [[] for _ in subjects]

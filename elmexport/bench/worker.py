@@ -17,7 +17,7 @@ from elmexport.bench.measure import measure
 from elmexport.bench.memory import peak_bytes, resident_bytes
 from elmexport.bench.workload import Workload
 from elmexport.errors import ElmExportError
-from elmexport.runtimes import artifact_kind, open_as, preload
+from elmexport.runtimes import artifact_kind, open_directly, preload
 from elmexport.runtimes.artifact_tokenizer import find_tokenizer
 
 
@@ -34,7 +34,7 @@ def run(path: Path, workload: Workload, fit: Collection[str], guesses: Guesses |
     preload(kind)
     before = resident_bytes()
     start = time.perf_counter()
-    runtime = open_as(kind, path)
+    runtime = open_directly(kind, path)  # what measures it has probed it
     load = time.perf_counter() - start
     workload = workload.fitted(runtime.context, fit)
     workload.check_context(path.name, runtime.context)

@@ -19,7 +19,7 @@ from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, li
 from elmexport.cli.command import Command
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
-from elmexport.errors import ElmExportError
+from elmexport.errors import ElmExportError, shortened
 
 
 class Program(FormatGroup):
@@ -103,5 +103,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # of the system, not foreseen: a name too long, a folder closed to this user
         if error.strerror is None:
             raise
-        typer.echo(f"error: {error.strerror}" + ("" if error.filename is None else f": {error.filename}"), err=True)
+        typer.echo(shortened(f"error: {error.strerror}" + ("" if error.filename is None else f": {error.filename}")), err=True)
         sys.exit(ElmExportError.exit_code)

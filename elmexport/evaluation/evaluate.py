@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,15 +196,20 @@ def _answer(
     subject = opened.evaluated.subject
     folder = cache_folder() / "answers" / _store_name(subject, context, fingerprint)
     stores = [AnswerStore(folder / f"{suite.name}-{suite.fewshot}shot.jsonl", lambda: progress.advance(1)) for suite, _ in tasks]
-    open_requests = [_unanswered(documents, store) for (_, documents), store in zip(tasks, stores, strict=True)]
-    progress.stage(subject.label, sum(len(requests) for kinds in open_requests for requests in kinds.values()))
+    asked = [_requests(documents) for _, documents in tasks]
+    unanswered = [
+        {kind: [one for one in requests if store.get(kind, one.args) is None] for kind, requests in kinds.items()}
+        for kinds, store in zip(asked, stores, strict=True)
+    ]
+    progress.stage(subject.label, sum(len(requests) for kinds in unanswered for requests in kinds.values()))
     results = {}
-    for (suite, documents), store, kinds in zip(tasks, stores, open_requests, strict=True):
+    for (suite, documents), store, kinds, left in zip(tasks, stores, asked, unanswered, strict=True):
         with store, quiet():
-            for kind, requests in kinds.items():
-                lm = RuntimeLM(opened.runtime(), tokenizer)
+            for kind in (kind for kind in kinds if left[kind]):
+                lm = RuntimeLM(opened.runtime(), tokenizer, partial(store.get, kind))
                 lm.set_cache_hook(store)
-                getattr(lm, kind)(requests, disable_tqdm=True)
+                # Log-likelihoods are read in the company of those that are known already; the other kinds are answered one by one.
+                getattr(lm, kind)(kinds[kind] if kind == "loglikelihood" else left[kind], disable_tqdm=True)
 
             def answer(instance: Any, store: AnswerStore = store) -> Any:
                 return store.get(instance.request_type, instance.args)
@@ -212,13 +218,12 @@ def _answer(
     return results
 
 
-def _unanswered(documents: Sequence[Document], store: AnswerStore) -> dict[str, list[Any]]:
-    """The requests that are not in `store`, each once, by kind."""
+def _requests(documents: Sequence[Document]) -> dict[str, list[Any]]:
+    """The requests of `documents`, each once, by kind."""
     found: dict[str, dict[Any, Any]] = {}
     for document in documents:
         for instance in document.instances:
-            if store.get(instance.request_type, instance.args) is None:
-                found.setdefault(instance.request_type, {}).setdefault(repr(instance.args), instance)
+            found.setdefault(instance.request_type, {}).setdefault(repr(instance.args), instance)
     return {kind: list(requests.values()) for kind, requests in found.items()}
 
 

@@ -111,9 +111,9 @@ def _named_checkpoint(artifact: Path, model: Model, adapter: Path | None, progre
     """The checkpoint that the manifest of `artifact` names, merged with `adapter` if it was exported with one."""
     source, _, merged = model.source.partition(WITH_ADAPTER)
     if merged and adapter is None:
-        base = " and --against PATH, the base's folder or file" if source in ("local folder", "CoreNet checkpoint") else ""
+        too = " and --against PATH, the base's folder or file" if source in ("local folder", "CoreNet checkpoint") else ""
         raise ElmExportError(
-            f"{artifact} was exported with the adapter {merged}, whose place its {MANIFEST} does not record; pass --adapter PATH{base}, or --against none"
+            f"{artifact} was exported with the adapter {merged}, whose place its {MANIFEST} does not record; pass --adapter PATH{too}, or --against none"
         )
     base = _named_base(artifact, model, source, progress)
     return open_adapter(adapter, base) if adapter is not None else base

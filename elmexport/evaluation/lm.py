@@ -6,7 +6,7 @@ with: control tokens spelled out in a task's text are control tokens. Not covere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lm_eval import utils
@@ -30,12 +30,14 @@ _SAMPLED = ("do_sample", "temperature", "top_k", "top_p", "num_beams")  # settin
 class RuntimeLM(TemplateLM):  # type: ignore[misc]
     """Answers lm-eval's requests with `runtime`.
 
-    Every answer is also given to the cache hook (`set_cache_hook`) as soon as it is known. `shortened` counts the requests that were
-    longer than the runtime's context and lost their beginning.
+    Every answer is also given to the cache hook (`set_cache_hook`) as soon as it is known. `known` gives the answer to a context and continuation
+    whose log-likelihood need not be computed again, None where there is none. `shortened` counts the requests that were longer than the
+    runtime's context and lost their beginning.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer) -> None:
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, known: Callable[[tuple[str, str]], Any] = lambda texts: None) -> None:
         super().__init__()
+        self._known = known
         self.runtime, self.tokenizer = runtime, tokenizer
         self._prefix_text = tokenizer.pieces()[self.prefix_token_id].text  # spelled out in a text, it is not put before it again
         self.shortened = 0
@@ -59,12 +61,14 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        answers: dict[int, tuple[float, bool]] = {}
+        # A window of a longer text has no strings of its own.
+        known = [None if texts is None else self._known(texts) for texts, _, _ in requests]
+        answers = {index: answer for index, answer in enumerate(known) if answer is not None}
         token_requests = [Request(context, continuation) for _, context, continuation in requests]
         self.shortened += sum(len(item.context) + len(item.continuation) > self.max_length + 1 for item in token_requests)
-        for index, result in score(self.runtime, token_requests):
+        for index, result in score(self.runtime, token_requests, lambda index: known[index] is not None):
             answers[index] = (result.loglikelihood, result.greedy)
-            if requests[index][0] is not None:  # a window of a longer text has no strings of its own
+            if requests[index][0] is not None:
                 self.cache_hook.add_partial("loglikelihood", requests[index][0], answers[index])
         return [answers[index] for index in range(len(requests))]
 

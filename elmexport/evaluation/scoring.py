@@ -6,7 +6,7 @@ other; the cache is rewound to what the next group shares with the last one, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,35 +47,81 @@ class _Work:
         return len(self.ids) - len(self.targets)
 
 
-def score(runtime: Runtime, requests: Sequence[Request]) -> Iterator[tuple[int, Score]]:
-    """Yield the index and the score of every request, in the order in which they are finished.
+def score(
+    runtime: Runtime, requests: Sequence[Request], answered: Callable[[int], bool] = lambda index: False
+) -> Iterator[tuple[int, Score]]:
+    """Yield the index and the score of every request that is not `answered`, in the order in which they are finished.
 
     A request that is too long loses the beginning of its context, as in lm-eval: the model reads the last `runtime.context` tokens of
     context and continuation without the very last token.
+
+    Scores do not depend on what is `answered`, to the last bit: requests are read in the company, and after the readings, that they would have if
+    none were. Groups that are answered whole are not read, save for the beginnings that later ones share with them.
 
     Raises:
         ElmExportError: an empty context or continuation, or a continuation that the context cannot hold.
         VerificationError: the artifact gives values that are not finite.
     """
     work = sorted((_prepare(runtime, index, request) for index, request in enumerate(requests)), key=lambda item: item.ids)
-    cached: tuple[int, ...] = ()
+    cache = _Cache(runtime)
     for group, prefix in _groups(work):
+        wanted = [not answered(item.index) for item in group]
         if len(group) == 1:
             (item,) = group
-            start = min(shared(cached, item.ids), item.scored_from)
-            logits = runtime.logits(item.ids[start:], start, last=len(item.targets))
-            cached = item.ids
-            yield item.index, _score(logits, item.targets)
+            cache.plan(item.ids, min(cache.shared(item.ids), item.scored_from), len(item.targets))
+            if wanted[0]:
+                yield item.index, _score(cache.read(), item.targets)
             continue
-        start = min(shared(cached, prefix), len(prefix) - 1)  # the prefix's last token is read in any case, for its logits
-        after_prefix = runtime.logits(prefix[start:], start, last=1)
-        cached = prefix
+        # The prefix's last token is read in any case, for its logits.
+        cache.plan(prefix, min(cache.shared(prefix), len(prefix) - 1), 1)
+        if not any(wanted):
+            continue
+        after_prefix = cache.read()
         endings = [item.ids[len(prefix) :] for item in group]
         longer = [ending for ending in endings if ending]
         read = iter(runtime.continuations(longer, len(prefix)) if longer else ())
-        for item, ending in zip(group, endings, strict=True):
+        for item, ending, asked in zip(group, endings, wanted, strict=True):
             logits = np.concatenate([after_prefix, next(read)]) if ending else after_prefix
-            yield item.index, _score(logits[item.scored_from - len(prefix) + 1 :], item.targets)
+            if asked:
+                yield item.index, _score(logits[item.scored_from - len(prefix) + 1 :], item.targets)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One call of the runtime: `ids` from `start` on, logits of the `last`."""
+
+    ids: tuple[int, ...]
+    start: int
+    last: int
+
+
+class _Cache:
+    """Readings of one sequence that its cache consists of, each going on where it parts from those before; done when something is asked of them.
+
+    How a token is rounded depends on how many are read with it, so what is done late is done in the same calls.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._readings: list[_Reading] = []
+        self._done = 0  # of them
+
+    def shared(self, ids: tuple[int, ...]) -> int:
+        """How many of `ids` the cache will hold when all readings are done."""
+        return shared(self._readings[-1].ids, ids) if self._readings else 0
+
+    def plan(self, ids: tuple[int, ...], start: int, last: int) -> None:
+        """Take up a reading; earlier ones that it overwrites whole are forgotten."""
+        self._readings = [reading for reading in self._readings if reading.start < start]
+        self._done = min(self._done, len(self._readings))
+        self._readings.append(_Reading(ids, start, last))
+
+    def read(self) -> NDArray[np.float32]:
+        """Do what is not done yet; logits `[last, vocab]` of the last reading."""
+        for reading in self._readings[self._done :]:
+            logits = self._runtime.logits(reading.ids[reading.start :], reading.start, last=reading.last)
+        self._done = len(self._readings)
+        return logits
 
 
 def _prepare(runtime: Runtime, index: int, request: Request) -> _Work:

@@ -21,7 +21,7 @@ from elmexport.graph.device import torch_device
 from elmexport.graph.forward import KVCaches, forward
 from elmexport.graph.ir import Graph, Node
 from elmexport.progress import Progress
-from elmexport.runtimes import open_as
+from elmexport.runtimes import open_directly
 from elmexport.runtimes.artifact_tokenizer import find_tokenizer
 from elmexport.runtimes.base import CHECK_TOKENS
 from elmexport.target import Target, wider_formats
@@ -112,7 +112,7 @@ def self_check(
     ids = reference.ids
     prefill = max(1, len(ids) - DECODED)
     progress.stage("self-check", len(ids))
-    runtime = open_as(target.name, folder, check=True)
+    runtime = open_directly(target.name, folder, check=True)
     try:
         parts = [runtime.logits(ids[:prefill])]
         progress.advance(prefill)

@@ -128,6 +128,8 @@ def load_program(path: Path) -> Program:
         raise ElmExportError(
             f"{path} holds a model of type {kind}, only mlProgram can be run here; convert it with coremltools and convert_to='mlprogram'"
         )
+    if not specification.mlProgram.functions:
+        raise _damaged(path, f"{specification_path.name} holds no function")
     reader = _Reader(path, specification_path.parent)
     try:
         functions = {name: reader.function(name, function) for name, function in sorted(specification.mlProgram.functions.items())}

@@ -215,7 +215,7 @@ def _rule(data: Mapping[str, Any], where: str) -> Rule:
     roles = None
     if "roles" in data:
         known = {str(role): role for role in Role if role.is_quantized}
-        unknown = [role for role in data["roles"] if role not in known]
+        unknown = [role for role in data["roles"] if not (isinstance(role, str) and role in known)]
         if unknown:
             raise ElmExportError(f"{where}: unknown role {unknown[0]!r}; known: {', '.join(known)} (norms and routers are never quantized)")
         roles = frozenset(known[role] for role in data["roles"])

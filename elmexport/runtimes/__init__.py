@@ -13,6 +13,7 @@ from elmexport.artifact import MANIFEST, Artifact
 from elmexport.errors import ElmExportError
 from elmexport.formats import find_format, formats, load
 from elmexport.runtimes.base import Runtime
+from elmexport.runtimes.probing import probe
 
 CHECKPOINT = "checkpoint"  # the kind of a model that is no artifact; torch runs it
 
@@ -28,8 +29,20 @@ def open_artifact(path: str | Path) -> Runtime:
     return open_as(artifact_kind(path), path)
 
 
-def open_as(kind: str, path: Path, *, check: bool = False) -> Runtime:
-    """Open `path` in the engine for `kind`, the name of a format or `CHECKPOINT`, without asking what it is.
+def open_as(kind: str, path: Path) -> Runtime:
+    """Open `path` in the engine for `kind`, the name of a format or `CHECKPOINT`; what was never opened before, in a process of its own first.
+
+    Raises:
+        ElmExportError: no engine for that kind, damaged files, or some that make the engine end its process (see `probe`).
+        MissingDependencyError: the engine is not installed.
+    """
+    if kind != CHECKPOINT:
+        probe(kind, path)
+    return open_directly(kind, path)
+
+
+def open_directly(kind: str, path: Path, *, check: bool = False) -> Runtime:
+    """Open `path` as `open_as` does, where it is known that the engine survives it.
 
     `check`: for a comparison with the model, which needs logits, even of an artifact that keeps them to itself.
 

@@ -12,6 +12,7 @@ from elmexport.errors import ElmExportError
 from elmexport.formats import find_format, load
 from elmexport.models import read_config
 from elmexport.runtimes import CHECKPOINT
+from elmexport.runtimes.probing import probe
 
 
 def same_tokens(one: Tokenizer, other: Tokenizer) -> bool:
@@ -53,6 +54,7 @@ def find_tokenizer(kind: str, path: Path, given: Path | None = None) -> Tokenize
     if kind != CHECKPOINT:
         row = find_format(kind)
         if row.tokenizer is not None and given is None:
+            probe(kind, path)
             tokenizer: Tokenizer = load(row.tokenizer)(path)
             return tokenizer
         suffixes = row.suffixes

@@ -3,8 +3,8 @@
 Set up to be compared with, not for speed alone: keys and values in float32, plain attention. llama.cpp itself rounds the input of each
 matrix product to the precision that goes with the weights' type (fp16 for F16, bf16 for BF16, 8-bit blocks for Q8_0 and Q4_0).
 
-Truncated files and broken headers are errors. Metadata that were altered yet still parse can make llama.cpp end the process; `elmexport
-inspect` finds those by their hash.
+Truncated files and broken headers are errors. Metadata that were altered yet still parse can make llama.cpp end the process, which is why files are
+opened in another one first (`elmexport.runtimes.probing`).
 """
 
 from __future__ import annotations

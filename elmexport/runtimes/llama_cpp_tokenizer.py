@@ -95,7 +95,8 @@ class LlamaCppTokenizer(Tokenizer):
             Piece(
                 lib.llama_vocab_get_text(vocab, i).decode("utf-8", "replace"),
                 lib.llama_vocab_get_score(vocab, i),
-                next(kind for flag, kind in _KINDS if lib.llama_vocab_get_attr(vocab, i) & flag),
+                # A damaged file may say nothing of a token.
+                next((kind for flag, kind in _KINDS if lib.llama_vocab_get_attr(vocab, i) & flag), PieceKind.UNUSED),
             )
             for i in range(self.vocab_size)
         ]

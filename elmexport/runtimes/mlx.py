@@ -43,22 +43,29 @@ class MlxRuntime(Runtime):
         from mlx_lm.models.cache import make_prompt_cache
 
         self.context = context
-        try:
+        self._folder = folder
+        with self._errors("load"):
             self._model, config = load_model(folder, lazy=True)
             if not mx.metal.is_available():
                 wide = tree_map(lambda array: array.astype(mx.float32) if _is_float(mx, array) else array, self._model.parameters())
                 self._model.update(wide)
                 multiply_by_numpy(self._model)
             mx.eval(self._model.parameters())
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ElmExportError(
-                f"mlx-lm cannot load {folder}: {reason}. The files are damaged or of another kind; export it again"
-            ) from None
-        self.vocab_size = int(config["vocab_size"])
+            self.vocab_size = int(config["vocab_size"])
         self._mx: Any = mx
         self._new_cache: Callable[[], list[Any]] = lambda: make_prompt_cache(self._model)
         self._cache = self._new_cache()
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        """Turn errors of the engine into ours: it looks at the sizes and kinds of what a `config.json` says only where it uses them."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ElmExportError(
+                f"mlx-lm cannot {what} {self._folder}: {reason}. The files are damaged or of another kind; export it again"
+            ) from None
 
     @property
     def _layers(self) -> Any:
@@ -66,6 +73,10 @@ class MlxRuntime(Runtime):
         return self._model.transformer if "transformer" in self._model else self._model.model
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
+        with self._errors("run"):
+            return self._read_tokens(ids, position, last)
+
+    def _read_tokens(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         mx = self._mx
         self._rewind(position)
         tokens = mx.array(ids.astype(np.int32))[None]
@@ -92,7 +103,8 @@ class MlxRuntime(Runtime):
                     copy.keys, copy.values, copy.offset = mx.repeat(keys, len(ids), 0), mx.repeat(values, len(ids), 0), position
             return self._read(self._model(mx.array(ids.astype(np.int32)), cache=caches))
 
-        return in_padded_batches(continuations, self.context, position, read)
+        with self._errors("run"):
+            return in_padded_batches(continuations, self.context, position, read)
 
     def _rewind(self, position: int) -> None:
         """Forget what the cache holds from `position` on."""

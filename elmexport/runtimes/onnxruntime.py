@@ -51,12 +51,17 @@ class OnnxRuntime(Runtime):
             raise ElmExportError(
                 f"{path} is an ONNX model, but none that elmexport wrote (its metadata has no {CONTEXT_METADATA}); export it with elmexport"
             )
-        self.context, self.vocab_size = int(context), int(outputs[LOGITS].shape[2])
         self._session: InferenceSession | None = session
         self._inputs = [entry for name, entry in inputs.items() if is_past(name)]
-        if check and not any(isinstance(past.shape[2], int) for past in self._inputs):
-            self.context = min(self.context, CHECK_TOKENS)
-        self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
+        try:
+            self.context, self.vocab_size = int(context), int(outputs[LOGITS].shape[2])
+            if check and not any(isinstance(past.shape[2], int) for past in self._inputs):
+                self.context = min(self.context, CHECK_TOKENS)
+            self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            raise ElmExportError(
+                f"{path} has inputs or outputs that are not those of an export ({error}); copy it again or export it again"
+            ) from None
 
     def _forward(self, ids: NDArray[np.int64], position: int, last: int) -> NDArray[np.float32]:
         sequence = self._open_sequence()
@@ -141,7 +146,12 @@ class _Sequences:
         kept = OrtValue.ortvalue_from_numpy(np.array(keep, np.int64))
         self._binding.bind_ortvalue_input(LOGITS_TO_KEEP, kept)
         self._binding.bind_output(LOGITS)
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's exceptions share no base class of their own
+            raise ElmExportError(
+                f"onnxruntime cannot run the model ({_first_line(error)}): free memory, or, where the file is damaged, export it again"
+            ) from None
         logits: NDArray[np.float32] = self._binding.get_outputs()[-1].numpy()
         return logits
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from msgspec import Meta, Struct, field
 
-from elmexport.documents import to_struct
+from elmexport.documents import decode_toml, to_struct
 from elmexport.errors import ElmExportError
 
 FIX = (
@@ -112,12 +111,12 @@ def read_plan(path: Path) -> Plan:
         ElmExportError: no such file, not TOML, or keys and values that do not belong there.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = decode_toml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ElmExportError(f"cannot read the plan {path}: {error.strerror or error}; give a TOML file, see docs/sweeps.md") from None
     except UnicodeDecodeError:
         raise ElmExportError(f"{path} is not UTF-8 text; give the plan as a TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ElmExportError(f"{path}: not valid TOML ({error}); {FIX}") from None
     plan = to_struct(data, Plan, str(path), FIX)
     for key in ("quants", "methods", "tasks", "texts"):

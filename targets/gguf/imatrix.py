@@ -20,6 +20,8 @@ from elmexport.files import complete_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _OPTIONAL = ("token_embd.weight", "output.weight")
+# What is read of the metadata, and as what.
+_FACTS: Mapping[str, type] = {"imatrix.datasets": list, "imatrix.chunk_count": int, "imatrix.chunk_size": int}
 _FIX = "use one that was made for this model: elmexport calibrate --model MODEL --imatrix FILE.gguf"
 
 
@@ -76,6 +78,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         )
     try:
         reader = GGUFReader(path)
+        facts = {name: reader.fields[name].contents() for name in ("general.type", *_FACTS) if name in reader.fields}
     except OSError as error:
         raise ElmExportError(
             f"cannot read {path}: {error.strerror or error}; --imatrix takes a file that elmexport calibrate --imatrix or llama-imatrix wrote"
@@ -84,9 +87,11 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         raise ElmExportError(
             f"{path} is not a GGUF file, or is damaged ({error}); make the importance matrix again, in GGUF form (llama-imatrix writes it)"
         ) from None
-    facts = {name: field.contents() for name, field in reader.fields.items()}
     if facts.get("general.type") != "imatrix":
         raise ElmExportError(f"{path} is a GGUF file of type {facts.get('general.type')!r}, not 'imatrix'; give an importance matrix")
+    for name, kind in _FACTS.items():
+        if not isinstance(facts.get(name, kind()), kind):
+            raise ElmExportError(f"{path}: {name} is {facts[name]!r}, not of the kind that it must be; the file is damaged, make it again")
     tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     entries, uncounted = {}, []
     for name, sums in tensors.items():
@@ -100,9 +105,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     return ImportanceMatrix(
         path,
         entries,
-        tuple(facts.get("imatrix.datasets") or ()),
-        int(facts.get("imatrix.chunk_count") or 0),
-        int(facts.get("imatrix.chunk_size") or 0),
+        tuple(map(str, facts.get("imatrix.datasets", ()))),
+        facts.get("imatrix.chunk_count", 0),
+        facts.get("imatrix.chunk_size", 0),
         tuple(uncounted),
     )
 

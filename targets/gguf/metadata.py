@@ -22,11 +22,16 @@ _FILE_TYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "Q8_0", "in
 
 
 def file_type(recipe: Recipe) -> str:
-    """File type of `recipe` in llama.cpp's words: "Q4_K_M". A recipe that llama.cpp has no name for goes by the type of its last rule."""
+    """File type of `recipe` in llama.cpp's words: "Q4_K_M". A recipe that llama.cpp has no name for goes by the type of its last rule.
+
+    Rules that no tensor needs may name schemes that have no type here; those are passed over.
+    """
     from gguf import LlamaFileType
 
     name = _FILE_TYPES.get(recipe.name, recipe.name.upper())
-    return name if name == "F32" or f"MOSTLY_{name}" in LlamaFileType.__members__ else TYPES[recipe.rules[-1].scheme]
+    if name != "F32" and f"MOSTLY_{name}" not in LlamaFileType.__members__:
+        name = next((TYPES[rule.scheme] for rule in reversed(recipe.rules) if rule.scheme in TYPES), TYPES[recipe.fallback])
+    return name if name == "F32" or f"MOSTLY_{name}" in LlamaFileType.__members__ else f"{name}_S"  # a file of Q4_K alone is called Q4_K_S
 
 
 def describe(name: str, parameters: int, experts: int = 0, in_experts: int = 0) -> Metadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -78,6 +79,16 @@ def test_files_without_checksums_are_taken(path: Path, tmp_path: Path) -> None:
     assert torch.equal(open_file(tmp_path / "plain.pt").read("a"), torch.ones(3))
 
 
+@pytest.mark.parametrize("name", ["../../evil", "/evil", "C:\\evil", "model/../../evil"])
+def test_records_whose_names_lead_elsewhere_are_not_unpacked(path: Path, tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"evil")
+    before = sorted(tmp_path.parent.rglob("*"))
+    with contextlib.suppress(ElmExportError):  # torch itself may refuse it
+        assert torch.equal(open_file(path).read("d"), torch.arange(50.0, 100.0))
+    assert sorted(tmp_path.parent.rglob("*")) == before
+
+
 def nested() -> tuple[object, ...]:
     value: tuple[object, ...] = ("x",)
     for _ in range(64):
@@ -96,3 +107,12 @@ def test_pickles_that_no_model_needs_are_refused(path: Path, _: str, content: by
     rewrite(path, lambda info, own: (info, content if info.filename.endswith("data.pkl") else own))
     with pytest.raises(ElmExportError, match="truncated or corrupt"):
         open_file(path)
+
+
+def test_a_record_whose_own_name_is_no_text(path: Path) -> None:
+    data = path.read_bytes()
+    record = data.index(b"model/data/1")  # before its content; the list of records at the end names it again
+    flags = record - 30 + 6  # that the name is UTF-8, said beside it
+    path.write_bytes(data[:flags] + (0x800).to_bytes(2, "little") + data[flags + 2 : record] + b"\x8d" + data[record + 1 :])
+    with pytest.raises(ElmExportError, match="truncated or corrupt"):
+        check_content(path)

@@ -1,4 +1,5 @@
-"""Faults of the machine: full disks, folders that only may be read, too little memory, failing renames, damaged caches, two processes at once.
+"""Faults of the machine: full disks, folders that only may be read, too little memory, failing renames, damaged caches and those of an older version,
+no network, a clock set back, two processes at once.
 
     python -m tests.endurance.faults [--command export|calibrate|eval] [--fault NAME]     (as root, for the small disks)
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from typing import Any
 
 from tests.endurance.kill import SUFFIX, WORK, compared, ended, prepared, started
 
+_NEW_NETWORK = 0x40000000  # Linux's flag for a network of one's own, which reaches nobody
 _FUTURE = 4_070_908_800  # the year 2099, in seconds
 
 
@@ -165,6 +169,59 @@ def damaged_cache(place: Place) -> Iterator[int]:
             yield code
 
 
+def no_network(place: Place) -> Iterator[int]:
+    """Not even this machine can be reached."""
+
+    def cut() -> None:
+        if ctypes.CDLL(None, use_errno=True).unshare(_NEW_NETWORK):
+            raise OSError(ctypes.get_errno(), "cannot leave the network; run this as root")
+
+    place.clear()
+    code = place.run(cut)
+    assert code == 0, "a model of this machine needs no network"
+    yield code
+
+
+def clock_set_back(place: Place) -> Iterator[int]:
+    """A second run, on what the first one left in the cache, whose clock stands before its files were written: by a minute, or in 1971."""
+
+    def set_back(own: Callable[[], float], seconds: float) -> None:
+        time.time = lambda: max(own() - seconds, 365 * 86400)  # type: ignore[assignment]
+        time.time_ns = lambda: int(time.time() * 1e9)
+
+    for seconds in (60.0, 1e10):
+        place.clear()
+        assert place.run() == 0
+        sound = WORK[place.name].result(place.out)
+        _remove(place.out)
+        code = place.run(lambda seconds=seconds: set_back(time.time, seconds))  # type: ignore[misc]
+        assert code == 0 and compared(sound, WORK[place.name].result(place.out)) == 0
+        yield code
+
+
+def older_cache(place: Place) -> Iterator[int]:
+    """A cache that another version of elmexport filled is not taken for this one's, and does no harm."""
+
+    def older() -> None:
+        for module in list(sys.modules.values()):
+            if module.__name__.split(".")[0] in ("elmexport", "calibration", "targets") and hasattr(module, "__version__"):
+                module.__version__ = "0.0.1"
+
+    place.clear()
+    assert place.run() == 0
+    sound = WORK[place.name].result(place.out)
+    place.clear()
+    assert place.run(older) == 0
+    _remove(place.out)
+    code = place.run()
+    assert code == 0 and compared(sound, WORK[place.name].result(place.out)) == 0
+    yield code
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def two_at_once(place: Place) -> Iterator[int]:
     """Two processes with one output and one cache: one of them at least succeeds, and what is there is whole."""
     for _ in range(3):
@@ -183,6 +240,9 @@ FAULTS: Mapping[str, Callable[[Place], Iterator[int]]] = {
     "renames": renames,
     "no home": no_home,
     "damaged cache": damaged_cache,
+    "older cache": older_cache,
+    "no network": no_network,
+    "clock set back": clock_set_back,
     "two at once": two_at_once,
 }
 
@@ -199,7 +259,7 @@ def inject(corpus: Path, name: str, fault: str) -> dict[str, Any]:
             place = Place(corpus, Path(root), name, number)
             codes.update(FAULTS[fault](place))
             for path in place.out.parent.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
             assert place.run() == 0, "fails though the fault is gone"
     return {"command": name, "fault": fault, "runs": codes.total(), "ended with": dict(sorted(codes.items()))}
 

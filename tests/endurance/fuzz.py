@@ -1,7 +1,8 @@
 """Fuzzing of every kind of input through the program's own commands.
 
-    python -m tests.endurance.fuzz --count 10000            every kind
+    python -m tests.endurance.fuzz --count 10000 --out fuzz.jsonl       every kind; once more, and it goes on where it ended
     python -m tests.endurance.fuzz --kind gguf --seed 4711 --count 1    one input again
+    python -m tests.endurance.fuzz --summary --out fuzz.jsonl           what was done so far
 
 An input is its kind and its seed. Commands run in a child process, one after another: what kills it, what takes longer than 10 s of its time,
 more than 2 GB of its memory, or ends with another exception than the program's own exit, is a finding, as is a message longer than a screen's
@@ -27,15 +28,19 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from elmexport.runtimes import probing
 from tests.endurance.kinds import KINDS, Kind
 from tests.endurance.mutations import mutation_for
 
+ROUND = 500  # inputs of a kind that are run, and recorded, together
 CPU_LIMIT, WALL_LIMIT = 10.0, 600.0  # seconds of one command; the second for a process that waits for something, on a machine that is busy
 MEMORY_LIMIT = 2 << 30  # bytes
 LONGEST_MESSAGE, MOST_LINES = 1200, 12
+_MEMORY = Path("/dev/shm")  # a disk of which nothing has to wait for the writing
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -75,7 +80,7 @@ def one_input(name: str, seed: int, corpus: Path, work: Path) -> tuple[int, tupl
     try:
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="utf-8")), contextlib.redirect_stderr(said):
             code = run(*command)
-    except Exception as error:
+    except BaseException as error:  # what is no Exception among them, as a panic of Rust
         finding = (f"{type(error).__name__} in {_place(error)}", traceback.format_exc(limit=-6))
     finally:
         file.write_bytes(sound)
@@ -121,36 +126,63 @@ def child(items: Sequence[Item], corpus: Path, work: Path) -> None:
     with (work / "noise").open("wb") as noise:  # what foreign code writes
         os.dup2(noise.fileno(), 1)
         os.dup2(noise.fileno(), 2)
-    import typer
-
-    from elmexport.cli import main as program
-
-    program.app = typer.main.get_command(program.app)  # type: ignore[assignment]  # made anew for each command otherwise
-    warm = set[str]()
+    _keep_commands()
+    probing._open_apart = _open_in_a_fork
+    warm, parent = set[str](), os.getppid()
     for name, seed in items:
+        if os.getppid() != parent:  # it was killed
+            return
         (work / name).mkdir(exist_ok=True)
         if name not in warm:  # what is loaded once is not the first input's
             warm.add(name)
             one_input(name, -1, corpus, work / name)
         print(json.dumps({"start": seed}), file=tell)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is this input's
+        _forked[:] = [0]
+        before = time.process_time()
         code, finding = one_input(name, seed, corpus, work / name)
-        memory = _peak()
-        print(json.dumps({"done": seed, "code": code, "memory": memory, "finding": finding}), file=tell)
+        cpu = time.process_time() - before
+        print(json.dumps({"done": seed, "code": code, "memory": _peak(), "cpu": cpu, "finding": finding}), file=tell)
         os.truncate(work / "noise", 0)
 
 
+def _keep_commands() -> None:
+    """Keep the declarations of commands, which are made anew for each run otherwise and cost more than most inputs."""
+    import typer
+
+    from elmexport.cli import format_commands
+    from elmexport.cli import main as program
+
+    program.app = typer.main.get_command(program.app)  # type: ignore[assignment]
+    format_commands._declared = cache(format_commands._declared)
+
+
+def _open_in_a_fork(kind: str, path: Path, seconds: int) -> int:
+    """As the program opens a file apart, in a process that has the engine loaded already."""
+    pid = os.fork()
+    if pid == 0:
+        os.environ["GGML_NO_BACKTRACE"] = "1"
+        probing.open_here(kind, str(path), str(seconds))
+    _, status, usage = os.wait4(pid, 0)
+    _forked.append(usage.ru_maxrss << 10)
+    return os.waitstatus_to_exitcode(status)
+
+
+_forked: list[int] = []  # bytes of the forks of the input that is run, each at most
+
+
 def _peak() -> int:
-    """Bytes of this process at most. The kernel's `ru_maxrss` begins with those of the process that started it."""
-    return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    """Bytes of this process, or of one that it started, at most since it was last forgotten. The kernel's `ru_maxrss` begins with those of the process that started it."""
+    own = next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return max(own, *_forked)
 
 
 def fuzz(kinds: Sequence[str], corpus: Path, first: int, count: int) -> Iterator[dict[str, Any]]:
-    """Run `count` inputs of each of `kinds` from seed `first` on: a record for each finding, and one of the whole at the end."""
-    started, peak, findings, codes = time.perf_counter(), 0, 0, Counter[int]()
+    """Run `count` inputs of each of `kinds` from seed `first` on: a record for each finding, and one of each kind at its end."""
     items = [(name, seed) for name in kinds for seed in range(first, first + count)]
-    done = 0
+    done, of_kind = 0, _OfKind()
     while done < len(items):
-        with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
+        with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_MEMORY if _MEMORY.is_dir() else None) as work:
             environment = os.environ | {
                 "ELMEXPORT_CACHE": f"{work}/cache",
                 "OMP_NUM_THREADS": "1",
@@ -162,26 +194,41 @@ def fuzz(kinds: Sequence[str], corpus: Path, first: int, count: int) -> Iterator
             process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
             try:
                 for line in _lines(process):
-                    found = None
-                    if "finding" in line:
-                        peak = max(peak, line["memory"])
-                        codes[line["code"]] += 1
-                        found = line["finding"] or (("memory", f"{line['memory'] >> 20} MiB") if line["memory"] > MEMORY_LIMIT else None)
-                    elif "ended" in line and done < len(items):
-                        found = (line["ended"], _tail(Path(work) / "noise"))
-                    else:
+                    if "start" in line or done == len(items):
                         continue
+                    name, seed = items[done]
+                    found = of_kind.add(line) or (None if "done" in line else (line["ended"], _tail(Path(work) / "noise")))
                     if found is not None:
-                        findings += 1
-                        yield {"kind": items[done][0], "seed": items[done][1], "finding": found[0], "about": found[1]}
+                        yield {"kind": name, "seed": seed, "finding": found[0], "about": found[1]}
                     done += 1
+                    if done == len(items) or items[done][0] != name:
+                        yield {"kind": name, "first": first, **of_kind.record()}
+                        of_kind = _OfKind()
                     if line.get("memory", 0) > MEMORY_LIMIT:
                         break
             finally:
                 process.kill()
                 process.wait()
-    seconds = round(time.perf_counter() - started)
-    yield {"kinds": list(kinds), "inputs": len(items), "findings": findings, "codes": codes, "seconds": seconds, "peak_mib": peak >> 20}
+
+
+class _OfKind:
+    """What is told of the inputs of one kind."""
+
+    def __init__(self) -> None:
+        self.inputs, self.peak, self.cpu, self.codes = 0, 0, 0.0, Counter[int]()
+
+    def add(self, line: dict[str, Any]) -> tuple[str, str] | None:
+        """Count an input that came to its end, or did not; its finding."""
+        self.inputs += 1
+        if "done" not in line:
+            return None
+        self.codes[line["code"]] += 1
+        self.peak = max(self.peak, line["memory"])
+        self.cpu += line["cpu"]
+        return line["finding"] or (("memory", f"{line['memory'] >> 20} MiB") if line["memory"] > MEMORY_LIMIT else None)
+
+    def record(self) -> dict[str, Any]:
+        return {"inputs": self.inputs, "codes": dict(self.codes), "cpu": round(self.cpu, 2), "peak_mib": self.peak >> 20}
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[dict[str, Any]]:
@@ -229,6 +276,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first input")
     parser.add_argument("--corpus", type=Path, help="folder of the sound files; made where it is not there")
     parser.add_argument("--out", type=Path, help="file that findings and figures are added to, as JSON lines")
+    parser.add_argument("--summary", action="store_true", help="print what is in --out, and run nothing")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -236,21 +284,47 @@ def main() -> None:
         items = [(name, seed) for name in given.kind for seed in range(given.seed, given.seed + given.count)]
         child(items[given.child :], given.corpus, given.work)
         return
+    if given.summary:
+        for name, row in summary(_records(given.out)).items():
+            print(json.dumps({"kind": name, **row}))
+        return
+    kinds, stop = given.kind or list(KINDS), given.seed + given.count
+    done = {(record["kind"], record["first"]): record["inputs"] for record in _records(given.out) if "inputs" in record}
+    found = 0
     with tempfile.TemporaryDirectory(prefix="corpus-") as temporary:
         corpus = given.corpus or Path(temporary) / "corpus"
         if not corpus.is_dir():
             build_corpus(corpus)
-        findings = Counter[str]()
-        for name in given.kind or KINDS:
-            for record in fuzz([name], corpus, given.seed, given.count):
-                if "finding" in record:
-                    findings[f"{name}: {record['finding']}"] += 1
-                text = json.dumps(record)
-                print(text if "finding" not in record else f"{name} {record['seed']}: {record['finding']}", flush=True)
+        for first in range(given.seed, stop, ROUND):
+            count = min(ROUND, stop - first)
+            for record in fuzz([name for name in kinds if done.get((name, first), 0) < count], corpus, first, count):
+                found += "finding" in record
+                print(json.dumps({key: value for key, value in record.items() if key != "about"}), flush=True)
                 if given.out is not None:
                     with given.out.open("a") as file:
-                        file.write(text + "\n")
-    sys.exit(1 if findings else 0)
+                        file.write(json.dumps(record) + "\n")
+    sys.exit(1 if found else 0)
+
+
+def _records(path: Path | None) -> list[dict[str, Any]]:
+    return [] if path is None or not path.exists() else [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def summary(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Inputs, exit codes, findings and the largest memory of each kind."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record in records:
+        row = rows.setdefault(
+            record["kind"], {"inputs": 0, "peak_mib": 0, "cpu_ms": 0.0, "codes": Counter[str](), "findings": Counter[str]()}
+        )
+        if "finding" in record:
+            row["findings"][record["finding"]] += 1
+            continue
+        row["cpu_ms"] = round((row["cpu_ms"] * row["inputs"] + 1000 * record["cpu"]) / (row["inputs"] + record["inputs"]), 1)
+        row["inputs"] += record["inputs"]
+        row["codes"].update(record["codes"])
+        row["peak_mib"] = max(row["peak_mib"], record["peak_mib"])
+    return rows
 
 
 def build_corpus(corpus: Path) -> None:

@@ -1,9 +1,10 @@
 """kill -9 at random moments: nothing that looks finished may be left unfinished, and the next run must give what an undisturbed one gives.
 
-    python -m tests.endurance.kill --count 100 [--command export|calibrate|eval]
+    python -m tests.endurance.kill --count 100 [--command export|calibrate|eval|sweep]
 
 Commands run in forks of a process that has loaded everything, and are killed after a random part of the processor time that an undisturbed run
-takes. Each goes on, in the same place and with the same cache, from what the killed one before it left. Prints a JSON line a command: kills, runs
+takes. Each goes on, in the same place and with the same cache, from what the killed one before it left. A sweep runs as it is, and any of its processes
+is killed: a job's, a worker's, or the sweep's own, which is then started again. Prints a JSON line a command: kills, runs
 that came to their end, and the largest difference of a score from the undisturbed run's (files must be the same to the byte). Exit code 1 where
 something is wrong.
 """
@@ -17,6 +18,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks.sweep_endurance import KILLS, chosen, contents, sweep_command
 from elmexport.models import trace
 from tests.endurance.corpus import EXPORTS, run, small_config
 from tests.endurance.fuzz import build_corpus, cpu_seconds
@@ -115,12 +120,17 @@ def started(command: Sequence[str], cache: Path, log: Path = Path(os.devnull), b
 
 
 def ended(pid: int, after: float = float("inf")) -> tuple[int, float]:
-    """Wait until the process ends, killing it when it has used `after` seconds of processor time; its status (negative: a signal) and its time."""
+    """Wait until the process ends, killing it when it has used `after` seconds of processor time; its status (negative: a signal) and its time.
+
+    What processes use that it starts itself is not its own.
+    """
+    spent = 0.0
     while True:
-        found, status, usage = os.wait4(pid, os.WNOHANG)
+        found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        if cpu_seconds(pid) >= after:
+            return os.waitstatus_to_exitcode(status), spent
+        spent = max(spent, cpu_seconds(pid))
+        if spent >= after:
             os.kill(pid, signal.SIGKILL)
             after = float("inf")
         time.sleep(0.003)
@@ -159,9 +169,68 @@ def kills(name: str, corpus: Path, count: int, seed: int) -> dict[str, Any]:
                             break
                 assert status in (0, -signal.SIGKILL), f"{command} after a kill ends with {status}"
                 whole += status == 0
+                _say(name, killed, whole)
                 left = [path.name for path in place.parent.iterdir() if path != place] if status == 0 else []
                 assert not left, f"left beside the output: {left}"
     return {"command": name, "kills": killed, "came to their end": whole, "largest difference": difference}
+
+
+def _say(name: str, killed: int, whole: int) -> None:
+    print(f"{name}: {killed} kills, {whole} runs came to their end", file=sys.stderr, flush=True)
+
+
+SWEEP = """models = ["{model}"]
+formats = ["gguf", "onnx"]
+quants = ["int8"]
+tasks = []
+text_tokens = 128
+"""
+
+
+def sweep_kills(corpus: Path, count: int, seed: int) -> dict[str, Any]:
+    """Kill sweeps of two cells, or processes of theirs, `count` times in all; what was found.
+
+    Raises:
+        AssertionError: a sweep fails that nobody killed, leaves something behind, or gives other bytes or figures than an undisturbed one.
+    """
+    rng, killed, whole = random.Random(seed), 0, 0
+    with tempfile.TemporaryDirectory(prefix="kill-") as folder:
+        root = Path(folder)
+        plan = root / "plan.toml"
+        plan.write_text(SWEEP.format(model=corpus / "model"))
+
+        def start(out: Path) -> subprocess.Popen[bytes]:
+            environment = os.environ | {"ELMEXPORT_CACHE": str(out.with_name(f"{out.name}-cache"))}
+            with out.with_name(f"{out.name}.log").open("ab") as log:
+                return subprocess.Popen(sweep_command(plan, out), stdout=log, stderr=log, env=environment)
+
+        before = time.monotonic()
+        assert start(root / "sound").wait() == 0, (root / "sound.log").read_text()
+        seconds = time.monotonic() - before
+        sound = {path.name: contents(path) for path in (root / "sound" / "cells").iterdir()}
+        assert len(sound) == 2 and all(sound.values())
+        while killed < count:
+            out = root / f"killed-{whole}"
+            most = min(count, killed + KILLS)  # more in one run a job need not survive
+            code: int | None = None
+            while code != 0:
+                sweep, own = start(out), False
+                while (code := sweep.poll()) is None:
+                    time.sleep(rng.uniform(0.1, seconds / 3))
+                    victim = chosen(sweep, rng) if killed < most else None
+                    if victim is not None:
+                        with contextlib.suppress(psutil.Error):
+                            victim.kill()
+                            killed, own = killed + 1, own or victim.pid == sweep.pid
+                assert code == 0 or own, f"the sweep ends with {code}: {out.with_name(f'{out.name}.log').read_text()[-1500:]}"
+            assert {path.name: contents(path) for path in (out / "cells").iterdir()} == sound, (
+                "the result differs from an undisturbed run's"
+            )
+            assert not list((out / "work").iterdir()), "something is left over"
+            whole += 1
+            _say("sweep", killed, whole)
+            shutil.rmtree(out)
+    return {"command": "sweep", "kills": killed, "came to their end": whole, "largest difference": 0.0}
 
 
 def compared(one: Any, other: Any) -> float:
@@ -192,8 +261,6 @@ def prepared(corpus: Path | None) -> Iterator[Path]:
             corpus = Path(temporary) / "corpus"
             build_corpus(corpus)
         import lm_eval.evaluator  # noqa: F401
-        import torch._dynamo
-        import torch.export  # noqa: F401
 
         import elmexport.cli.main
         import elmexport.exporting  # noqa: F401
@@ -208,16 +275,17 @@ def prepared(corpus: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--command", action="append", choices=list(WORK), help="may be repeated; all without")
+    parser.add_argument("--command", action="append", choices=[*WORK, "sweep"], help="may be repeated; all without")
     parser.add_argument("--count", type=int, default=100, help="kills of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--corpus", type=Path, help="folder of the corpus of the fuzzing; made without")
     given = parser.parse_args()
     failed = False
     with prepared(given.corpus) as corpus:
-        for name in given.command or WORK:
+        for name in given.command or (*WORK, "sweep"):
             try:
-                print(json.dumps(kills(name, corpus, given.count, given.seed)), flush=True)
+                found = sweep_kills(corpus, given.count, given.seed) if name == "sweep" else kills(name, corpus, given.count, given.seed)
+                print(json.dumps(found), flush=True)
             except AssertionError as error:
                 print(json.dumps({"command": name, "wrong": str(error)}), flush=True)
                 failed = True

@@ -8,9 +8,12 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +181,7 @@ def mutate_zip(data: bytes, rng: random.Random) -> bytes:
         case _:
             del records[place]
     target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(target, "w") as archive, warnings.catch_warnings(action="ignore"):  # names that come twice are meant to
         for i, (name, content) in enumerate(records):
             archive.writestr(zipfile.ZipInfo(name), content, compressed if compressed is not None and i == place else zipfile.ZIP_STORED)
     return target.getvalue()
@@ -259,10 +262,15 @@ def _varint(value: int) -> bytes:
     return bytes([*found, value])
 
 
+@lru_cache(maxsize=4)
+def _gguf_texts(data: bytes) -> list[int]:
+    """Where a length of 1 to 79, which a text of the metadata may follow, is written in eight bytes."""
+    return [found.start() for found in re.finditer(rb"(?=[\x01-\x4f]\x00{7})", data)]
+
+
 def mutate_gguf(data: bytes, rng: random.Random) -> bytes:
     """A length, a type, a text or a number anywhere before the tensors, now and then the tensors."""
-    found = bytearray(data)
-    texts = [place for place in range(0, len(found) - 8) if found[place + 1 : place + 8] == bytes(7) and 0 < found[place] < 80]
+    found, texts = bytearray(data), _gguf_texts(data)
     if rng.random() < 0.4 or not texts:
         return mutate_bytes(data, rng, 1500)
     place = rng.choice(texts[:400] if rng.random() < 0.7 else texts)
@@ -274,8 +282,9 @@ def mutate_gguf(data: bytes, rng: random.Random) -> bytes:
             found[place + 8 : place + 8 + size] = rng.randbytes(size)
         case 2:
             found[place + 8 + size : place + 12 + size] = struct.pack("<I", rng.randrange(16))
-        case _:
-            found[place + 12 + size : place + 20 + size] = struct.pack("<Q", rng.choice(_NUMBERS))
+        case _:  # as wide as the value is, where what is before it is the name of one
+            width = {4: 4, 5: 4, 6: 4, 7: 1}.get(found[min(place + 8 + size, len(found) - 1)], 8)
+            found[place + 12 + size : place + 12 + size + width] = (rng.choice(_NUMBERS) % (1 << 8 * width)).to_bytes(width, "little")
     return bytes(found)
 
 

@@ -70,6 +70,25 @@ def test_few_shot_examples_are_read_once(runtime: Counting) -> None:
     assert runtime.read <= 150 + 5 * 32
 
 
+def test_scores_do_not_depend_on_what_is_answered_already(runtime: Counting) -> None:
+    examples = draw(0, 60)
+    requests = [
+        *(Request([*examples, *draw(seed, 20), *draw(0, 3)], draw(seed + letter, 2)) for seed in range(1, 5) for letter in range(4)),
+        *(Request([*examples[:40], *draw(seed, 9)], draw(seed, 30)) for seed in range(5, 8)),  # a single one, or few: another grouping
+        Request(draw(30, 5), draw(31, 1)),
+    ]
+    undisturbed = list(score(runtime, requests))
+    order = [index for index, _ in undisturbed]
+    for count in range(len(order) + 1):  # answered before an interruption
+        runtime.read = 0
+        assert list(score(runtime, requests, set(order[:count]).__contains__)) == undisturbed[count:]
+    assert runtime.read == 0, "all is answered, and yet something was read"
+    rng = np.random.default_rng(0)
+    for _ in range(10):  # by a smaller evaluation
+        known = {index for index in order if rng.random() < 0.7}
+        assert list(score(runtime, requests, known.__contains__)) == [found for found in undisturbed if found[0] not in known]
+
+
 def test_greedy_is_whether_every_token_was_the_likeliest(runtime: Counting) -> None:
     context = draw(3, 10)
     best: list[int] = []

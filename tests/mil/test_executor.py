@@ -373,6 +373,14 @@ def test_a_truncated_specification(part: float, package: Path) -> None:
         MilModel(package)
 
 
+def test_a_program_without_functions(package: Path) -> None:
+    model = Model_pb2.Model(specificationVersion=9)
+    model.mlProgram.SetInParent()
+    (package / DATA / "model.mlmodel").write_bytes(model.SerializeToString())
+    with pytest.raises(ElmExportError, match="holds no function"):
+        MilModel(package)
+
+
 def test_another_model_type(package: Path) -> None:
     model = Model_pb2.Model(specificationVersion=4)
     model.neuralNetwork.SetInParent()

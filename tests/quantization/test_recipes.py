@@ -121,6 +121,7 @@ def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:
             r"mixed\.toml, rule: unknown key 'role'; known: experts, imatrix, layers, min_gqa, roles, scheme",
         ),
         ('"lm_head"', '"norm"', r"unknown role 'norm'; known: embedding, .* \(norms and routers are never quantized\)"),
+        ('"lm_head"', "[1]", r"unknown role \[1\]; known: embedding"),
         ('"lm_head"', '"head"', "unknown role 'head'; known: embedding, .*lm_head"),
         ('"1-2"', '"2-1"', r"layers is '2-1'; write a range like \"0-3\""),
     ],

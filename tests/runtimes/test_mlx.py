@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shutil
 import subprocess
@@ -99,6 +100,14 @@ def test_damaged_folders(small_artifact: SmallArtifact, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ElmExportError, match="No safetensors found"):
         MlxRuntime(folder, 128)
+
+
+def test_settings_that_mlx_looks_at_only_where_it_uses_them(small_artifact: SmallArtifact, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(small_artifact("mlx", "int4"), tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_freq_constant": "wide"}))
+    with pytest.raises(ElmExportError, match=r"mlx-lm cannot run .*The files are damaged"):
+        MlxRuntime(folder, 128).logits([1, 2])
 
 
 @pytest.mark.parametrize("name", ["mlx_lm", "mlx"])

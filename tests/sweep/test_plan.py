@@ -41,6 +41,7 @@ def test_the_long_forms(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("models = ", "not valid TOML"),
+        ("models = " + "[" * 3000 + "]" * 3000, "not valid TOML"),
         ("", "lacks models"),
         ('models = "tiny"\n' + REST, "models is 'tiny', where a list belongs"),
         ('models = [{ model = "tiny", quant = "int4" }]\n' + REST, "models[0] holds 'quant', which does not belong there"),

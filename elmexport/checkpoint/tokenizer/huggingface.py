@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,10 @@ class JsonTokenizer(Tokenizer):
         self.path = path
         beside = beside or Beside()
         self._source = _read(path) if data is None else None
-        try:
+        with self._errors():
             given = data if data is not None else decode_json(self._source or "")
             self.data = complete(given, beside, control, path)
             self._tokenizer = _load(self.data)
-        except ElmExportError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise damaged(path, error) from None
         self._verbatim = self._source is not None and self.data == given
         self.chat_template = beside.template
         self.added = added_tokens(self.data)
@@ -87,7 +84,8 @@ class JsonTokenizer(Tokenizer):
 
     def _put_before(self) -> list[int]:
         """What the file's own post-processor puts before every text."""
-        with_them, without = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
+        with self._errors():
+            with_them, without = (self._tokenizer.encode("a", add_special_tokens=add).ids for add in (True, False))
         return list(with_them[: with_them.index(without[0])]) if without and without[0] in with_them else []
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
@@ -97,8 +95,19 @@ class JsonTokenizer(Tokenizer):
         return self._encode_by(self._tokenizer, text)
 
     def _encode_by(self, tokenizer: Any, text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        with self._errors():
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn what the library ends a call with into our error: it raises bare Exception, and where it panics, being Rust, no Exception at all."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, ElmExportError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+                raise
+            raise damaged(self.path, error) from None
 
     def encode_spans(self, spans: Sequence[Span]) -> list[int]:
         control = [token for token in self.added if token.special]
@@ -193,14 +202,15 @@ class JsonTokenizer(Tokenizer):
             (folder / FILE_NAME).write_text(json.dumps(self.data, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        with self._errors():
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
     def _content(self) -> str:
         return hashlib.sha256(json.dumps(self.data, sort_keys=True).encode()).hexdigest()
 
 
-def damaged(path: Path, error: Exception) -> ElmExportError:
+def damaged(path: Path, error: BaseException) -> ElmExportError:
     """The error of a file that its library cannot read."""
     kind = "tokenizers" if path.suffix == ".json" else "SentencePiece"
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -33,9 +33,15 @@ def _bos_beyond(data: dict[str, Any]) -> None:
     }
 
 
+def _bos_unknown(data: dict[str, Any]) -> None:
+    _bos_beyond(data)
+    data["post_processor"]["single"][0]["SpecialToken"]["id"] = "<t>"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_bos_unknown, "is damaged"),  # the library panics
         (_huge_id, "4000000000 is no id of a token"),
         (_huge_added_id, "4000000000 is no id of a token"),
         (_bos_beyond, "it names a token of id 70000, the vocabulary ends at 4095"),

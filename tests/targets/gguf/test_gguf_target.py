@@ -19,12 +19,12 @@ from calibration.weight_set import WeightSet
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.quantization.quantize import quantize
-from elmexport.quantization.recipes import resolve
+from elmexport.quantization.recipes import Rule, resolve
 from elmexport.quantization.schemes import Integer, find_scheme
 from elmexport.runtimes import open_artifact
 from elmexport.target import find_target
 from targets.gguf import ALIASES, GgufTarget
-from targets.gguf.metadata import describe, file_name
+from targets.gguf.metadata import describe, file_name, file_type
 from tests.conftest import ExportTo, SmallArtifact
 from tests.graph.test_forward import token_ids
 from tests.memory_checkpoint import MemoryCheckpoint, random_checkpoint
@@ -193,6 +193,17 @@ def test_metadata(exported: Exported, small_config: OpenELMConfig) -> None:
 def test_file_type(exported: Exported, quant: str) -> None:
     kind = metadata(exported(quant))["general.file_type"]
     assert LlamaFileType(kind).name == ("ALL_F32" if quant == "fp32" else f"MOSTLY_{QUANTS[quant]}")
+
+
+@pytest.mark.parametrize(
+    ("last", "expected"),
+    [("ggml-q4_k", "Q4_K_S"), ("ggml-q6_k", "Q6_K"), ("int4-block64", "Q8_0"), ("fp32", "F32")],
+)
+def test_file_type_of_a_recipe_that_llama_cpp_has_no_name_for(last: str, expected: str) -> None:
+    """The type of its last rule, save for one that the format does not know, as no tensor needs it."""
+    recipe = find_target("gguf").recipe("int8")
+    rules = (*(Rule(find_scheme(name)) for name in ("int8-block32", last)),)
+    assert file_type(replace(recipe, name="mine", rules=rules)) == expected
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,22 @@ def test_means_of_squares(tmp_path: Path, small_config: OpenELMConfig) -> None:
     assert np.array_equal(found.entries["blk.0.attn_qkv.weight"], np.ones(192, dtype=np.float32))
 
 
+@pytest.mark.parametrize(
+    ("sound", "spoilt"),
+    [
+        (b"prose.txt", b"pros\x80.txt"),  # no UTF-8
+        (b"imatrix.chunk_count" + struct.pack("<I", 4), b"imatrix.chunk_count" + struct.pack("<I", 6)),  # a float
+    ],
+)
+def test_metadata_of_another_kind(tmp_path: Path, small_config: OpenELMConfig, sound: bytes, spoilt: bytes) -> None:
+    path = write(tmp_path / "imatrix.gguf", tensors_for(small_config))
+    data = path.read_bytes()
+    assert data.count(sound) == 1
+    path.write_bytes(data.replace(sound, spoilt))
+    with pytest.raises(ElmExportError, match="damaged"):
+        read_imatrix(path)
+
+
 def drop(tensors: Tensors) -> None:
     del tensors["blk.3.ffn_down.weight.in_sum2"], tensors["blk.3.ffn_down.weight.counts"]
 
