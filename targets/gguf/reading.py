@@ -1,4 +1,7 @@
-"""GGUF files as gguf's own reader finds them, within the file's bounds: it would count through an array that says it has 2^63 numbers."""
+"""GGUF files as gguf's own reader finds them, within the file's bounds.
+
+Alone, it would count through an array that says it has 2^62 numbers.
+"""
 
 from __future__ import annotations
 
