@@ -53,7 +53,7 @@ class MissingDependencyError(ElmExportError):
 
 
 def shortened(message: str) -> str:
-    """Cut what a damaged file put into `message`, a name of thousands of characters or a list of thousands of numbers; the fix, at its end, stays."""
+    """Cut what a damaged file put into `message`, a name of thousands of characters or a list of numbers; the fix, at its end, stays."""
     message = _ENDLESS.sub(lambda word: f"{word[0][:150]}…{word[0][-50:]}", message)
     return message if len(message) <= LONGEST else f"{message[: LONGEST - 203]} … {message[-200:]}"
 

@@ -91,7 +91,7 @@ def test_a_missing_engine_does_not_cost_the_export(tiny: Checkpoint, tmp_path: P
     def absent(kind: str, path: Path, *, check: bool) -> None:
         raise MissingDependencyError("running GGUF files needs llama.cpp; install it with: pip install llama-cpp-python")
 
-    monkeypatch.setattr("elmexport.evaluation.self_check.open_as", absent)
+    monkeypatch.setattr("elmexport.evaluation.self_check.open_directly", absent)
     result = export_checkpoint(tiny, "gguf", "int8", out=tmp_path / "artifact")
     assert any(note.startswith("self-check not done: running GGUF files needs llama.cpp") for note in result.notes)
     assert result.manifest.self_check.done is False

@@ -30,7 +30,9 @@ def open_artifact(path: str | Path) -> Runtime:
 
 
 def open_as(kind: str, path: Path) -> Runtime:
-    """Open `path` in the engine for `kind`, the name of a format or `CHECKPOINT`; what was never opened before, in a process of its own first.
+    """Open `path` in the engine for `kind`, the name of a format or `CHECKPOINT`.
+
+    What was never opened before is opened in a process of its own first.
 
     Raises:
         ElmExportError: no engine for that kind, damaged files, or some that make the engine end its process (see `probe`).

@@ -1,7 +1,8 @@
-"""First opening of a file in a process of its own: engines are C++, and a file that makes one abort or overrun ends the process it is read in.
+"""First opening of a model file in a process of its own.
 
-What opened once, and is the same still, is opened directly: its size, place and times are noted in the cache, with those of the engine. So is what
-elmexport itself has just written.
+Engines are C++, and a file that makes one abort, overrun or run for ever ends, or keeps, the process that it is read in. What opened once, and is the
+same still, is opened directly: its size, place and times are noted in the cache, with those of the engine. So is what elmexport itself has just
+written.
 """
 
 from __future__ import annotations

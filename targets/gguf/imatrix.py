@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from elmexport.contracts.gguf import is_legacy_imatrix
 from elmexport.errors import ElmExportError, listed
 from elmexport.files import complete_file
+from targets.gguf.reading import open_reader
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _OPTIONAL = ("token_embd.weight", "output.weight")
@@ -69,21 +70,19 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     Raises:
         ElmExportError: no such file, a damaged one, or a file of another kind.
     """
-    from gguf import GGUFReader
-
     if is_legacy_imatrix(path):
         new = path.with_name(f"{path.stem}{'-1' if path.suffix == '.gguf' else ''}.gguf").name
         raise ElmExportError(
             f"{path} is an importance matrix in llama.cpp's former binary form; convert it: llama-imatrix --in-file {path} -o {new}"
         )
     try:
-        reader = GGUFReader(path)
+        reader = open_reader(path)
         facts = {name: reader.fields[name].contents() for name in ("general.type", *_FACTS) if name in reader.fields}
     except OSError as error:
         raise ElmExportError(
             f"cannot read {path}: {error.strerror or error}; --imatrix takes a file that elmexport calibrate --imatrix or llama-imatrix wrote"
         ) from None
-    except (ValueError, IndexError, KeyError) as error:
+    except ValueError as error:
         raise ElmExportError(
             f"{path} is not a GGUF file, or is damaged ({error}); make the importance matrix again, in GGUF form (llama-imatrix writes it)"
         ) from None

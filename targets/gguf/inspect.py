@@ -9,6 +9,7 @@ from elmexport.artifact import StoredTensor
 from elmexport.errors import ElmExportError
 from elmexport.models.base import ModelConfig
 from targets.gguf.families import architecture
+from targets.gguf.reading import open_reader
 
 
 def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
@@ -17,13 +18,11 @@ def list_tensors(folder: Path, config: ModelConfig) -> Iterator[StoredTensor]:
     Raises:
         ElmExportError: a file that the reader cannot make sense of.
     """
-    from gguf import GGUFReader
-
     roles = {name: role for role, names in architecture(config).tensors.items() for name in names}
     for path in sorted(folder.glob("*.gguf")):
         try:
-            tensors = GGUFReader(path).tensors
-        except (ValueError, IndexError, KeyError) as error:
+            tensors = open_reader(path).tensors
+        except ValueError as error:
             raise ElmExportError(f"{path} is not a GGUF file, or is damaged ({error}); export it again") from None
         for tensor in tensors:
             word = tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]

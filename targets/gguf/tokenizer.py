@@ -72,22 +72,27 @@ def find_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     Raises:
         ElmExportError: llama.cpp has no tokenizer that gives the same ids.
     """
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        found = (
-            unigram_of_sentencepiece(tokenizer) if tokenizer.model.trainer_spec.model_type == UNIGRAM else bpe_of_sentencepiece(tokenizer)
-        )
-    elif not isinstance(tokenizer, JsonTokenizer):
-        raise refused(tokenizer, f"is of a kind ({type(tokenizer).__name__}) that GGUF has no form for")
-    elif tokenizer.model["type"] == "Unigram":
-        found = unigram_of_json(tokenizer)
-    elif tokenizer.model["type"] == "BPE":
-        found = byte_level(tokenizer) if is_byte_level(tokenizer) else bpe_of_json(tokenizer)
-    else:
-        raise refused(tokenizer, f"holds a {tokenizer.model['type']} vocabulary")
+    try:
+        found = _vocabulary(tokenizer)
+    except (LookupError, TypeError, AttributeError) as error:  # its library takes forms of a part that none of its versions writes
+        raise refused(tokenizer, f"has a part of an unknown form ({type(error).__name__}: {error})") from error
     forced = next((piece for piece in found.pieces if piece.kind is PieceKind.CONTROL and piece.text in _FORCED_TEXT), None)
     if forced is not None:
         raise refused(tokenizer, f"has the control token {forced.text!r}, which llama.cpp finds in every text")
     return found
+
+
+def _vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        unigram = tokenizer.model.trainer_spec.model_type == UNIGRAM
+        return unigram_of_sentencepiece(tokenizer) if unigram else bpe_of_sentencepiece(tokenizer)
+    if not isinstance(tokenizer, JsonTokenizer):
+        raise refused(tokenizer, f"is of a kind ({type(tokenizer).__name__}) that GGUF has no form for")
+    if tokenizer.model["type"] == "Unigram":
+        return unigram_of_json(tokenizer)
+    if tokenizer.model["type"] == "BPE":
+        return byte_level(tokenizer) if is_byte_level(tokenizer) else bpe_of_json(tokenizer)
+    raise refused(tokenizer, f"holds a {tokenizer.model['type']} vocabulary")
 
 
 def ends(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -158,7 +158,12 @@ def _keep_commands() -> None:
 
 
 def _open_in_a_fork(kind: str, path: Path, seconds: int) -> int:
-    """As the program opens a file apart, in a process that has the engine loaded already."""
+    """As the program opens a file apart, in a process that has the engine loaded already.
+
+    mlx has threads that a fork would lack: what ends it ends this process, and is found all the same.
+    """
+    if kind == "mlx":
+        return 0
     pid = os.fork()
     if pid == 0:
         os.environ["GGML_NO_BACKTRACE"] = "1"

@@ -183,12 +183,12 @@ def _operands(node: Node) -> list[object]:
 def test_no_memory_for_weights() -> None:
     """3B has 12 GB of float32 parameters; the process that traces it must stay far below, and load no compiler."""
     code = """if True:
-        import resource, sys
+        import sys
+        from elmexport.bench.memory import peak_bytes
         from tests.graph.test_trace import published_config, trace
         graph = trace(published_config("3B"))
-        unit = 1 if sys.platform == "darwin" else 1024
         assert not {"torch._dynamo", "sympy"} & set(sys.modules)
-        print(len(graph.nodes), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        print(len(graph.nodes), peak_bytes())
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     nodes, peak = map(int, done.stdout.split())

@@ -13,6 +13,7 @@ from sentencepiece import sentencepiece_model_pb2
 from elmexport.checkpoint.tokenizer import load_tokenizer
 from elmexport.errors import ElmExportError
 from elmexport.models.openelm.catalog import TINY_FOLDER
+from targets.gguf.tokenizer import find_vocabulary
 from tests.checkpoint.tokenizer.vocabularies import write_json
 
 
@@ -74,3 +75,14 @@ def test_pieces_that_are_no_text(tmp_path: Path) -> None:
     path.write_bytes(content.replace(field, field[:2] + b"\xff" * len(piece), 1))
     with pytest.raises(ElmExportError, match="is not a SentencePiece file, or is damaged"):
         load_tokenizer(path)
+
+
+def test_a_normalizer_without_a_type(tmp_path: Path) -> None:
+    """Which the library guesses."""
+    path = write_json(TINY_FOLDER / "tokenizer.model", tmp_path / "tokenizer.json")
+    data = json.loads(path.read_bytes())
+    for step in data["normalizer"]["normalizers"]:
+        del step["type"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ElmExportError, match="has a part of an unknown form"):
+        find_vocabulary(load_tokenizer(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,15 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 
 from calibration.options import WeightOptions
+from elmexport.artifact import Artifact
 from elmexport.contracts.gguf import is_legacy_imatrix
 from elmexport.errors import ElmExportError
+from elmexport.inspection import list_tensors
 from elmexport.models.openelm.config import OpenELMConfig
 from elmexport.target import find_target
 from targets.gguf.imatrix import read_imatrix
 from targets.gguf.lowering import matrices
-from tests.conftest import ExportTo
+from tests.conftest import ExportTo, SmallArtifact
 from tests.memory_checkpoint import MemoryCheckpoint
 
 Tensors = dict[str, NDArray[np.float32]]
@@ -67,6 +70,9 @@ def test_means_of_squares(tmp_path: Path, small_config: OpenELMConfig) -> None:
     ("sound", "spoilt"),
     [
         (b"prose.txt", b"pros\x80.txt"),  # no UTF-8
+        # An array of 2^62 texts, then one whose type is a type of arrays for ever.
+        (b"imatrix.datasets" + struct.pack("<IIQ", 9, 8, 1), b"imatrix.datasets" + struct.pack("<IIQ", 9, 0, 1 << 62)),
+        (b"imatrix.datasets" + struct.pack("<IIQ", 9, 8, 1), b"imatrix.datasets" + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000),
         (b"imatrix.chunk_count" + struct.pack("<I", 4), b"imatrix.chunk_count" + struct.pack("<I", 6)),  # a float
     ],
 )
@@ -77,6 +83,18 @@ def test_metadata_of_another_kind(tmp_path: Path, small_config: OpenELMConfig, s
     path.write_bytes(data.replace(sound, spoilt))
     with pytest.raises(ElmExportError, match="damaged"):
         read_imatrix(path)
+
+
+def test_an_array_without_end_is_not_counted(small_artifact: SmallArtifact, tmp_path: Path) -> None:
+    """`inspect` reads with the same reader."""
+    folder = Path(shutil.copytree(small_artifact("gguf", "int4"), tmp_path / "copy"))
+    (file,) = folder.glob("*.gguf")
+    scores = b"tokenizer.ggml.scores" + struct.pack("<II", 9, 6)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(scores + struct.pack("<Q", 512), scores + struct.pack("<Q", 1 << 62)))
+    assert file.read_bytes() != data
+    with pytest.raises(ElmExportError, match="is damaged"):
+        list_tensors(Artifact.open(folder))
 
 
 def drop(tensors: Tensors) -> None:
