@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from elmexport.cli.ending import go_on
+from elmexport.cli.ending import Terminated, go_on
 from elmexport.errors import ElmExportError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _next_line(terminal: bool) -> str | None:
                 typer.echo(err=True)
             return None
         except KeyboardInterrupt as error:
-            if not terminal or type(error) is not KeyboardInterrupt:  # SIGTERM is no Ctrl-C
+            if not terminal or isinstance(error, Terminated):  # SIGTERM is no Ctrl-C
                 raise
             go_on()
             typer.echo(f"\n{HELP}", err=True)
@@ -62,7 +62,7 @@ def _answer(chat: Chat, text: str) -> None:
     try:
         done = chat.say(text, write, note=lambda line: typer.echo(f"note: {line}", err=True))
     except KeyboardInterrupt as error:
-        if not sys.stdin.isatty() or type(error) is not KeyboardInterrupt:
+        if not sys.stdin.isatty() or isinstance(error, Terminated):
             raise
         go_on()
         typer.echo("\nnote: stopped; the answer is kept as far as it came", err=True)

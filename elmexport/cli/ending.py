@@ -31,6 +31,11 @@ KEPT: Mapping[str, str] = {
 NOTHING_KEPT = "nothing half-written was left; run the same command again"
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT, Ctrl-C: a class of its own, for a plain `KeyboardInterrupt` that passes through `exec`, as imports have it, marks the process:
+    Python then ends it by the signal, whoever caught the exception and whatever the exit code."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: ends the work as Ctrl-C does."""
 
@@ -99,8 +104,8 @@ def _say_ended(kind: type[KeyboardInterrupt], command: str | None) -> NoReturn:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    _asked.append(KeyboardInterrupt)
-    raise KeyboardInterrupt
+    _asked.append(Interrupted)
+    raise Interrupted
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -201,6 +201,27 @@ def test_an_interrupt_that_comes_again_when_all_is_said() -> None:
     assert (done.returncode, done.stderr) == (130, "interrupted: nothing half-written was left; run the same command again\n")
 
 
+# Python ends a process by SIGINT where a plain KeyboardInterrupt came through `exec` of a text: dataclasses and named tuples are made by it.
+EXECUTED = """
+    import signal, sys
+    import typer
+    from elmexport.cli.ending import clean_endings, ended_early
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with clean_endings(), ended_early(lambda: "onnx"):
+            exec("signal.raise_signal(signal.SIGINT)")
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+"""
+
+
+def test_an_interrupt_while_a_class_is_made(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(textwrap.dedent(EXECUTED))  # a module: Python looks at the mark at the end of `python -m` alone
+    done = subprocess.run([sys.executable, "-m", "program"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted: nothing half-written was left; run the same command again\n")
+
+
 def test_an_error_after_an_answered_interrupt_is_an_error() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(REPLACED), "SIGINT", "answered"], capture_output=True, text=True)
     assert "ElmExportError: x.safetensors: could not determine" in done.stderr and "interrupted" not in done.stderr

@@ -1,4 +1,7 @@
-"""A sample of the kills and faults of the scripts beside this file; a hundred kills of each command where ELMEXPORT_ENDURANCE is set."""
+"""A sample of the kills and faults of the scripts beside this file; a hundred kills of each command where ELMEXPORT_ENDURANCE is set.
+
+Kills of `calibrate` and `eval` are in `tests/calibration/test_resume.py` and `tests/evaluation/test_store.py` too, so the sample is of exports.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,23 @@ from tests.endurance.faults import inject
 from tests.endurance.kill import kills, prepared
 
 with prepared(None) as corpus:
-    for name in ("export", "calibrate", "eval"):
+    for name in {commands}:
         print(json.dumps(kills(name, corpus, {count}, 0)))
-    for name, fault in (("export", "renames"), ("eval", "older cache"), ("calibrate", "clock set back")):
+    for name, fault in {faults}:
         print(json.dumps(inject(corpus, name, fault)))
 """
+FAULTS = (("export", "older cache"), ("calibrate", "clock set back"), ("eval", "older cache"), ("export", "renames"))
 
 
 def test_killed_and_disturbed_commands_leave_nothing_half_done(tmp_path: Path) -> None:
-    count = 100 if "ELMEXPORT_ENDURANCE" in os.environ else 4
+    night = "ELMEXPORT_ENDURANCE" in os.environ
+    commands, count, faults = (("export", "calibrate", "eval"), 100, FAULTS) if night else (("export",), 4, FAULTS[:2])
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", CODE.format(count=count)], env=environment, capture_output=True, text=True)
+    code = CODE.format(commands=commands, count=count, faults=faults)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    killed, disturbed = found[:3], found[3:]
-    assert [row["kills"] for row in killed] == [count] * 3
-    assert [row["largest difference"] for row in killed] == [0.0] * 3
-    assert all(row["runs"] for row in disturbed) and len(disturbed) == 3
+    killed, disturbed = found[: len(commands)], found[len(commands) :]
+    assert [row["kills"] for row in killed] == [count] * len(commands)
+    assert all(row["largest difference"] == 0.0 for row in killed)
+    assert all(row["runs"] for row in disturbed) and len(disturbed) == len(faults)
