@@ -84,6 +84,9 @@ class WeightSet:
                 f"{self.path} holds the weights of another model: {self.facts.model}, identity {self.facts.identity[:12]}…, while "
                 f"{checkpoint.source.name} has {checkpoint.identity()[:12]}…; leave --weights-from out to compute this model's"
             )
+        strange = [name for name in dict.fromkeys((*self.facts.schemes, *self.facts.folded)) if name not in checkpoint.specs]
+        if strange:
+            raise ElmExportError(f"{self.path} is damaged: it lists {listed(strange)}, which the model does not have; {_FIX}")
         wanted = quantized_schemes(plan)
         for name in sorted(wanted.keys() | self.facts.schemes.keys()):
             have, want = self.facts.schemes.get(name), wanted.get(name)
@@ -92,9 +95,6 @@ class WeightSet:
                     f"{self.path} holds {name} as {have or 'no quantized tensor'}, while --quant {plan.recipe.name} stores it as "
                     f"{want or plan.schemes[name]}; choose the --quant that the file was made with, or leave --weights-from out"
                 )
-        strange = [name for name in self.facts.folded if name not in checkpoint.specs]
-        if strange:
-            raise ElmExportError(f"{self.path} is damaged: it lists {listed(strange)}, which the model does not have; {_FIX}")
         layout = _layout(self.facts, checkpoint.specs)
         self._tensors.check({name: part for name, part in layout.items() if name not in _LATER or name in self._tensors})
 
@@ -220,6 +220,8 @@ def _facts(path: Path, text: str) -> WeightFacts:
     if isinstance(version, int) and version > FORMAT:
         raise ElmExportError(f"{path}: weight set of format {version}, this version reads up to {FORMAT}; update elmexport")
     facts = to_struct(data, WeightFacts, name, _FIX)
+    if facts.distilled is not None and not {"before", "after"} <= facts.distilled.keys():
+        raise ElmExportError(f"{name} lacks the divergences before and after distillation; {_FIX}")
     for scheme in facts.schemes.values():
         if not scheme or not isinstance(find_scheme(scheme), CodedScheme):
             raise ElmExportError(f"{name} names the scheme {scheme!r}, which has no codes; {_FIX}")

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from calibration.weight_set import StoredWeights, WeightFacts, WeightSet, quantized_schemes, weight_writer
+from calibration.weight_set import METADATA_KEY, StoredWeights, WeightFacts, WeightSet, quantized_schemes, weight_writer
 from elmexport.errors import ElmExportError
 from elmexport.quantization.integer_codec import IntegerTensor
 from elmexport.quantization.lut_codec import PalettizedTensor
@@ -129,6 +129,29 @@ def test_a_missing_part_is_damage(path: Path, plan: Plan, small_checkpoint: Memo
     lost = next(name for name in tensors if name.endswith(part))
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, metadata)
     with pytest.raises(ElmExportError, match=f"is damaged: it lacks {lost}; make one with --save-weights"):
+        WeightSet.load(path).check(small_checkpoint, plan)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "layers.0.attn.qkv_proj.weight",
+            "layers.0.attn.qkv_pro.weight",
+            r"is damaged: it lists transformer\.layers\.0\.attn\.qkv_pro\.weight",
+        ),
+        (NORM, "transformer.norms.weight", r"is damaged: it lists transformer\.norms\.weight, which the model does not have"),
+        ('"distilled":null', '"distilled":{"after":1.0}', "its metadata lacks the divergences before and after distillation"),
+    ],
+)
+def test_facts_that_do_not_fit_are_damage(
+    path: Path, plan: Plan, small_checkpoint: MemoryCheckpoint, old: str, new: str, message: str
+) -> None:
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()[METADATA_KEY].replace('": ', '":')
+    assert old in facts
+    save_file(load_file(path), path, {METADATA_KEY: facts.replace(old, new)})
+    with pytest.raises(ElmExportError, match=message):
         WeightSet.load(path).check(small_checkpoint, plan)
 
 

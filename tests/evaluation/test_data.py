@@ -86,16 +86,17 @@ def test_an_empty_field_is_named(tmp_path: Path, task: str, name: str, row: Any,
 
 
 @pytest.mark.slow
-def test_an_empty_field_in_a_task_without_a_layout_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("choice", "words"), [("", "openbookqa asks how likely an empty text is"), (None, "a choice is None, not a text")])
+def test_a_choice_that_has_no_likelihood_in_a_task_without_a_layout_is_named(tmp_path: Path, choice: str | None, words: str) -> None:
     write(
         tmp_path,
         "openbookqa.test.jsonl",
         [
             {"question_stem": "The sun", "choices": {"text": text, "label": ["A", "B", "C", "D"]}, "answerKey": "A"}
-            for text in (["a", "b", "c", "d"], ["a", "b", "", "d"])
+            for text in (["a", "b", "c", "d"], ["a", "b", choice, "d"])
         ],
     )
-    with pytest.raises(ElmExportError, match=r"openbookqa.test.jsonl, line 2: openbookqa asks how likely an empty text is"):
+    with pytest.raises(ElmExportError, match=rf"openbookqa\.test\.jsonl, line 2: {words}"):
         build_documents(load(tmp_path, "openbookqa", None), None, 0)
 
 

@@ -210,7 +210,10 @@ def _question(task: Any, doc_id: int, doc: Mapping[str, Any]) -> tuple[str, tupl
     if task.OUTPUT_TYPE != "multiple_choice":
         shown = task.doc_to_target(doc) if task.OUTPUT_TYPE == "loglikelihood_rolling" else task.doc_to_text(doc)
         return str(shown), (), None
-    choices = tuple(str(choice) for choice in task.doc_to_choice(doc))
+    choices = tuple(task.doc_to_choice(doc))
+    strange = [choice for choice in choices if not isinstance(choice, str)]
+    if strange:
+        raise ElmExportError(f"{task.place(doc_id)}: a choice is {strange[0]!r}, not a text; mend or remove the line")
     if task.multiple_input:  # the choices come first, and go on in the same words
         text, target = f"… {task.doc_to_target(doc)}", task.doc_to_text(doc)
     else:
