@@ -32,8 +32,11 @@ NOTHING_KEPT = "nothing half-written was left; run the same command again"
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT, Ctrl-C: a class of its own, for a plain `KeyboardInterrupt` that passes through `exec`, as imports have it, marks the process:
-    Python then ends it by the signal, whoever caught the exception and whatever the exit code."""
+    """SIGINT, Ctrl-C.
+
+    A class of its own: a plain `KeyboardInterrupt` that passes through `exec` of a text, as imports have it, marks the process, and Python then
+    ends it by the signal, whoever caught the exception and whatever the exit code.
+    """
 
 
 class Terminated(KeyboardInterrupt):
