@@ -26,9 +26,8 @@ from elmexport.quantization.quantize import quantize
 from elmexport.quantization.schemes import CodedScheme
 
 _BLOCK = 64  # channels whose errors are passed on to each other one by one
-_PANEL = (
-    256  # channels whose errors are passed on to others together: products of few different shapes, for a library compiles each shape anew
-)
+# Channels whose errors are passed on to others together: products of few different shapes, for a library compiles each shape anew.
+_PANEL = 256
 _ATTEMPTS = 4  # at a Cholesky factor, each with ten times the damping of the one before
 
 

@@ -50,13 +50,7 @@ def list_tensors(artifact: Artifact) -> tuple[StoredTensor, ...]:
     config = config_from_dict(artifact.manifest.model.config, where=str(artifact.path / MANIFEST))
     try:
         return tuple(load(find_format(artifact.target).reader)(artifact.path, config))
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:  # what readers come upon where a file makes no sense
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:  # of readers, where a file makes no sense
         raise ElmExportError(
             f"the files in {artifact.path} are damaged ({type(error).__name__}: {error}); copy the artifact again or export it again"
         ) from error

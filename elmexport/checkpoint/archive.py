@@ -78,13 +78,7 @@ def check_content(path: Path) -> None:
                     with archive.open(record) as content:
                         while content.read(_CHUNK):
                             pass
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-    ) as error:  # of a ValueError: names that are no UTF-8
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError) as error:  # ValueError: names that are no UTF-8
         raise ElmExportError(f"{path} is truncated or corrupt ({error}); {_AGAIN}") from None
     except OSError as error:
         raise ElmExportError(f"{path} cannot be read ({error.strerror or error}); check the file and its permissions") from None

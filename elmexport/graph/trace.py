@@ -90,8 +90,9 @@ class _Trace(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         assert isinstance(func, torch._ops.OpOverload) and func.namespace == NAMESPACE, f"{func} is not in the op vocabulary"
         op = func._schema.name.split("::")[1]
-        result = FAKE[op](*args, **(kwargs or {}))
-        self._node(op, inspect.signature(FAKE[op]).bind(*args, **(kwargs or {})).arguments, result)
+        given = inspect.signature(FAKE[op]).bind(*args, **(kwargs or {}))
+        result = FAKE[op](*given.args, **given.kwargs)
+        self._node(op, given.arguments, result)
         return result
 
     def _node(self, op: str, arguments: Mapping[str, Any], result: Tensor | tuple[Tensor, ...]) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-_ROWS = (
-    33  # tokens from which a product goes through numpy: more than are guessed at once, for a guess is to be rounded as a token alone is
-)
+# Tokens from which a product goes through numpy: more than are guessed at once, for a guess is to be rounded as a token alone is.
+_ROWS = 33
 _SLICE = 1 << 22  # values of a weight that are dequantized at a time
 
 
