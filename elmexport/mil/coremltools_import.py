@@ -1,22 +1,33 @@
-"""Import of coremltools without its warnings about the torch version, and about parts that only exist on a Mac and are not used."""
+"""Import of coremltools, without its warnings and without packages that it loads in vain.
+
+Its warnings are about the torch version, and about parts that only exist on a Mac and are not used.
+"""
 
 from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from importlib.abc import MetaPathFinder
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType, ModuleType
+
+from packaging.version import Version
 
 from elmexport.errors import MissingDependencyError
+
+_NEWEST_SKLEARN = "1.5.1"  # that coremltools 9.0 converts from: a newer one it loads, and then refuses with a warning
 
 
 @contextmanager
 def quiet_coremltools() -> Iterator[None]:
-    """Silence coremltools while something is imported from it, and hold back Ctrl-C.
+    """Silence coremltools while something is imported from it, hide from it what it would load in vain, and hold back Ctrl-C.
 
-    Its modules catch every exception as they are imported.
+    Its modules catch every exception as they are imported. Half of the import's time are transformers, of which it only notes that it is there,
+    and a scikit-learn that is too new for it.
 
     Raises:
         MissingDependencyError: it is not installed.
@@ -24,7 +35,7 @@ def quiet_coremltools() -> Iterator[None]:
     logger = logging.getLogger("coremltools")
     logger.addFilter(_drop)
     try:
-        with signals_held():
+        with signals_held(), _hidden(_loaded_in_vain()):
             yield
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "coremltools":
@@ -56,6 +67,35 @@ def signals_held() -> Iterator[None]:
             signal.signal(held, handler)
         for number in dict.fromkeys(arrived):
             signal.raise_signal(number)
+
+
+def _loaded_in_vain() -> Collection[str]:
+    """Names of the packages that coremltools would import, and not use."""
+    try:
+        too_new = Version(version("scikit-learn")) > Version(_NEWEST_SKLEARN)
+    except PackageNotFoundError:
+        too_new = False
+    return ("transformers", "sklearn") if too_new else ("transformers",)
+
+
+@contextmanager
+def _hidden(names: Collection[str]) -> Iterator[None]:
+    """Let packages that are not loaded yet seem not to be installed, in this thread and block."""
+    finder = _Hiding(names, threading.get_ident())
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _Hiding(MetaPathFinder):
+    def __init__(self, names: Collection[str], thread: int) -> None:
+        self._names, self._thread = names, thread
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if fullname in self._names and threading.get_ident() == self._thread:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 def _drop(record: logging.LogRecord) -> bool:

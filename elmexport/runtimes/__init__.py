@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from pathlib import Path
 
 from elmexport import __version__
@@ -105,8 +106,18 @@ def _installed_version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        brought_by = packages_distributions().get(package)
-        return version(brought_by[0]) if brought_by else "not installed"
+        return _version_of_another_name(package)
+
+
+@cache
+def _version_of_another_name(package: str) -> str:
+    # `packages_distributions` makes a path of each of a hundred thousand files: half a second.
+    return next((one.version for one in distributions() if _brings(one, package)), "not installed")
+
+
+def _brings(distribution: Distribution, package: str) -> bool:
+    listed, files = distribution.read_text("top_level.txt") or "", distribution.read_text("RECORD") or ""
+    return package in listed.split() or f"\n{package}/__init__.py," in f"\n{files}"
 
 
 def preload(kind: str) -> None:
