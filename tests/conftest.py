@@ -59,17 +59,17 @@ def tiny() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def small_config() -> OpenELMConfig:
-    """Five layers of 3, 6, 9, 3, 6 query heads over 1, 2, 3, 1, 2 KV heads, each with its own FFN width; every size a multiple of 32."""
+    """Three layers of 3, 6, 9 query heads over 1, 2, 3 KV heads, each with its own FFN width; every size a multiple of 32."""
     return OpenELMConfig(
         vocab_size=512,
         max_context_length=128,
         rope_max_length=256,
-        num_transformer_layers=5,
+        num_transformer_layers=3,
         model_dim=192,
         head_dim=32,
         num_gqa_groups=3,
-        qkv_multipliers=(0.5, 1.0, 1.5, 0.5, 1.0),
-        ffn_multipliers=(0.5, 1.0, 1.5, 2.0, 2.5),
+        qkv_multipliers=(0.5, 1.0, 1.5),
+        ffn_multipliers=(2.0, 1.0, 0.5),
         ffn_dim_divisor=32,
         normalize_qk_projections=True,
         share_input_output_layers=True,

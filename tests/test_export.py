@@ -302,7 +302,7 @@ BAD_INPUT: dict[str, tuple[Damage, str]] = {
     "NaN": (_weights(lambda tensors: tensors[OUT_0][0, 0].fill_(torch.nan)), f"{OUT_0} holds 1 values that are NaN or infinite"),
     "infinity": (_weights(lambda tensors: tensors[OUT_0][1:3, 0].fill_(torch.inf)), f"{OUT_0} holds 2 values that are NaN or infinite"),
     "unknown activation": (_config("activation_fn_name", "gelu"), "activation_fn_name is 'gelu'; elmexport supports swish and silu"),
-    "lists against multipliers": (_config("num_kv_heads", [1, 2, 3, 2, 2]), "num_kv_heads[3] is 2, but layer 3 has 1"),
+    "lists against multipliers": (_config("num_kv_heads", [1, 2, 2]), "num_kv_heads[2] is 2, but layer 2 has 3"),
     "another architecture": (_config("model_type", "llama"), "model_type is 'llama'; elmexport exports 'openelm' and 'olmoe' models"),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
     "code in a pickle": (_pickle, "model.pt"),

@@ -29,7 +29,7 @@ def test_per_token_is_the_mean_over_the_tokens() -> None:
 def test_cache(small_artifact: SmallArtifact, small_config: OpenELMConfig, target: str, quant: str, width: int) -> None:
     found = traffic(small_artifact(target, quant))
     assert found is not None
-    assert found.cache_bytes == 2 * (1 + 2 + 3 + 1 + 2) * small_config.head_dim * width
+    assert found.cache_bytes == 2 * (1 + 2 + 3) * small_config.head_dim * width
 
 
 def test_weights_of_a_tied_model_are_all_tensors(small_artifact: SmallArtifact) -> None:

@@ -18,7 +18,7 @@ from elmexport.progress import SilentProgress
 from elmexport.quantization.schemes import Integer, find_scheme
 from tests.memory_checkpoint import MemoryCheckpoint
 
-NAMES = ("transformer.layers.4.ffn.proj_2.weight", "transformer.token_embeddings.weight")
+NAMES = ("transformer.layers.2.ffn.proj_2.weight", "transformer.token_embeddings.weight")
 
 
 @pytest.fixture(autouse=True)

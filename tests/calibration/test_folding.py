@@ -36,10 +36,10 @@ def arrays(checkpoint: FoldedCheckpoint) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("names", [("qkv",), ("gate_up",), ("down",), ("out",), ("qkv", "gate_up", "down", "out")], ids="+".join)
 def test_the_function_stays_the_same(small_checkpoint: MemoryCheckpoint, names: tuple[str, ...]) -> None:
     config = small_checkpoint.config
-    folded = FoldedCheckpoint(small_checkpoint, {layer: fold_of(config, layer, *names) for layer in range(5)})
+    folded = FoldedCheckpoint(small_checkpoint, {layer: fold_of(config, layer, *names) for layer in range(3)})
     found = arrays(folded)
     changed = [name for name in found if not np.array_equal(found[name], small_checkpoint.arrays[name])]
-    assert len(changed) == 5 * {1: 1 if names == ("out",) else 2, 4: 6}[len(names)] + (5 if names == ("out",) else 0)
+    assert len(changed) == 3 * {1: 1 if names == ("out",) else 2, 4: 6}[len(names)] + (3 if names == ("out",) else 0)
     expected = reference_logits(config, small_checkpoint.arrays, IDS)
     # Each folded weight is rounded to float32 once or twice, 6e-8 of it.
     np.testing.assert_allclose(reference_logits(config, found, IDS), expected, rtol=0, atol=2e-5)
@@ -52,7 +52,7 @@ def test_powers_of_two_are_exact(small_checkpoint: MemoryCheckpoint) -> None:
         config, {n: a.astype(np.float16).astype(np.float32) if a.ndim == 1 else a for n, a in small_checkpoint.arrays.items()}
     )
     folds = {}
-    for layer in range(5):
+    for layer in range(3):
         fold = fold_of(config, layer, "qkv", "gate_up", "down", "out")
         folds[layer] = LayerFold(**{name: getattr(fold, name).log2().round().exp2() for name in ("qkv", "gate_up", "down", "out")})
     found = reference_logits(config, arrays(FoldedCheckpoint(copy, folds)), IDS)
@@ -96,8 +96,8 @@ def test_query_heads_share_the_scales_of_their_kv_head(small_config: OpenELMConf
 
 def test_moments_follow_the_inputs(small_checkpoint: MemoryCheckpoint) -> None:
     x = torch.randn(50, 192, generator=torch.Generator().manual_seed(0))
-    folded = FoldedCheckpoint(small_checkpoint, {3: fold_of(small_checkpoint.config, 3, "qkv")})
-    spec = folded.specs["transformer.layers.3.attn.qkv_proj.weight"]
+    folded = FoldedCheckpoint(small_checkpoint, {2: fold_of(small_checkpoint.config, 2, "qkv")})
+    spec = folded.specs["transformer.layers.2.attn.qkv_proj.weight"]
     scale = folded.input_scale(spec)
     assert scale is not None
 
@@ -107,7 +107,7 @@ def test_moments_follow_the_inputs(small_checkpoint: MemoryCheckpoint) -> None:
     found, expected = folded.moments(spec, of(x)), of(x / scale)
     for name in ("mean_square", "mean_abs", "hessian"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
-    other = folded.specs["transformer.layers.3.ffn.proj_1.weight"]
+    other = folded.specs["transformer.layers.2.ffn.proj_1.weight"]
     untouched = of(x)
     assert folded.moments(other, untouched) is untouched
     assert folded_moments(replace(of(x), mean_abs=None, hessian=None), scale).hessian is None
@@ -125,7 +125,7 @@ def test_a_folded_checkpoint_is_another_one(small_checkpoint: MemoryCheckpoint) 
 @pytest.mark.parametrize(
     ("layer", "fold", "message"),
     [
-        (5, LayerFold(), "a fold names layer 5; the model has layers 0 to 4"),
+        (3, LayerFold(), "a fold names layer 3; the model has layers 0 to 2"),
         (0, LayerFold(qkv=torch.ones(191)), r"layer 0: the scales of qkv have the shape \[191\]; it takes \[192\]"),
         (1, LayerFold(out=torch.ones(192)), r"layer 1: the scales of out have the shape \[192\]; it takes \[64\]"),
         (0, LayerFold(gate_up=torch.zeros(192)), "the scales of gate_up must be finite and above 0"),

@@ -54,8 +54,8 @@ def whole(small_checkpoint: MemoryCheckpoint, sample: Sample, tmp_path_factory: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "batches", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 16, 21))]
-)  # of 7 stages of 3 batches: in the first, at an end, within a layer, in the last
+    "batches", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 10, 15))]
+)  # of 5 stages of 3 batches: in the first, at an end, within a layer, in the last
 def test_an_interrupted_run_goes_on(
     small_checkpoint: MemoryCheckpoint, sample: Sample, whole: bytes, tmp_path: Path, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on(
 
 def _stage(name: str) -> int:
     parts = name.split(".")
-    return int(parts[2]) + 1 if parts[1] == "layers" else 6 if parts[1] == "norm" else 0
+    return int(parts[2]) + 1 if parts[1] == "layers" else 4 if parts[1] == "norm" else 0
 
 
 @pytest.mark.slow
@@ -115,8 +115,8 @@ def test_existing_output(small_checkpoint: MemoryCheckpoint, sample: Sample, who
 
 def test_bad_weights_leave_nothing(small_checkpoint: MemoryCheckpoint, sample: Sample, tmp_path: Path) -> None:
     checkpoint = random_checkpoint(small_checkpoint.config)
-    checkpoint.arrays["transformer.layers.3.ffn.proj_2.weight"][0, 0] = float("nan")
-    with pytest.raises(ElmExportError, match=r"layers\.3\.ffn\.proj_2\.weight holds 1 values that are NaN"):
+    checkpoint.arrays["transformer.layers.2.ffn.proj_2.weight"][0, 0] = float("nan")
+    with pytest.raises(ElmExportError, match=r"layers\.2\.ffn\.proj_2\.weight holds 1 values that are NaN"):
         calibrate_checkpoint(checkpoint, sample, tmp_path / "statistics")
     assert list(tmp_path.iterdir()) == []
 

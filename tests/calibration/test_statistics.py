@@ -127,7 +127,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_outliers(statistics: Statistics, small_checkpoint: MemoryCheckpoint) -> None:
     found = statistics.outliers()
-    assert len(found) == 4 * 5 + 1
+    assert len(found) == 4 * 3 + 1
     assert [ratio for _, ratio in found] == sorted((ratio for _, ratio in found), reverse=True)
     moments = statistics.moments(small_checkpoint.specs[found[0][0]])
     assert moments is not None

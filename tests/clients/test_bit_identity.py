@@ -121,7 +121,7 @@ def test_mlx_and_onnx(checkpoint: Checkpoint, read: Callable[..., Any], calibrat
         ("mlx", {"max_shard_size": "300K"}),
         ("coreml", {}),
         ("coreml", {"kv": "io", "argmax": True}),
-        ("coreml", {"max_package_mb": 0.7}),
+        ("coreml", {"max_package_mb": 0.4}),
     ],
     ids=str,
 )

@@ -79,12 +79,12 @@ def expected_names(config: OpenELMConfig) -> dict[str, tuple[str, slice]]:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_one_self_contained_file(exported: Exported, quant: str) -> None:
     names = sorted(path.name for path in exported(quant).iterdir())
-    assert names == ["Modelfile", "README.md", f"Small-1.4M-{QUANTS[quant]}.gguf", "manifest.json"]
+    assert names == ["Modelfile", "README.md", f"Small-782K-{QUANTS[quant]}.gguf", "manifest.json"]
 
 
 def test_modelfile(exported: Exported) -> None:
     assert (exported("int4") / "Modelfile").read_text(encoding="utf-8").splitlines() == [
-        "FROM ./Small-1.4M-Q4_0.gguf",
+        "FROM ./Small-782K-Q4_0.gguf",
         'TEMPLATE """{{ .Prompt }}"""',
         "PARAMETER num_ctx 128",
     ]
@@ -173,12 +173,12 @@ def test_metadata(exported: Exported, small_config: OpenELMConfig) -> None:
         "general.name": "Small",
         "general.file_type": LlamaFileType.MOSTLY_Q4_0,
         "general.quantization_version": 2,
-        "openelm.block_count": 5,
+        "openelm.block_count": 3,
         "openelm.context_length": 128,
         "openelm.embedding_length": 192,
         "openelm.feed_forward_length": [layer.ffn_dim for layer in layers],
-        "openelm.attention.head_count": [3, 6, 9, 3, 6],
-        "openelm.attention.head_count_kv": [1, 2, 3, 1, 2],
+        "openelm.attention.head_count": [3, 6, 9],
+        "openelm.attention.head_count_kv": [1, 2, 3],
         "openelm.rope.freq_base": 10000,
         "openelm.rope.dimension_count": 32,
         "openelm.attention.layer_norm_rms_epsilon": float(np.float32(1e-6)),
@@ -254,14 +254,14 @@ def test_same_bytes_twice(exported: Exported, small_checkpoint: MemoryCheckpoint
 
 def test_rows_that_do_not_divide_into_blocks_fall_back(small_config: OpenELMConfig, export_to: ExportTo) -> None:
     config = replace(
-        small_config, head_dim=16, num_gqa_groups=1, qkv_multipliers=0.25, ffn_multipliers=(1.0, 1.0, 0.25, 1.0, 1.0), ffn_dim_divisor=16
+        small_config, head_dim=16, num_gqa_groups=1, qkv_multipliers=0.25, ffn_multipliers=(1.0, 0.25, 1.0), ffn_dim_divisor=16
     )
     assert config.layers[2].query_heads * 16 % 32 == 16
     folder = export_to(random_checkpoint(config), "gguf", "int4")
     kinds = {t.name: t.tensor_type for t in GGUFReader(gguf_path(folder)).tensors}
-    assert {kinds[f"blk.{i}.attn_output.weight"] for i in range(5)} == {GGMLQuantizationType.F16}
-    assert kinds["blk.2.ffn_down.weight"] is GGMLQuantizationType.F16
-    assert kinds["blk.1.ffn_down.weight"] is GGMLQuantizationType.Q4_0
+    assert {kinds[f"blk.{i}.attn_output.weight"] for i in range(3)} == {GGMLQuantizationType.F16}
+    assert kinds["blk.1.ffn_down.weight"] is GGMLQuantizationType.F16
+    assert kinds["blk.2.ffn_down.weight"] is GGMLQuantizationType.Q4_0
 
 
 def test_llama_cpps_names_for_the_quantizations() -> None:

@@ -46,7 +46,7 @@ RAGGED: dict[str, Any] = {
     "head_dim": 16,
     "num_gqa_groups": 1,
     "qkv_multipliers": 0.25,
-    "ffn_multipliers": (1.0, 1.0, 0.25, 1.0, 1.0),
+    "ffn_multipliers": (1.0, 0.25, 1.0),
     "ffn_dim_divisor": 16,
 }
 
