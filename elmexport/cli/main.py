@@ -19,7 +19,7 @@ from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, li
 from elmexport.cli.command import Command
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
-from elmexport.errors import ElmExportError, shortened
+from elmexport.errors import OUT_OF_MEMORY, ElmExportError, MissingDependencyError, is_out_of_memory, shortened
 
 
 class Program(FormatGroup):
@@ -100,8 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ElmExportError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except OSError as error:  # of the system, not foreseen: a name too long, a folder closed to this user
-        if error.strerror is None:
+    except Exception as error:
+        if is_out_of_memory(error):
+            typer.echo(f"error: {OUT_OF_MEMORY}", err=True)
+            sys.exit(MissingDependencyError.exit_code)
+        if not isinstance(error, OSError) or error.strerror is None:
             raise
+        # Of the system, not foreseen: a name too long, a folder closed to this user.
         typer.echo(shortened(f"error: {error.strerror}" + ("" if error.filename is None else f": {error.filename}")), err=True)
         sys.exit(ElmExportError.exit_code)

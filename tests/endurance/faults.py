@@ -104,7 +104,7 @@ def read_only(place: Place) -> Iterator[int]:
 
 def memory(place: Place) -> Iterator[int]:
     """Address space that ends 0 to 512 MiB above what the program takes before it begins."""
-    for more in (0, 8, 32, 64, 128, 512):
+    for more in (0, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512):
         place.clear()
 
         def limit(more: int = more) -> None:

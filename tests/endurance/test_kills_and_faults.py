@@ -27,7 +27,7 @@ with prepared(None) as corpus:
     for name, fault in {faults}:
         print(json.dumps(inject(corpus, name, fault)))
 """
-FAULTS = (("export", "older cache"), ("calibrate", "clock set back"), ("eval", "older cache"), ("export", "renames"))
+FAULTS = (("calibrate", "clock set back"), ("calibrate", "memory"), ("export", "older cache"), ("eval", "memory"), ("export", "renames"))
 
 
 def test_killed_and_disturbed_commands_leave_nothing_half_done(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from elmexport.errors import ElmExportError
 from elmexport.evaluation.data import EVALUATION_FALLBACK, FEWSHOT_FALLBACK, UNNAMED, LocalData, read_lines
@@ -141,12 +142,14 @@ def _dataset(lines: Sequence[DataRow]) -> datasets.Dataset:
 def quiet() -> Iterator[None]:
     """Silence lm-eval and datasets, which speak about every step, on the root of their loggers and with progress bars."""
     logger = logging.getLogger("lm_eval")
-    level, shown = logger.level, datasets.is_progress_bar_enabled()
+    level, shown, interval = logger.level, datasets.is_progress_bar_enabled(), tqdm.monitor_interval
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    tqdm.monitor_interval = 0  # even a bar that is not shown starts a thread to watch it, and Python waits for ever for one that finds no memory
     try:
         yield
     finally:
+        tqdm.monitor_interval = interval
         logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
