@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # Beyond any model's, and small enough for what is computed of them: a damaged file must not ask for a billion layers.
-LARGEST_SIZE, MOST_LAYERS, LONGEST_CONTEXT = 1 << 24, 1000, 1 << 20
+LARGEST_SIZE, MOST_LAYERS, LONGEST_CONTEXT, LARGEST_NUMBER = 1 << 24, 1000, 1 << 20, 1e30
 
 
 def check_size(value: object, key: str, where: str, largest: int = LARGEST_SIZE) -> None:
@@ -34,6 +34,18 @@ def check_size(value: object, key: str, where: str, largest: int = LARGEST_SIZE)
         raise ElmExportError(f"{where}: {key} is {value!r}; it must be a whole number above 0")
     if value > largest:
         raise ElmExportError(f"{where}: {key} is {value}; it must be at most {largest}")
+
+
+def check_positive(value: Any, key: str, where: str) -> None:
+    """Check a real number that `key` of the file `where` gives.
+
+    Raises:
+        ElmExportError: no number above 0 that float32, in which formats store it, can hold.
+    """
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ElmExportError(f"{where}: {key} is {value!r}; it must be a number above 0")
+    if value > LARGEST_NUMBER:
+        raise ElmExportError(f"{where}: {key} is {value!r}; it must be at most {LARGEST_NUMBER:g}")
 
 
 class ModelConfig(ABC):

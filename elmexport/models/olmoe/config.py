@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import LayerDims, ModelDims
-from elmexport.models.base import LARGEST_SIZE, LONGEST_CONTEXT, MOST_LAYERS, ModelConfig, check_size
+from elmexport.models.base import LARGEST_SIZE, LONGEST_CONTEXT, MOST_LAYERS, ModelConfig, check_positive, check_size
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -148,9 +146,7 @@ class OlmoeConfig(ModelConfig):
             largest = {"num_hidden_layers": MOST_LAYERS, "max_position_embeddings": LONGEST_CONTEXT, "num_experts": MOST_EXPERTS}
             check_size(getattr(self, key), key, where, largest.get(key, LARGEST_SIZE))
         for key in ("rms_norm_eps", "rope_theta"):
-            number = getattr(self, key)
-            if not isinstance(number, Real) or isinstance(number, bool) or not math.isfinite(number) or number <= 0:
-                raise ElmExportError(f"{where}: {key} is {number!r}; it must be a number above 0")
+            check_positive(getattr(self, key), key, where)
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ElmExportError(
                 f"{where}: hidden_size is {self.hidden_size}, num_attention_heads {self.num_attention_heads}; heads must divide it into even numbers, "

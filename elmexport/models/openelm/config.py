@@ -7,16 +7,14 @@ checkpoint's file carries. No torch in here: listing models must be instant.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from elmexport.errors import ElmExportError
 from elmexport.graph.dims import LayerDims, ModelDims
-from elmexport.models.base import LARGEST_SIZE, LONGEST_CONTEXT, MOST_LAYERS, ModelConfig, check_size
+from elmexport.models.base import LARGEST_SIZE, LONGEST_CONTEXT, MOST_LAYERS, ModelConfig, check_positive, check_size
 from elmexport.weights import Role, WeightSpec
 
 if TYPE_CHECKING:
@@ -206,12 +204,11 @@ class OpenELMConfig(ModelConfig):
         for key in ("qkv_multipliers", "ffn_multipliers"):
             value = getattr(self, key)
             for number in value if isinstance(value, tuple) else (value,):
-                if not isinstance(number, Real) or isinstance(number, bool) or not 0 < float(number) <= LARGEST_MULTIPLIER:
+                if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number <= LARGEST_MULTIPLIER:
                     raise ElmExportError(f"{where}: {key} holds {number!r}; multipliers are numbers above 0, up to {LARGEST_MULTIPLIER}")
             self._per_layer(value, key)
-        if not isinstance(self.rope_freq_constant, Real) or not math.isfinite(self.rope_freq_constant) or self.rope_freq_constant <= 0:
-            raise ElmExportError(f"{where}: rope_freq_constant is {self.rope_freq_constant!r}; it must be a number above 0")
-        if not isinstance(self.initializer_range, Real):
+        check_positive(self.rope_freq_constant, "rope_freq_constant", where)
+        if not isinstance(self.initializer_range, int | float):
             raise ElmExportError(f"{where}: initializer_range is {self.initializer_range!r}; it must be a number")
         if self.head_dim % 2:
             raise ElmExportError(f"{where}: head_dim is {self.head_dim}; rotary embeddings need an even number")

@@ -179,6 +179,8 @@ def test_make_divisible(value: float, divisor: int) -> None:
         ({"ffn_multipliers": float("inf")}, "ffn_multipliers holds inf; multipliers are numbers above 0"),
         ({"rope_freq_constant": 0}, "rope_freq_constant is 0"),
         ({"rope_freq_constant": float("nan")}, "rope_freq_constant is nan"),
+        ({"rope_freq_constant": 1e300}, r"rope_freq_constant is 1e\+300; it must be at most 1e\+30"),
+        ({"rope_freq_constant": 10**400}, r"it must be at most 1e\+30"),
         ({"eos_token_id": 32000}, r"eos_token_id is 32000; it must lie in 0..31999"),
         ({"eos_token_id": [2, "3"]}, r"eos_token_id is '3'; it must lie in 0..31999"),
         ({"eos_token_id": []}, r"eos_token_id is an empty list; name the token that ends a text"),
