@@ -28,19 +28,13 @@ gc.set_threshold(100_000, 20, 50)
 
 # The files that take longest, in that order: the others fill the gaps, so that no worker waits for another at the end.
 LONGEST = (
-    *("targets/gguf/test_llama_cpp_parity", "clients/test_onnx_runtimes", "targets/gguf/test_moe_parity"),
-    *("targets/coreml/neural_engine/test_package", "calibration/test_awq_experts", "runtimes/test_speculation", "test_interrupted_export"),
-    *(
-        "evaluation/test_hub",
-        "documentation/test_blocks",
-        "targets/coreml/test_palettized",
-        "evaluation/test_against_lm_eval",
-        "clients/test_mlx_lm",
-    ),
-    *("targets/coreml/neural_engine/test_chain", "runtimes/test_coreml", "cli/test_ending", "mil/test_foreign", "targets/coreml/test_lint"),
-    *("clients/test_bit_identity", "targets/onnx/test_onnx_target", "checkpoint/test_hub", "test_toy_format", "bench/test_guesses"),
-    *("calibration/test_guard", "runtimes/test_batch_generation", "test_packaging"),
-    *("runtimes/test_continuations", "calibration/test_mixed", "test_export", "targets/coreml/test_verify"),
+    *("documentation/test_blocks", "targets/gguf/test_moe_parity", "targets/gguf/test_llama_cpp_parity", "clients/test_onnx_runtimes"),
+    *("evaluation/test_hub", "evaluation/test_against_lm_eval", "clients/test_mlx_lm", "targets/coreml/test_palettized"),
+    *("clients/test_bit_identity", "checkpoint/test_hub", "calibration/test_awq_experts", "runtimes/test_speculation"),
+    *("sweep/test_sweep", "mil/test_foreign", "targets/coreml/neural_engine/test_package", "targets/coreml/test_lint"),
+    *("runtimes/test_coreml", "targets/coreml/neural_engine/test_chain", "targets/onnx/test_onnx_target", "calibration/test_distill"),
+    *("calibration/test_mixed", "endurance/test_kills_and_faults", "evaluation/test_quality_gate", "test_export"),
+    *("test_interrupted_export", "test_artifact_bytes", "cli/test_ending", "targets/coreml/test_verify", "test_packaging"),
 )
 
 
