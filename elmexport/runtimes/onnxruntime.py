@@ -44,21 +44,21 @@ class OnnxRuntime(Runtime):
         """
         super().__init__()
         session = _open(path, arena=not check)
-        inputs = {entry.name: entry for entry in session.get_inputs()}
-        outputs = {entry.name: entry for entry in session.get_outputs()}
-        context = session.get_modelmeta().custom_metadata_map.get(CONTEXT_METADATA)
-        if context is None or LOGITS not in outputs:
-            raise ElmExportError(
-                f"{path} is an ONNX model, but none that elmexport wrote (its metadata has no {CONTEXT_METADATA}); export it with elmexport"
-            )
-        self._session: InferenceSession | None = session
-        self._inputs = [entry for name, entry in inputs.items() if is_past(name)]
         try:
+            inputs = {entry.name: entry for entry in session.get_inputs()}
+            outputs = {entry.name: entry for entry in session.get_outputs()}
+            context = session.get_modelmeta().custom_metadata_map.get(CONTEXT_METADATA)
+            if context is None or LOGITS not in outputs:
+                raise ElmExportError(
+                    f"{path} is an ONNX model, but none that elmexport wrote (its metadata has no {CONTEXT_METADATA}); export it with elmexport"
+                )
+            self._session: InferenceSession | None = session
+            self._inputs = [entry for name, entry in inputs.items() if is_past(name)]
             self.context, self.vocab_size = int(context), int(outputs[LOGITS].shape[2])
             if check and not any(isinstance(past.shape[2], int) for past in self._inputs):
                 self.context = min(self.context, CHECK_TOKENS)
             self._sequence: _Sequences | None = _Sequences(session, self._inputs, 1, self.context)
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError) as error:  # of names that are no UTF-8, too
             raise ElmExportError(
                 f"{path} has inputs or outputs that are not those of an export ({error}); copy it again or export it again"
             ) from None

@@ -211,3 +211,12 @@ def test_telemetry_is_switched_off(folder: Path, tmp_path: Path) -> None:
     assert (off, on) == (1, 0)
     assert threads < more
     assert not files and "onnxruntime.db" in database
+
+
+def test_a_name_that_is_no_utf_8(folder: Path, tmp_path: Path) -> None:
+    """onnxruntime loads it, and cannot give the name to Python."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (path,) = (copy / "onnx").glob("*.onnx")
+    path.write_bytes(path.read_bytes().replace(b"attention_mask", b"\xffttention_mask"))
+    with pytest.raises(ElmExportError, match="has inputs or outputs that are not those of an export"):
+        open_runtime(path)
