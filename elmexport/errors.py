@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 
 LONGEST = 640  # characters of a message
-OUT_OF_MEMORY = "not enough memory for this; close other programs, raise the process's limit, or take a smaller model"
 _ENDLESS = re.compile(r"\S{300,}")
 # What the libraries below say: torch, the loader of shared libraries, the system, C++, Python's threads.
 _LACK = re.compile(r"(can.t|cannot|unable to|failed to) allocate|failed to map segment|bad.?alloc|can.t start new thread", re.IGNORECASE)
@@ -67,11 +66,12 @@ def listed(names: Sequence[str], count: int = 3, longest: int = 80) -> str:
     return shown + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether memory that could not be had is what `error`, or what led to it, reports."""
+def out_of_memory(error: BaseException) -> str | None:
+    """The message for an `error` that reports, or followed from, memory that could not be had; None for any other."""
     led: BaseException | None = error
     while led is not None:
         if isinstance(led, MemoryError) or _LACK.search(str(led)):
-            return True
+            found = "".join(f" ({line})" for line in str(led).splitlines()[:1])
+            return shortened(f"not enough memory{found}; close other programs, raise the process's limit, or take a smaller model")
         led = led.__cause__ or led.__context__
-    return False
+    return None

@@ -19,7 +19,7 @@ from elmexport.cli import bench, calibrate, compare, eval, generate, inspect, li
 from elmexport.cli.command import Command
 from elmexport.cli.ending import clean_endings, ended_early
 from elmexport.cli.format_commands import FormatGroup
-from elmexport.errors import OUT_OF_MEMORY, ElmExportError, MissingDependencyError, is_out_of_memory, shortened
+from elmexport.errors import ElmExportError, MissingDependencyError, out_of_memory, shortened
 
 
 class Program(FormatGroup):
@@ -101,8 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
-        if is_out_of_memory(error):
-            typer.echo(f"error: {OUT_OF_MEMORY}", err=True)
+        lack = out_of_memory(error)
+        if lack is not None:
+            typer.echo(f"error: {lack}", err=True)
             sys.exit(MissingDependencyError.exit_code)
         if not isinstance(error, OSError) or error.strerror is None:
             raise

@@ -14,7 +14,7 @@ def in_threads(work: Callable[[int], None], starts: Sequence[int]) -> None:
     Threads inside ops would meet after every one of some eighty short ops a chunk; whole chunks to a thread are twice as fast.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or len(starts) == 1:
+    if threads == 1:
         for start in starts:
             work(start)
         return

@@ -145,9 +145,8 @@ def quiet() -> Iterator[None]:
     level, shown, interval = logger.level, datasets.is_progress_bar_enabled(), tqdm.monitor_interval
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    tqdm.monitor_interval = (
-        0  # even a bar that is not shown starts a thread to watch it, and Python waits for ever for one that finds no memory
-    )
+    # Even a bar that is not shown starts a thread that watches it, and Python waits for ever for one that finds no memory.
+    tqdm.monitor_interval = 0
     try:
         yield
     finally:
