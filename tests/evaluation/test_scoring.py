@@ -70,6 +70,7 @@ def test_few_shot_examples_are_read_once(runtime: Counting) -> None:
     assert runtime.read <= 150 + 5 * 32
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_what_is_answered_already(runtime: Counting) -> None:
     examples = draw(0, 60)
     requests = [

@@ -25,6 +25,7 @@ IMPORTS = """
 """
 
 
+@pytest.mark.slow
 def test_packages_that_coremltools_does_not_use_are_not_loaded() -> None:
     """`pandas` comes with scikit-learn."""
     assert Version(version("scikit-learn")) > Version("1.5.1")
