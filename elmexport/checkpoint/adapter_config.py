@@ -11,6 +11,7 @@ from typing import Any
 
 from elmexport.documents import decode_json
 from elmexport.errors import ElmExportError
+from elmexport.models.base import check_positive
 
 CONFIG = "adapter_config.json"
 MERGE_FIX = "merge it with PEFT (merge_and_unload), save the result, and give --model that folder"
@@ -116,10 +117,9 @@ def _from_corenet(path: Path) -> Scaling | None:
 
 
 def _number(data: Mapping[str, Any], key: str, path: Path) -> float:
-    value = data.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ElmExportError(f"{path}: {key} is {value!r}; it must be a number above 0")
-    return value
+    value: Any = data.get(key)
+    check_positive(value, key, str(path))
+    return float(value)
 
 
 def _pattern(data: Mapping[str, Any], key: str, path: Path) -> dict[str, float]:

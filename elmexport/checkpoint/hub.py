@@ -150,6 +150,8 @@ def _bar_class(progress: Progress) -> type[Any]:
     reported = 0
 
     class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # no thread to watch it
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._counts_bytes = kwargs.get("unit") == "B"
             self._bytes = 0.0

@@ -72,7 +72,7 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
     assert all(quantized.scheme == plan.schemes[name] for name, quantized in found.items())
     evaluator = KLEvaluator(checkpoint, Sample(ids, "random"))
     alone = {name: quantize(checkpoint.tensor(name), plan.schemes[name]).dequantize() for name in found}  # type: ignore[call-overload]
-    assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.6 * evaluator.divergence(alone)
+    assert evaluator.divergence({name: quantized.dequantize() for name, quantized in found.items()}) < 0.4 * evaluator.divergence(alone)
 
 
 @pytest.mark.slow
@@ -93,7 +93,7 @@ def test_codes_do_not_depend_on_the_number_of_threads(small_checkpoint: MemoryCh
 
 def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:
     """Where only the last matrix is quantized, both copies agree up to it: the target is the weight."""
-    last = "transformer.layers.2.ffn.proj_2.weight"
+    last = "transformer.layers.4.ffn.proj_2.weight"
     float_plan = plan_of(small_checkpoint, Rule(Float("fp32")))
     plan = Plan(float_plan.recipe, {**float_plan.schemes, last: find_scheme("int8-block32")}, (), 32)
     ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (2, 64))

@@ -23,7 +23,7 @@ from elmexport.models.openelm.catalog import TINY_FOLDER
 from elmexport.models.openelm.config import OpenELMConfig
 
 Tensors = dict[str, torch.Tensor]
-QKV, DOWN = "transformer.layers.0.attn.qkv_proj", "transformer.layers.2.ffn.proj_2"
+QKV, DOWN = "transformer.layers.0.attn.qkv_proj", "transformer.layers.3.ffn.proj_2"
 EMBEDDING = "transformer.token_embeddings"
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 
@@ -333,7 +333,7 @@ def test_peft_merges_to_the_same_weights(tmp_path: Path, base: Path, kind: str, 
     for name, expected in merged.items():
         torch.testing.assert_close(checkpoint.tensor(name), expected.data, rtol=1e-5, atol=1e-5)
         changed += not torch.equal(plain.tensor(name), expected.data)
-    assert changed >= 3
+    assert changed >= 5
 
 
 def test_peft_keeps_the_head_of_an_adapted_embedding(tmp_path: Path, base: Path) -> None:

@@ -62,7 +62,7 @@ def add_biases(tensors: Tensors) -> Tensors:
 
 
 def add_layers(tensors: Tensors) -> Tensors:
-    return tensors | {f"transformer.layers.{i}.attn_norm.weight": torch.ones(192) for i in range(3, 60)}
+    return tensors | {f"transformer.layers.{i}.attn_norm.weight": torch.ones(192) for i in range(5, 60)}
 
 
 def add_rows(tensors: Tensors) -> Tensors:
@@ -80,11 +80,11 @@ def long_names(tensors: Tensors) -> Tensors:
             rename(lambda name: f"gpt.{name}"),
             ["missing tensors: transformer.token_embeddings.weight, ", " more; extra", "None is a tensor of openelm"],
         ),
-        (drop("layers.2."), ["and 5 more. The weights have 2 layers, config.json says 3"]),
-        (drop("ffn.proj_1"), ["The weights are incomplete (a file may be missing)"]),
+        (drop("layers.4."), ["and 5 more. The weights have 4 layers, config.json says 5"]),
+        (drop("ffn.proj_1"), ["and 2 more. The weights are incomplete (a file may be missing)"]),
         (quantize, ["These are quantized weights, which cannot be exported"]),
         (add_biases, ["openelm models have no biases"]),
-        (add_layers, ["and 54 more. The weights have 60 layers, config.json says 3"]),
+        (add_layers, ["and 52 more. The weights have 60 layers, config.json says 5"]),
         (add_rows, ["is [515, 192], config.json calls for [512, 192]", "set vocab_size to 515 in config.json"]),
         (long_names, ["and 37 more", "…"]),
     ],
@@ -111,14 +111,14 @@ def test_an_untied_model_without_a_head(tmp_path: Path, small_config: OpenELMCon
 
 def test_config_of_another_size(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
     save_checkpoint(tmp_path, replace(small_config, model_dim=256), tensors)
-    assert "and 17 more. Use the config.json that belongs to these weights" in message(tmp_path)
+    assert "and 29 more. Use the config.json that belongs to these weights" in message(tmp_path)
 
 
 def test_hundreds_of_files_missing(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
-    save_checkpoint(tmp_path, small_config, tensors, shards=20)
+    save_checkpoint(tmp_path, small_config, tensors, shards=30)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    assert "model-00003-of-00020.safetensors and 17 more, of the 20 files" in message(tmp_path)
+    assert "model-00003-of-00030.safetensors and 27 more, of the 30 files" in message(tmp_path)
 
 
 def test_an_index_of_tensors_that_are_not_there(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:

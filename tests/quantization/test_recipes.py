@@ -50,17 +50,6 @@ def schemes(recipe: Recipe, config: OpenELMConfig) -> dict[str, str]:
     return {name: scheme.recipe_name for name, scheme in resolve(recipe, config).schemes.items()}
 
 
-@pytest.fixture
-def small_config(small_config: OpenELMConfig) -> OpenELMConfig:
-    """The small model with five layers."""
-    return replace(
-        small_config,
-        num_transformer_layers=5,
-        qkv_multipliers=(0.5, 1.0, 1.5, 0.5, 1.0),
-        ffn_multipliers=(0.5, 1.0, 1.5, 2.0, 2.5),
-    )
-
-
 def test_the_first_matching_rule_decides(tmp_path: Path, small_config: OpenELMConfig) -> None:
     found = schemes(load(tmp_path, TEXT), small_config)
     assert list(found) == [spec.name for spec in small_config.weights()]

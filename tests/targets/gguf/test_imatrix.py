@@ -98,7 +98,7 @@ def test_an_array_without_end_is_not_counted(small_artifact: SmallArtifact, tmp_
 
 
 def drop(tensors: Tensors) -> None:
-    del tensors["blk.2.ffn_down.weight.in_sum2"], tensors["blk.2.ffn_down.weight.counts"]
+    del tensors["blk.3.ffn_down.weight.in_sum2"], tensors["blk.3.ffn_down.weight.counts"]
 
 
 def resize(name: str) -> Callable[[Tensors], None]:
@@ -123,7 +123,7 @@ def uncount(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop, r"has no entry for blk\.2\.ffn_down\.weight; use one that was made for this model"),
+        (drop, r"has no entry for blk\.3\.ffn_down\.weight; use one that was made for this model"),
         (resize("blk.0.attn_qkv.weight"), r"has 7 values for blk\.0\.attn_qkv\.weight, whose rows have 192"),
         (resize("token_embd.weight"), r"has 7 values for token_embd\.weight, whose rows have 192"),
         (spoil(np.nan), r"has values for blk\.2\.ffn_up\.weight that are not finite or negative; the file is damaged"),
@@ -158,7 +158,7 @@ def drop_many(tensors: Tensors) -> None:
     [
         (
             drop_many,
-            r"has no entry for blk\.0\.ffn_down\.weight, blk\.1\.ffn_down\.weight, blk\.2\.ffn_down\.weight; use one that was made",
+            r"has no entry for blk\.0\.ffn_down\.weight, blk\.1\.ffn_down\.weight, blk\.2\.ffn_down\.weight and 2 more; use one that was made",
         ),
         (uncount_all, r"counted no token for blk\.2\.ffn_up\.weight; use one that was made for this model"),
     ],
