@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,6 +72,17 @@ def small_config() -> OpenELMConfig:
 
 
 @pytest.fixture(scope="session")
+def deep_config(small_config: OpenELMConfig) -> OpenELMConfig:
+    """The small model with five layers, for what goes by layers and costs little: 3, 6, 9, 3, 6 query heads over 1, 2, 3, 1, 2 KV heads."""
+    return replace(
+        small_config,
+        num_transformer_layers=5,
+        qkv_multipliers=(0.5, 1.0, 1.5, 0.5, 1.0),
+        ffn_multipliers=(0.5, 1.0, 1.5, 2.0, 2.5),
+    )
+
+
+@pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece model of Llama's kind (BPE, byte fallback, BOS 1, EOS 2) with the 512 pieces of `small_config`."""
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -82,6 +94,12 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_checkpoint(small_config: OpenELMConfig, small_tokenizer: Path) -> MemoryCheckpoint:
     """Random float32 weights for `small_config`; `.arrays` is what `tests.reference.reference_logits` takes."""
     return random_checkpoint(small_config, tokenizer_path=small_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def deep_checkpoint(deep_config: OpenELMConfig, small_tokenizer: Path) -> MemoryCheckpoint:
+    """Random float32 weights for `deep_config`."""
+    return random_checkpoint(deep_config, tokenizer_path=small_tokenizer)
 
 
 class ExportTo(Protocol):

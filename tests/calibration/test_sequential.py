@@ -31,11 +31,11 @@ def plan_of(checkpoint: Checkpoint, *rules: Rule) -> Plan:
     return resolve(recipe, checkpoint.config)
 
 
-def test_the_target_is_a_least_squares_solution(small_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_is_a_least_squares_solution(deep_checkpoint: MemoryCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what the layer should give, and what the stream lacks, from what the quantized layers hand on; its ridge is the best held out."""
     monkeypatch.setattr(sequential, "product_dtype", lambda device: torch.float32)
     generator = torch.Generator().manual_seed(0)
-    node = next(node for node in trace(small_checkpoint.config).nodes if node.role is Role.FFN_DOWN)
+    node = next(node for node in trace(deep_checkpoint.config).nodes if node.role is Role.FFN_DOWN)
     weight = torch.randn(6, 10, generator=generator)
     before, lack = torch.randn(4, 32, 10, generator=generator), 0.1 * torch.randn(4, 32, 6, generator=generator)
     now = 0.9 * before + 0.1 * torch.randn(4, 32, 10, generator=generator)
@@ -63,8 +63,8 @@ def test_the_target_is_a_least_squares_solution(small_checkpoint: MemoryCheckpoi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoint: MemoryCheckpoint, tied: bool) -> None:
-    checkpoint = small_checkpoint if tied else random_checkpoint(replace(small_checkpoint.config, share_input_output_layers=False))
+def test_every_tensor_of_the_plan_once_and_better_than_each_alone(deep_checkpoint: MemoryCheckpoint, tied: bool) -> None:
+    checkpoint = deep_checkpoint if tied else random_checkpoint(replace(deep_checkpoint.config, share_input_output_layers=False))
     plan = plan_of(checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int8-block32")))
     ids = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, (9, 64))
     found = {spec.name: q for spec, q in quantize_in_order(checkpoint, plan, Sample(ids, "random"), SilentProgress())}
@@ -76,31 +76,31 @@ def test_every_tensor_of_the_plan_once_and_better_than_each_alone(small_checkpoi
 
 
 @pytest.mark.slow
-def test_codes_do_not_depend_on_the_number_of_threads(small_checkpoint: MemoryCheckpoint) -> None:
-    plan = plan_of(small_checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int4-block32")))
-    ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (9, 64))
+def test_codes_do_not_depend_on_the_number_of_threads(deep_checkpoint: MemoryCheckpoint) -> None:
+    plan = plan_of(deep_checkpoint, Rule(find_scheme("lut4-group8"), frozenset({Role.FFN_DOWN})), Rule(find_scheme("int4-block32")))
+    ids = np.random.default_rng(0).integers(0, deep_checkpoint.config.vocab_size, (9, 64))
     before = torch.get_num_threads()
     try:
         parts = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            parts.append([q.parts() for _, q in quantize_in_order(small_checkpoint, plan, Sample(ids, "random"), SilentProgress())])
+            parts.append([q.parts() for _, q in quantize_in_order(deep_checkpoint, plan, Sample(ids, "random"), SilentProgress())])
     finally:
         torch.set_num_threads(before)
     for one, several in zip(*parts, strict=True):
         assert all(torch.equal(one[name], several[name]) for name in one)
 
 
-def test_with_exact_predecessors_and_room_nothing_is_corrected(small_checkpoint: MemoryCheckpoint) -> None:
+def test_with_exact_predecessors_and_room_nothing_is_corrected(deep_checkpoint: MemoryCheckpoint) -> None:
     """Where only the last matrix is quantized, both copies agree up to it: the target is the weight."""
     last = "transformer.layers.4.ffn.proj_2.weight"
-    float_plan = plan_of(small_checkpoint, Rule(Float("fp32")))
+    float_plan = plan_of(deep_checkpoint, Rule(Float("fp32")))
     plan = Plan(float_plan.recipe, {**float_plan.schemes, last: find_scheme("int8-block32")}, (), 32)
-    ids = np.random.default_rng(0).integers(0, small_checkpoint.config.vocab_size, (2, 64))
-    ((spec, quantized),) = quantize_in_order(small_checkpoint, plan, Sample(ids, "random"), SilentProgress())
+    ids = np.random.default_rng(0).integers(0, deep_checkpoint.config.vocab_size, (2, 64))
+    ((spec, quantized),) = quantize_in_order(deep_checkpoint, plan, Sample(ids, "random"), SilentProgress())
     assert spec.name == last
-    nearest = quantize(small_checkpoint.tensor(last), find_scheme("int8-block32"))  # type: ignore[call-overload]
-    tensor = small_checkpoint.tensor(last)
+    nearest = quantize(deep_checkpoint.tensor(last), find_scheme("int8-block32"))  # type: ignore[call-overload]
+    tensor = deep_checkpoint.tensor(last)
     assert float((quantized.dequantize() - tensor).norm()) < 2 * float((nearest.dequantize() - tensor).norm())
 
 

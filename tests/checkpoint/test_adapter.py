@@ -29,10 +29,10 @@ CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
 
 
 @pytest.fixture
-def base(tmp_path: Path, small_config: OpenELMConfig) -> Path:
+def base(tmp_path: Path, deep_config: OpenELMConfig) -> Path:
     generator = torch.Generator().manual_seed(0)
-    tensors = {spec.name: torch.randn(spec.shape, generator=generator) for spec in small_config.weights()}
-    save_checkpoint(tmp_path / "base", small_config, tensors)
+    tensors = {spec.name: torch.randn(spec.shape, generator=generator) for spec in deep_config.weights()}
+    save_checkpoint(tmp_path / "base", deep_config, tensors)
     return tmp_path / "base"
 
 
@@ -158,7 +158,7 @@ def test_corenet_adapter_alone(tmp_path: Path, base: Path, yaml: bool, scale: fl
     assert any("lora_alpha was taken to be the rank" in note for note in checkpoint.notes) is not yaml
 
 
-def test_corenet_stores_base_and_adapter_in_one(tmp_path: Path, base: Path, small_config: OpenELMConfig) -> None:
+def test_corenet_stores_base_and_adapter_in_one(tmp_path: Path, base: Path, deep_config: OpenELMConfig) -> None:
     """As CoreNet's LoRA runs save themselves: `base_layer` beside the factors, and rows that pad the vocabulary."""
     stored = load_file(base / "model.safetensors")
     tensors, a, b = corenet_adapter(base)
@@ -166,21 +166,21 @@ def test_corenet_stores_base_and_adapter_in_one(tmp_path: Path, base: Path, smal
         own = name.removeprefix("transformer.")
         wrapped = "proj" in own or "token_embeddings" in own
         tensors[own.replace(".weight", ".base_layer.weight") if wrapped else own] = value
-    pad = torch.full((64, small_config.model_dim), 9.0)
+    pad = torch.full((64, deep_config.model_dim), 9.0)
     tensors["token_embeddings.base_layer.weight"] = torch.cat([stored[f"{EMBEDDING}.weight"], pad])
-    ea, eb = factors((small_config.model_dim, small_config.vocab_size + 64), seed=2)
+    ea, eb = factors((deep_config.model_dim, deep_config.vocab_size + 64), seed=2)
     tensors |= {"token_embeddings.lora_embedding_A.lora": ea, "token_embeddings.lora_embedding_B.lora": eb}
     folder = tmp_path / "run"
     folder.mkdir()
     torch.save(tensors, folder / "openelm_lora.pt")
-    (folder / "config.json").write_text(json.dumps(small_config.to_dict()))
+    (folder / "config.json").write_text(json.dumps(deep_config.to_dict()))
     (folder / "config.yaml").write_text(CORENET_YAML)
     checkpoint = open_checkpoint(str(folder / "openelm_lora.pt"), tokenizer="none")
     assert checkpoint.source.name == "openelm_lora"
     check(checkpoint.tensor(f"{QKV}.weight"), double(stored[f"{QKV}.weight"]) + 3 * double(b) @ double(a))
     check(
         checkpoint.tensor(f"{EMBEDDING}.weight"),
-        double(stored[f"{EMBEDDING}.weight"]) + (double(eb) @ double(ea)).T[: small_config.vocab_size],
+        double(stored[f"{EMBEDDING}.weight"]) + (double(eb) @ double(ea)).T[: deep_config.vocab_size],
     )
     assert torch.equal(checkpoint.tensor("lm_head.weight"), stored[f"{EMBEDDING}.weight"])
     with pytest.raises(ElmExportError, match="holds the adapter and its base in one; give it with --model, without --adapter"):
@@ -280,7 +280,7 @@ def test_base_of_another_name_is_noted(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_export_says_what_it_merged(tmp_path: Path, small_config: OpenELMConfig) -> None:
+def test_export_says_what_it_merged(tmp_path: Path, deep_config: OpenELMConfig) -> None:
     from elmexport.exporting import export
 
     a, b = factors(tuple(tensor(TINY_FOLDER, f"{QKV}.weight").shape))
@@ -353,8 +353,8 @@ def test_peft_keeps_the_head_of_an_adapted_embedding(tmp_path: Path, base: Path)
     assert torch.equal(checkpoint.tensor("lm_head.weight"), table.weight)  # what a tied model's head multiplies
 
 
-def test_untied_models(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    config = replace(small_config, share_input_output_layers=False)
+def test_untied_models(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    config = replace(deep_config, share_input_output_layers=False)
     generator = torch.Generator().manual_seed(0)
     save_checkpoint(tmp_path / "base", config, {spec.name: torch.randn(spec.shape, generator=generator) for spec in config.weights()})
     weight = tensor(tmp_path / "base", "lm_head.weight")

@@ -22,9 +22,9 @@ LONGEST = 600
 
 
 @pytest.fixture
-def tensors(small_config: OpenELMConfig) -> Tensors:
+def tensors(deep_config: OpenELMConfig) -> Tensors:
     generator = torch.Generator().manual_seed(0)
-    return {spec.name: torch.randn(spec.shape, generator=generator) for spec in small_config.weights()}
+    return {spec.name: torch.randn(spec.shape, generator=generator) for spec in deep_config.weights()}
 
 
 def message(folder: Path) -> str:
@@ -91,9 +91,9 @@ def long_names(tensors: Tensors) -> Tensors:
     ids=["other-names", "layer-missing", "file-missing", "quantized", "biases", "more-layers", "added-tokens", "long-names"],
 )
 def test_likely_causes(
-    tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors, change: Callable[[Tensors], Tensors], parts: list[str]
+    tmp_path: Path, deep_config: OpenELMConfig, tensors: Tensors, change: Callable[[Tensors], Tensors], parts: list[str]
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(small_config.to_dict()))
+    (tmp_path / "config.json").write_text(json.dumps(deep_config.to_dict()))
     save_file({name: tensor.contiguous() for name, tensor in change(tensors).items()}, tmp_path / "model.safetensors")
     found = message(tmp_path)
     for part in parts:
@@ -101,28 +101,28 @@ def test_likely_causes(
     assert found.count("transformer.") <= 10
 
 
-def test_an_untied_model_without_a_head(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
-    save_checkpoint(tmp_path, replace(small_config, share_input_output_layers=False), tensors)
+def test_an_untied_model_without_a_head(tmp_path: Path, deep_config: OpenELMConfig, tensors: Tensors) -> None:
+    save_checkpoint(tmp_path, replace(deep_config, share_input_output_layers=False), tensors)
     assert (
         "missing tensors: lm_head.weight. If the output layer is to share the embedding, set share_input_output_layers to true"
         in message(tmp_path)
     )
 
 
-def test_config_of_another_size(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
-    save_checkpoint(tmp_path, replace(small_config, model_dim=256), tensors)
+def test_config_of_another_size(tmp_path: Path, deep_config: OpenELMConfig, tensors: Tensors) -> None:
+    save_checkpoint(tmp_path, replace(deep_config, model_dim=256), tensors)
     assert "and 29 more. Use the config.json that belongs to these weights" in message(tmp_path)
 
 
-def test_hundreds_of_files_missing(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
-    save_checkpoint(tmp_path, small_config, tensors, shards=30)
+def test_hundreds_of_files_missing(tmp_path: Path, deep_config: OpenELMConfig, tensors: Tensors) -> None:
+    save_checkpoint(tmp_path, deep_config, tensors, shards=30)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     assert "model-00003-of-00030.safetensors and 27 more, of the 30 files" in message(tmp_path)
 
 
-def test_an_index_of_tensors_that_are_not_there(tmp_path: Path, small_config: OpenELMConfig, tensors: Tensors) -> None:
-    save_checkpoint(tmp_path, small_config, tensors, shards=2)
+def test_an_index_of_tensors_that_are_not_there(tmp_path: Path, deep_config: OpenELMConfig, tensors: Tensors) -> None:
+    save_checkpoint(tmp_path, deep_config, tensors, shards=2)
     index = tmp_path / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     ghosts = {f"{'y' * 500}.{i}": next(iter(weight_map.values())) for i in range(300)}

@@ -27,12 +27,15 @@ with prepared(None) as corpus:
     for name, fault in {faults}:
         print(json.dumps(inject(corpus, name, fault)))
 """
-FAULTS = (("calibrate", "clock set back"), ("calibrate", "memory"), ("export", "older cache"), ("eval", "memory"), ("export", "renames"))
+FAULTS = (
+    *(("export", "older cache"), ("calibrate", "clock set back"), ("calibrate", "memory")),
+    *(("eval", "older cache"), ("eval", "memory"), ("export", "renames")),
+)
 
 
 def test_killed_and_disturbed_commands_leave_nothing_half_done(tmp_path: Path) -> None:
     night = "ELMEXPORT_ENDURANCE" in os.environ
-    commands, count, faults = (("export", "calibrate", "eval"), 100, FAULTS) if night else (("export",), 4, FAULTS[:2])
+    commands, count, faults = (("export", "calibrate", "eval"), 100, FAULTS) if night else (("export",), 4, FAULTS[:3])
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     code = CODE.format(commands=commands, count=count, faults=faults)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

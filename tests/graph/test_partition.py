@@ -20,18 +20,18 @@ from elmexport.models.openelm.config import OpenELMConfig
 from tests.graph.test_forward import OPTIONS, Forward, token_ids
 from tests.memory_checkpoint import random_checkpoint
 
-CUTS = [(0, *cut) for count in range(5) for cut in combinations(range(1, 5), count)]  # of the small model's five layers
+CUTS = [(0, *cut) for count in range(5) for cut in combinations(range(1, 5), count)]  # of the model's five layers
 
 
 @pytest.fixture(scope="module")
-def graph(small_config: OpenELMConfig) -> Graph:
-    return rescale(trace(small_config), 2.0**-5)
+def graph(deep_config: OpenELMConfig) -> Graph:
+    return rescale(trace(deep_config), 2.0**-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_parts_in_a_row_are_the_model(small_config: OpenELMConfig, options: dict[str, Any]) -> None:
-    checkpoint = random_checkpoint(replace(small_config, **options))
+def test_parts_in_a_row_are_the_model(deep_config: OpenELMConfig, options: dict[str, Any]) -> None:
+    checkpoint = random_checkpoint(replace(deep_config, **options))
     graph = rescale(trace(checkpoint.config), 2.0**-5)
     ids = token_ids(12, checkpoint.config)
     whole = Forward(checkpoint, graph)

@@ -50,9 +50,9 @@ def schemes(recipe: Recipe, config: OpenELMConfig) -> dict[str, str]:
     return {name: scheme.recipe_name for name, scheme in resolve(recipe, config).schemes.items()}
 
 
-def test_the_first_matching_rule_decides(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    found = schemes(load(tmp_path, TEXT), small_config)
-    assert list(found) == [spec.name for spec in small_config.weights()]
+def test_the_first_matching_rule_decides(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    found = schemes(load(tmp_path, TEXT), deep_config)
+    assert list(found) == [spec.name for spec in deep_config.weights()]
     assert found["transformer.token_embeddings.weight"] == "int8-block32"
     # Layer 1 matches the second and the third rule, layer 0 only the third, layer 2 only the second for ffn.down.
     down = [found[f"transformer.layers.{i}.ffn.proj_2.weight"] for i in range(5)]
@@ -61,19 +61,19 @@ def test_the_first_matching_rule_decides(tmp_path: Path, small_config: OpenELMCo
     assert qkv == ["int8-channel", "int8-channel", "int4-block32", "int4-block32", "int4-block32"]
 
 
-def test_a_layer_range_does_not_match_tensors_outside_layers(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    untied = replace(small_config, share_input_output_layers=False)
+def test_a_layer_range_does_not_match_tensors_outside_layers(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    untied = replace(deep_config, share_input_output_layers=False)
     recipe = load(tmp_path, TEXT.replace('roles = ["embedding", "lm_head"]', 'roles = ["embedding"]'))
     assert schemes(recipe, untied)["lm_head.weight"] == "int4-block32"
 
 
-def test_norms_are_never_quantized(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    found = schemes(load(tmp_path, TEXT), small_config)
-    assert {found[spec.name] for spec in small_config.weights() if spec.role.is_norm} == {"fp32"}
+def test_norms_are_never_quantized(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    found = schemes(load(tmp_path, TEXT), deep_config)
+    assert {found[spec.name] for spec in deep_config.weights() if spec.role.is_norm} == {"fp32"}
 
 
-def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    config = replace(small_config, ffn_dim_divisor=8, ffn_multipliers=(0.5, 1.0, 1.5, 1.25, 2.0))  # layer 3: 240, not a multiple of 32
+def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    config = replace(deep_config, ffn_dim_divisor=8, ffn_multipliers=(0.5, 1.0, 1.5, 1.25, 2.0))  # layer 3: 240, not a multiple of 32
     assert config.layers[3].ffn_dim == 240
     plan = resolve(load(tmp_path, TEXT), config)
     name = "transformer.layers.3.ffn.proj_2.weight"
@@ -81,20 +81,20 @@ def test_a_shape_that_does_not_fit_falls_back_and_is_reported(tmp_path: Path, sm
     assert plan.fallbacks == ((name, "rows of 240 values do not divide into blocks of 32: kept as fp16"),)
 
 
-def test_bits_per_weight(tmp_path: Path, small_config: OpenELMConfig) -> None:
+def test_bits_per_weight(tmp_path: Path, deep_config: OpenELMConfig) -> None:
     plain = TEXT[: TEXT.index("[[rule]]")] + '[[rule]]\nscheme = "int4-block32"\n'
-    plan = resolve(load(tmp_path, plain), small_config)
-    matrices = sum(spec.size for spec in small_config.weights() if not spec.role.is_norm)
-    norms = small_config.parameter_count - matrices
-    assert plan.bits_per_weight == pytest.approx((4.5 * matrices + 32 * norms) / small_config.parameter_count)
+    plan = resolve(load(tmp_path, plain), deep_config)
+    matrices = sum(spec.size for spec in deep_config.weights() if not spec.role.is_norm)
+    norms = deep_config.parameter_count - matrices
+    assert plan.bits_per_weight == pytest.approx((4.5 * matrices + 32 * norms) / deep_config.parameter_count)
 
 
-def test_no_rule_matches(tmp_path: Path, small_config: OpenELMConfig) -> None:
+def test_no_rule_matches(tmp_path: Path, deep_config: OpenELMConfig) -> None:
     recipe = load(tmp_path, TEXT.replace('\n[[rule]]\nscheme = "int4-block32"\n', ""))
     with pytest.raises(
         ElmExportError, match=r"recipe mixed: no rule matches transformer\.layers\.2\.attn\.qkv_proj\.weight \(attention\.qkv\)"
     ):
-        resolve(recipe, small_config)
+        resolve(recipe, deep_config)
 
 
 def test_what_a_manifest_records_is_the_recipe(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str
         load(tmp_path, TEXT.replace(old, new))
 
 
-def test_every_scheme_can_stand_in_a_rule(tmp_path: Path, small_config: OpenELMConfig) -> None:
+def test_every_scheme_can_stand_in_a_rule(tmp_path: Path, deep_config: OpenELMConfig) -> None:
     for name in ("fp32", "bf16", "int8-channel", "int4-block64", "int4-asym-block32", "lut4-group8", "lut6-tensor"):
-        found = schemes(load(tmp_path, TEXT.replace('scheme = "int4-block32"', f'scheme = "{name}"')), small_config)
+        found = schemes(load(tmp_path, TEXT.replace('scheme = "int4-block32"', f'scheme = "{name}"')), deep_config)
         assert found["transformer.layers.4.ffn.proj_1.weight"] == name

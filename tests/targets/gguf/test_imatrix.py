@@ -56,8 +56,8 @@ def write(path: Path, tensors: Tensors, *, kind: str | None = "imatrix") -> Path
     return path
 
 
-def test_means_of_squares(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    tensors = tensors_for(small_config)
+def test_means_of_squares(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    tensors = tensors_for(deep_config)
     tensors["blk.0.attn_qkv.weight.counts"][:] = 0  # nothing went through: llama.cpp takes ones
     found = read_imatrix(write(tmp_path / "imatrix.gguf", tensors))
     assert (found.datasets, found.chunks) == (("prose.txt",), 4)
@@ -76,8 +76,8 @@ def test_means_of_squares(tmp_path: Path, small_config: OpenELMConfig) -> None:
         (b"imatrix.chunk_count" + struct.pack("<I", 4), b"imatrix.chunk_count" + struct.pack("<I", 6)),  # a float
     ],
 )
-def test_metadata_of_another_kind(tmp_path: Path, small_config: OpenELMConfig, sound: bytes, spoilt: bytes) -> None:
-    path = write(tmp_path / "imatrix.gguf", tensors_for(small_config))
+def test_metadata_of_another_kind(tmp_path: Path, deep_config: OpenELMConfig, sound: bytes, spoilt: bytes) -> None:
+    path = write(tmp_path / "imatrix.gguf", tensors_for(deep_config))
     data = path.read_bytes()
     assert data.count(sound) == 1
     path.write_bytes(data.replace(sound, spoilt))
@@ -134,13 +134,13 @@ def uncount(tensors: Tensors) -> None:
     ids=["missing", "other-size", "embedding-of-other-size", "nan", "negative", "no-count", "empty"],
 )
 def test_unusable(
-    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, change: Callable[[Tensors], None], message: str
+    deep_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
-    tensors = tensors_for(small_checkpoint.config)
+    tensors = tensors_for(deep_checkpoint.config)
     change(tensors)
     path = write(tmp_path / "imatrix.gguf", tensors)
     with pytest.raises(ElmExportError, match=message):
-        export_to(small_checkpoint, "gguf", "q4_k_m", out=tmp_path / "out", settings={"imatrix": path})
+        export_to(deep_checkpoint, "gguf", "q4_k_m", out=tmp_path / "out", settings={"imatrix": path})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["imatrix.gguf"]
 
 
@@ -164,15 +164,15 @@ def drop_many(tensors: Tensors) -> None:
     ],
 )
 def test_the_command_that_mends_it(
-    small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, change: Callable[[Tensors], None], message: str
+    deep_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
-    tensors = tensors_for(small_checkpoint.config)
+    tensors = tensors_for(deep_checkpoint.config)
     change(tensors)
     path = write(tmp_path / "imatrix.gguf", tensors)
     for options in ({"settings": {"imatrix": path}}, {"weights": WeightOptions(calibrate=path)}):
         quant = "q4_k_m" if "settings" in options else "int4"
         with pytest.raises(ElmExportError, match=message) as caught:
-            export_to(small_checkpoint, "gguf", quant, out=tmp_path / "out", **options)
+            export_to(deep_checkpoint, "gguf", quant, out=tmp_path / "out", **options)
         assert "elmexport calibrate --model MODEL --imatrix FILE.gguf" in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -188,12 +188,12 @@ def legacy(path: Path, config: OpenELMConfig) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["imatrix.dat", "imatrix.gguf", "imatrix"])
-def test_the_former_binary_form(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, name: str) -> None:
-    path = legacy(tmp_path / name, small_checkpoint.config)
+def test_the_former_binary_form(deep_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path, name: str) -> None:
+    path = legacy(tmp_path / name, deep_checkpoint.config)
     words = rf"{name} is an importance matrix in llama.cpp's former binary form; convert it: llama-imatrix --in-file {path} -o imatrix(-1)?\.gguf"
     for quant, options in (("q4_k_m", {"settings": {"imatrix": path}}), ("int4", {"weights": WeightOptions(calibrate=path)})):
         with pytest.raises(ElmExportError, match=words):
-            export_to(small_checkpoint, "gguf", quant, **options)
+            export_to(deep_checkpoint, "gguf", quant, **options)
 
 
 def test_a_text_is_no_importance_matrix(tmp_path: Path) -> None:
@@ -203,15 +203,15 @@ def test_a_text_is_no_importance_matrix(tmp_path: Path) -> None:
     assert not is_legacy_imatrix(tmp_path) and not is_legacy_imatrix(tmp_path / "none")
 
 
-def test_files_of_other_kinds(tmp_path: Path, small_config: OpenELMConfig) -> None:
-    whole = write(tmp_path / "imatrix.gguf", tensors_for(small_config)).read_bytes()
+def test_files_of_other_kinds(tmp_path: Path, deep_config: OpenELMConfig) -> None:
+    whole = write(tmp_path / "imatrix.gguf", tensors_for(deep_config)).read_bytes()
     for cut in (0, 3, 40, len(whole) // 2, len(whole) - 40):
         (tmp_path / "cut.gguf").write_bytes(whole[:cut])
         with pytest.raises(ElmExportError, match=r"cut\.gguf is not a GGUF file, or is damaged"):
             read_imatrix(tmp_path / "cut.gguf")
     with pytest.raises(ElmExportError, match=r"cannot read .*none\.gguf: No such file"):
         read_imatrix(tmp_path / "none.gguf")
-    model = write(tmp_path / "model.gguf", tensors_for(small_config), kind="model")
+    model = write(tmp_path / "model.gguf", tensors_for(deep_config), kind="model")
     with pytest.raises(ElmExportError, match=r"is a GGUF file of type 'model', not 'imatrix'"):
         read_imatrix(model)
 
@@ -224,10 +224,10 @@ def test_no_use_for_other_quantizations(quant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_embedding_may_have_an_entry(small_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
-    tensors = tensors_for(small_checkpoint.config)
-    without = export_to(small_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "without.gguf", tensors)})
+def test_the_embedding_may_have_an_entry(deep_checkpoint: MemoryCheckpoint, export_to: ExportTo, tmp_path: Path) -> None:
+    tensors = tensors_for(deep_checkpoint.config)
+    without = export_to(deep_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "without.gguf", tensors)})
     tensors["token_embd.weight.in_sum2"] = np.linspace(1, 100, 192, dtype=np.float32)[None]
     tensors["token_embd.weight.counts"] = np.ones((1, 1), dtype=np.float32)
-    with_it = export_to(small_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "with.gguf", tensors)})
+    with_it = export_to(deep_checkpoint, "gguf", "q4_0", settings={"imatrix": write(tmp_path / "with.gguf", tensors)})
     assert next(with_it.glob("*.gguf")).read_bytes() != next(without.glob("*.gguf")).read_bytes()

@@ -159,17 +159,18 @@ def test_the_manifest_says_how_to_chain(artifact: ArtifactOf, ids: NDArray[np.in
         assert np.array_equal(cut(ids[start:stop], start), expected(ids[start:stop], start))
 
 
+@pytest.mark.parametrize("layers", [[[0, 0], [1, 2]], [[0, 0], [1, 1], [2, 2]]], ids=["two", "three"])
 @pytest.mark.parametrize("kv", ["state", "io"])
-def test_packages_as_coremltools_reads_them(artifact: ArtifactOf, small_config: OpenELMConfig, kv: str) -> None:
-    path = artifact(3, kv=kv)
+def test_packages_as_coremltools_reads_them(artifact: ArtifactOf, small_config: OpenELMConfig, kv: str, layers: list[list[int]]) -> None:
+    path = artifact(len(layers), kv=kv)
     chain = json.loads(Artifact.open(path).manifest.to_json())["chain"]
-    assert [package["layers"] for package in chain["packages"]] == [[0, 0], [1, 1], [2, 2]]
+    assert [package["layers"] for package in chain["packages"]] == layers
     caches = ["key_cache", "value_cache"]
     news = ["new_keys", "new_values"] if kv == "io" else []
     own = caches if kv == "io" else []
     wanted = [
         (["input_ids", "position", *own], ["hidden_out", *news]),
-        (["hidden", "position", *own], ["hidden_out", *news]),
+        *[(["hidden", "position", *own], ["hidden_out", *news])] * (len(layers) - 2),
         (["hidden", "position", "last_token", *own], ["logits", *news]),
     ]
     for described, (inputs, outputs) in zip(chain["packages"], wanted, strict=True):
@@ -234,6 +235,8 @@ def test_inspect_lists_every_package(artifact: ArtifactOf, small_config: OpenELM
     assert text.exit_code == 0, text.output
     assert "package 2       small-fp16-2of3.mlpackage: layer 1, " in text.stdout
     assert "package 3       small-fp16-3of3.mlpackage: layer 2, " in text.stdout
+    text = CliRunner().invoke(app, ["inspect", str(artifact(2))])
+    assert "package 2       small-fp16-2of2.mlpackage: layers 1 to 2, " in text.stdout
 
 
 @pytest.mark.slow
