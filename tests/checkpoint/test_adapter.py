@@ -237,6 +237,7 @@ def other_model(tensors: Tensors, config: dict[str, Any]) -> None:
         (set_key("init_lora_weights", "pissa_niter_16"), "init_lora_weights is 'pissa_niter_16', which changes the base too"),
         (set_key("r", 8), "gives transformer.layers.0.attn.qkv_proj the rank 8, but its matrices have 4; save the adapter again"),
         (set_key("lora_alpha", None), "lora_alpha is None; it must be a number above 0"),
+        (set_key("lora_alpha", 1e300), r"lora_alpha is 1e\+300; it must be at most 1e\+30"),
         (set_key("use_dora", True), "lacks lora_magnitude_vector of transformer.layers.0.attn.qkv_proj"),
         (lose_b, "lacks lora_B of transformer.layers.0.attn.qkv_proj; save it again"),
         (other_size, r"has other sizes than the model: .*lora_B.weight \[\d+, 4\] times .*lora_A.weight \[4, 96\] is no \[\d+, 192\]"),
