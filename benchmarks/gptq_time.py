@@ -1,21 +1,24 @@
-"""Wall time and peak memory of `--method gptq`, stage by stage, each model in a fresh process, on random weights.
+"""Wall time and peak memory of `--method gptq` or `distill`, stage by stage, each model in a fresh process, on random weights.
 
 python benchmarks/gptq_time.py                        270M, 450M and 1.1B, 32768 tokens
 python benchmarks/gptq_time.py --models 270M --tokens 4096 --json
+python benchmarks/gptq_time.py --models 270M --tokens 8192 --method distill
 
 `forward` is both copies of the text going through the model, `products` the Hessians and what the targets are made from, `solve` the target
-matrices, `round` GPTQ itself, `other` reading weights and the rest, all in CPU seconds, which a busy machine does not change much.
+matrices, `round` GPTQ itself, `distill` training after it, `other` reading weights and the rest, all in CPU seconds, which a busy machine does not change much.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import tempfile
 
 from measure import report, run_python
 
-STAGES = ("forward", "products", "solve", "round", "other")
+STAGES = ("forward", "products", "solve", "round", "distill", "other")
 COLUMNS = {
     "model": "{model}",
     "tokens": "{tokens}",
@@ -31,7 +34,7 @@ from collections import Counter
 
 import torch
 
-from calibration import sequential
+from calibration import calibrated, sequential
 from calibration.calibrate import make_sample
 from elmexport.checkpoint import open_checkpoint
 from elmexport.progress import SilentProgress
@@ -53,11 +56,16 @@ sequential._moments = timed("products", sequential._moments)
 sequential.fit = timed("solve", sequential.fit)
 sequential.choose_damping = timed("solve", sequential.choose_damping)
 sequential.gptq = timed("round", sequential.gptq)
+calibrated.distill = timed("distill", calibrated.distill)
 checkpoint = open_checkpoint(sys.argv[1], random_weights=0, tokenizer="none")
 plan = resolve(find_target("gguf").recipe("int4"), checkpoint.config)
+sample, progress = make_sample(checkpoint, tokens=int(sys.argv[2])), SilentProgress()
 start = time.process_time()
-for _ in sequential.quantize_in_order(checkpoint, plan, make_sample(checkpoint, tokens=int(sys.argv[2])), SilentProgress()):
-    pass
+if sys.argv[3] == "distill":
+    calibrated.distilled_weights(checkpoint, plan, sample, progress)
+else:
+    for _ in sequential.quantize_in_order(checkpoint, plan, sample, progress):
+        pass
 total = time.process_time() - start
 spent["other"] = total - sum(spent.values())
 print(json.dumps(spent))
@@ -68,12 +76,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=["270M", "450M", "1.1B"], metavar="MODEL")
     parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--method", choices=("gptq", "distill"), default="gptq")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     rows = []
     for model in given.models:
         print(f"{model}, {given.tokens} tokens", file=sys.stderr, flush=True)
-        run = run_python("-c", CODE, model, str(given.tokens))
+        with tempfile.TemporaryDirectory() as cache:  # weights that were found before would be read from there
+            os.environ["ELMEXPORT_CACHE"] = cache
+            run = run_python("-c", CODE, model, str(given.tokens), given.method)
         if run.exit_code:
             print(run.stderr, file=sys.stderr)
             return 1

@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
 from calibration.allocate import measure_costs
@@ -47,12 +49,14 @@ from elmexport.exporting import export_checkpoint
 from elmexport.graph.forward import layer_stages
 from elmexport.models import trace
 from elmexport.progress import SilentProgress
+from elmexport.quantization.ggml import GgmlType
 from elmexport.quantization.quantize import quantize
 from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
 from elmexport.quantization.schemes import CodedScheme, Float, find_scheme
 from elmexport.quantization.weight_source import WeightSource
 from elmexport.target import find_target
 from elmexport.weights import Role, WeightSpec
+from targets.gguf import ggml
 
 WINDOW = 256
 BATCH = 4096  # tokens whose logits are in memory at once
@@ -69,6 +73,7 @@ METHODS = (
     "awq+gptq",
     "distill",
 )
+GGML_METHODS = ("llama.cpp", "llama.cpp+imatrix")  # for recipes of GGUF's
 LLAMA_CPP = (
     *("Q4_0", "Q4_0+imatrix", "Q3_K_M", "Q3_K_M+imatrix", "IQ4_XS", "IQ4_XS+imatrix", "IQ4_NL+imatrix"),
     *("Q4_K_S", "Q4_K_S+imatrix", "Q4_K_M", "Q4_K_M+imatrix", "Q5_K_S+imatrix", "Q5_K_M", "Q5_K_M+imatrix", "Q6_K", "Q6_K+imatrix", "Q8_0"),
@@ -141,7 +146,7 @@ class Judge:
             yield x.log_softmax(-1)
 
 
-def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes: list[str], chosen: list[str]) -> Iterator[Entry]:
+def ours(checkpoint: Checkpoint, sample: Sample, schemes: list[str], chosen: list[str]) -> Iterator[Entry]:
     int4 = find_target("gguf").recipe("int4")
     assert checkpoint.tokenizer_path is not None
     tokenizer = load_tokenizer(checkpoint.tokenizer_path)
@@ -149,10 +154,15 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
 
     gguf = find_target("gguf")
 
+    @cache
+    def statistics() -> Statistics:
+        return collect(checkpoint, sample, hessian=any("gptq, statistics" in method for method in chosen))
+
     def plan_of(scheme: str) -> Plan:
         if scheme in gguf.quants:  # a recipe of llama.cpp's, with codes of ours
             return resolve(with_own_codes(gguf.recipe(scheme)), checkpoint.config)
-        rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(scheme)))
+        matrices, _, table = scheme.partition("+")
+        rules = (Rule(find_scheme(table or "int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(matrices)))
         return resolve(Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
 
     def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, CodedScheme], Tensor]) -> dict[str, Tensor]:
@@ -167,7 +177,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
         return found
 
     def moments(model: Checkpoint, spec: WeightSpec) -> Any:
-        found = statistics.moments(spec)
+        found = statistics().moments(spec)
         return model.moments(spec, found) if isinstance(model, FoldedCheckpoint) and found is not None else found
 
     def by_hessian(weight: Tensor, spec: WeightSpec, scheme: CodedScheme, hessian: Tensor) -> Tensor:
@@ -184,29 +194,53 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
             weights = StoredWeights(checkpoint, plan, distilled_weights(checkpoint, plan, sample, SilentProgress()))
         return dict(Dequantized(weights).items())
 
-    def methods(plan: Plan) -> dict[str, Callable[[], dict[str, Tensor]]]:
-        folded = FoldedCheckpoint(checkpoint, awq_folds(checkpoint, lambda spec: plan.schemes[spec.name], statistics))
+    def llama_cpp_codes(scheme: str, *, weighted: bool) -> dict[str, Tensor]:
+        """The codes of llama-quantize, by its library: also of models that its architecture does not take."""
+        plan, found = resolve(gguf.recipe(scheme), checkpoint.config), {}
+        for spec in checkpoint.specs.values():
+            kind = plan.schemes[spec.name]
+            if isinstance(kind, GgmlType):
+                moments = statistics().moments(spec) if weighted else None
+                codes = ggml.quantize(
+                    checkpoint.tensor(spec.name).to(torch.float32), kind, None if moments is None else moments.mean_square.numpy()
+                )
+                found[spec.name] = torch.from_numpy(quants.dequantize(codes, GGMLQuantizationType[kind.name]))
+            elif isinstance(kind, CodedScheme):
+                raise SystemExit(f"{scheme} is not of ggml's types: {spec.name} is {kind}")
+        return found
+
+    def methods(scheme: str, plan: Plan) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        @cache
+        def folded() -> FoldedCheckpoint:
+            return FoldedCheckpoint(checkpoint, awq_folds(checkpoint, lambda spec: plan.schemes[spec.name], statistics()))
+
         return {
             "rtn": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "rtn").dequantize()),
             "mse": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k).dequantize()),
             "mse, statistics": lambda: each(
-                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(statistics.moments)(s)).dequantize()
+                checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(statistics().moments)(s)).dequantize()
             ),
-            "awq": lambda: each(folded, plan, lambda w, s, k: quantize(w, k, "mse", moments(folded, s).mean_square).dequantize()),
+            "awq": lambda: each(folded(), plan, lambda w, s, k: quantize(w, k, "mse", moments(folded(), s).mean_square).dequantize()),
             "mse, 128 tokens": lambda: each(
                 checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(reference.statistics.moments)(s)).dequantize()
             ),
             "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: by_hessian(w, s, k, moments(checkpoint, s).hessian)),
-            "awq+gptq, statistics": lambda: each(folded, plan, lambda w, s, k: by_hessian(w, s, k, moments(folded, s).hessian)),
+            "awq+gptq, statistics": lambda: each(folded(), plan, lambda w, s, k: by_hessian(w, s, k, moments(folded(), s).hessian)),
             "gptq": lambda: in_order(checkpoint, plan),
-            "awq+gptq": lambda: in_order(folded, plan),
+            "awq+gptq": lambda: in_order(folded(), plan),
             "distill": lambda: distilled(plan),
+            "llama.cpp": lambda: llama_cpp_codes(scheme, weighted=False),
+            "llama.cpp+imatrix": lambda: llama_cpp_codes(scheme, weighted=True),
         }
 
     for scheme in schemes:
         plan = plan_of(scheme)
-        for method, make in methods(plan).items():
-            if method in chosen and (method != "rtn" or not scheme.startswith("lut")):
+        for method, make in methods(scheme, plan).items():
+            if (
+                method in chosen
+                and (method != "rtn" or not scheme.startswith("lut"))
+                and (method not in GGML_METHODS or scheme in gguf.quants)
+            ):
                 yield Entry(f"{scheme} {method}", "elmexport", scheme, method, plan.bits_per_weight, make())
     if "mixed" not in chosen:
         return
@@ -222,18 +256,18 @@ def ours(checkpoint: Checkpoint, sample: Sample, statistics: Statistics, schemes
         for bits in MIXED:
             plan = resolve(costs.allocate(bits).recipe, checkpoint.config)
             name = f"--bits-per-weight {bits:g} {method}"
-            yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(plan)[method]())
+            yield Entry(name, "elmexport", "mixed", method, plan.bits_per_weight, methods(name, plan)[method]())
 
 
-def llama_cpp(checkpoint: Checkpoint, tools: Path, folder: Path) -> Iterator[Entry]:
-    """llama-quantize's files of the model, read back."""
-    from gguf import GGUFReader, quants
+def llama_cpp(checkpoint: Checkpoint, tools: Path, types: Sequence[str], folder: Path) -> Iterator[Entry]:
+    """llama-quantize's files of the model in `types`, read back."""
+    from gguf import GGUFReader
 
     (source,) = export_checkpoint(checkpoint, "gguf", "fp16", out=folder / "fp16", verify=False).path.glob("*.gguf")
     text, imatrix = folder / "calibration.txt", folder / "imatrix.gguf"
     text.write_text(bundled_text("calibration"), encoding="utf-8")
     _call(tools / "llama-imatrix", "-m", source, "-f", text, "-o", imatrix, "-c", WINDOW, "-t", 2)
-    for name in LLAMA_CPP:
+    for name in types:
         kind, _, weighted = name.partition("+")
         path = folder / f"{name}.gguf"
         _call(tools / "llama-quantize", *(("--imatrix", imatrix) if weighted else ()), source, path, kind)
@@ -310,12 +344,21 @@ def main() -> int:
         nargs="+",
         default=SCHEMES,
         metavar="SCHEME",
-        help=f"of the matrices, or a recipe of GGUF's (default {' '.join(SCHEMES)})",
+        help=f"of the matrices, with +SCHEME of embedding and head (default int8-block32), or a recipe of GGUF's (default {' '.join(SCHEMES)})",
     )
-    parser.add_argument("--methods", nargs="+", default=(*METHODS, "mixed"), metavar="METHOD", help=f"of {', '.join((*METHODS, 'mixed'))}")
+    parser.add_argument(
+        "--methods", nargs="+", default=(*METHODS, "mixed"), metavar="METHOD", help=f"of {', '.join((*METHODS, *GGML_METHODS, 'mixed'))}"
+    )
     parser.add_argument("--window", type=int, default=WINDOW, help=f"tokens that are read together (default {WINDOW})")
     parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="texts to measure on")
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="folder with llama-quantize and llama-imatrix")
+    parser.add_argument(
+        "--types",
+        nargs="+",
+        default=LLAMA_CPP,
+        metavar="TYPE",
+        help=f"of llama-quantize, with +imatrix or without (default {' '.join(LLAMA_CPP)})",
+    )
     parser.add_argument("--windows", type=int, default=64, help="of each text (default 64)")
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration text (default 32768)")
     parser.add_argument("--out", type=Path, required=True, metavar="STEM", help="writes STEM.md, STEM.json, STEM.svg")
@@ -325,10 +368,9 @@ def main() -> int:
         checkpoint = open_checkpoint(given.model)
         judge = Judge(checkpoint, given.text, given.windows, given.window)
         sample = make_sample(checkpoint, tokens=given.tokens)
-        statistics = collect(checkpoint, sample, hessian=True)
-        entries = list(llama_cpp(checkpoint, given.llama_cpp, Path(folder))) if given.llama_cpp else []
+        entries = list(llama_cpp(checkpoint, given.llama_cpp, given.types, Path(folder))) if given.llama_cpp else []
         start = time.perf_counter()
-        for entry in chain(entries, ours(checkpoint, sample, statistics, given.schemes, given.methods)):
+        for entry in chain(entries, ours(checkpoint, sample, given.schemes, given.methods)):
             figures = judge.figures(entry.weights)
             facts = {key: getattr(entry, key) for key in ("name", "kind", "scheme", "method", "bits_per_weight")}
             rows.append({**facts, "figures": figures})
