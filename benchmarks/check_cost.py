@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_time import SAVE
-from measure import Run, report, run_python
+from measure import finished, report, run_python
 
 TARGETS = ("onnx", "gguf", "mlx", "coreml", "coreml-gpu")
 COLUMNS = {
@@ -46,7 +46,7 @@ def main() -> int:
         folder = Path(temporary)
         for model in given.models:
             checkpoint = folder / f"OpenELM-{model}"
-            _done(run_python("-c", SAVE, model, str(checkpoint)))
+            finished(run_python("-c", SAVE, model, str(checkpoint)))
             for target in given.targets:
                 print(f"{model} {target}", file=sys.stderr, flush=True)
                 rows.append(_row(model, target, checkpoint, given.quant, folder / "out"))
@@ -59,7 +59,7 @@ def _row(model: str, target: str, checkpoint: Path, quant: str, out: Path) -> di
     name, _, device = target.partition("-")
     command = ["-m", "elmexport", name, "--model", str(checkpoint), "--quant", quant, "--out", str(out), "--force"]
     command += ["--device", device] if device else []
-    alone, whole = (_done(run_python(*command, *more)) for more in (("--no-verify", "--calibrate", "none"), ()))
+    alone, whole = (finished(run_python(*command, *more)) for more in (("--no-verify", "--calibrate", "none"), ()))
     shutil.rmtree(out)
     return {
         "model": model,
@@ -73,12 +73,6 @@ def _row(model: str, target: str, checkpoint: Path, quant: str, out: Path) -> di
         "cpu_ratio": round(whole.cpu_s / alone.cpu_s - 1, 3),
         "memory_ratio": round(whole.peak_bytes / alone.peak_bytes, 3),
     }
-
-
-def _done(run: Run) -> Run:
-    if run.exit_code:
-        sys.exit(f"a command ended with {run.exit_code}:\n{run.stderr[-4000:]}")
-    return run
 
 
 if __name__ == "__main__":

@@ -19,46 +19,18 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from quantization_quality import Judge
+from quantization_quality import Judge, distilled, in_order, nearest, plan_of
 from torch import Tensor
 
 from calibration import sequential
 from calibration.calibrate import make_sample
-from calibration.calibrated import distilled_weights
-from calibration.dequantized import Dequantized
 from calibration.gptq import gptq
 from calibration.held_out import Half, fit, mean_of
-from calibration.text import Sample
-from calibration.weight_set import StoredWeights
 from elmexport.checkpoint import open_checkpoint
-from elmexport.checkpoint.base import Checkpoint
-from elmexport.progress import SilentProgress
-from elmexport.quantization.quantize import quantize
-from elmexport.quantization.recipes import Plan, Recipe, Rule, resolve
-from elmexport.quantization.schemes import CodedScheme, find_scheme
-from elmexport.target import find_target
-from elmexport.weights import Role
 
 SMALL = 0.01  # of the mean diagonal: the constant that GPTQ is published with
 Weights = dict[str, Tensor]
 Change = Callable[[], AbstractContextManager[Any]]
-
-
-def in_order(checkpoint: Checkpoint, plan: Plan, sample: Sample) -> Weights:
-    return {spec.name: q.dequantize() for spec, q in sequential.quantize_in_order(checkpoint, plan, sample, SilentProgress())}
-
-
-def nearest(checkpoint: Checkpoint, plan: Plan) -> Weights:
-    found = {}
-    for spec in checkpoint.specs.values():
-        if isinstance(scheme := plan.schemes[spec.name], CodedScheme):
-            found[spec.name] = quantize(checkpoint.tensor(spec.name).to(torch.float32), scheme, "rtn").dequantize()
-    return found
-
-
-def distilled(checkpoint: Checkpoint, plan: Plan, sample: Sample) -> Weights:
-    with torch.inference_mode(False):
-        return dict(Dequantized(StoredWeights(checkpoint, plan, distilled_weights(checkpoint, plan, sample, SilentProgress()))).items())
 
 
 def with_small_ridge(halves: Sequence[Half], start: float) -> tuple[Tensor | None, float]:
@@ -93,11 +65,9 @@ def main() -> int:
     with torch.inference_mode():
         checkpoint = open_checkpoint(given.model)
         judge = Judge(checkpoint, given.text, given.windows, 512)
-        int4 = find_target("gguf").recipe("int4")
-        rules = (Rule(find_scheme("int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme("int4-block32")))
-        plan = resolve(Recipe("int4", "int4", int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
+        plan = plan_of(checkpoint, "int4-block32")
         sample = make_sample(checkpoint, tokens=given.tokens)
-        print("| | " + " | ".join(judge.ids) + " |\n|---" + "|---:" * len(judge.ids) + "|", flush=True)
+        print("| | " + " | ".join(judge.ids) + " | CPU s |\n|---" + "|---:" * (len(judge.ids) + 1) + "|", flush=True)
 
         def show(name: str, make: Callable[[], Weights], change: Change = nullcontext) -> None:
             start = time.process_time()
@@ -105,7 +75,7 @@ def main() -> int:
                 weights = make()
             spent = time.process_time() - start
             cells = [f"{figures['kl']:.4f}, × {figures['perplexity_ratio']:.3f}" for figures in judge.figures(weights).values()]
-            print(f"| {name} | " + " | ".join(cells) + f" | <!-- {spent:.0f} CPU s -->", flush=True)
+            print(f"| {name} | " + " | ".join(cells) + f" | {spent:.0f} |", flush=True)
 
         show("round to nearest", lambda: nearest(checkpoint, plan))
         for name, change in CHANGES.items():

@@ -54,6 +54,13 @@ def run(*command: str) -> Run:
     return Run(process.returncode, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _RSS_UNIT, *texts)
 
 
+def finished(run: Run) -> Run:
+    """`run`, if it ended well; else the benchmark ends with what it said."""
+    if run.exit_code:
+        sys.exit(f"a command ended with {run.exit_code}:\n{run.stderr[-4000:]}")
+    return run
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on."""
     packages = {}

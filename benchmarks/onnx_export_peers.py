@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_time import SAVE
-from measure import Run, report, run, run_python
+from measure import Run, finished, report, run, run_python
 
 COLUMNS = {
     "exporter": "{exporter}",
@@ -78,8 +78,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
         folder = Path(temporary)
         own, llama, out = (folder / name for name in (f"OpenELM-{given.model}", "llama", "out"))
-        _done(run_python("-c", SAVE, given.model, str(own)))
-        print(f"the peers' model has {_done(run_python('-c', LLAMA, given.model, str(llama))).stdout.strip()} parameters", file=sys.stderr)
+        finished(run_python("-c", SAVE, given.model, str(own)))
+        print(
+            f"the peers' model has {finished(run_python('-c', LLAMA, given.model, str(llama))).stdout.strip()} parameters", file=sys.stderr
+        )
         ours = ("-m", "elmexport", "onnx", "--model", str(own), "--quant", "int4", "--out", str(out))
         exporters: dict[str, list[tuple[str, ...]]] = {
             "elmexport, export alone": [(sys.executable, *ours, "--no-verify", "--calibrate", "none")],
@@ -113,7 +115,7 @@ def main() -> int:
             out.mkdir()
             if exporter.startswith("elmexport"):
                 out.rmdir()
-            done = [_done(run(*command)) for command in commands]
+            done = [finished(run(*command)) for command in commands]
             rows.append(_row(exporter, done, out, rows))
             shutil.rmtree(out)
     report("onnx_export_peers", rows, COLUMNS, as_json=given.json)
@@ -132,12 +134,6 @@ def _row(exporter: str, done: list[Run], out: Path, rows: list[dict[str, Any]]) 
         "cpu_ratio": round(cpu / first["cpu_s"], 2),
         "memory_ratio": round(peak / first["peak_mib"], 2),
     }
-
-
-def _done(run: Run) -> Run:
-    if run.exit_code:
-        sys.exit(f"a command ended with {run.exit_code}:\n{run.stderr[-4000:]}")
-    return run
 
 
 if __name__ == "__main__":

@@ -146,6 +146,44 @@ class Judge:
             yield x.log_softmax(-1)
 
 
+def plan_of(checkpoint: Checkpoint, scheme: str) -> Plan:
+    """The plan of a scheme of the matrices, with "+" and one of the table, or of a recipe of GGUF's with codes of ours."""
+    gguf = find_target("gguf")
+    if scheme in gguf.quants:
+        return resolve(with_own_codes(gguf.recipe(scheme)), checkpoint.config)
+    int4 = gguf.recipe("int4")
+    matrices, _, table = scheme.partition("+")
+    rules = (Rule(find_scheme(table or "int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(matrices)))
+    return resolve(Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
+
+
+def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, CodedScheme], Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for spec in model.specs.values():
+        scheme, weight = plan.schemes[spec.name], model.tensor(spec.name).to(torch.float32)
+        if isinstance(scheme, Float):
+            found[spec.name] = weight  # norms, which a fold changes
+        else:
+            assert isinstance(scheme, CodedScheme)
+            found[spec.name] = find(weight, spec, scheme)
+    return found
+
+
+def nearest(checkpoint: Checkpoint, plan: Plan) -> dict[str, Tensor]:
+    return each(checkpoint, plan, lambda weight, spec, scheme: quantize(weight, scheme, "rtn").dequantize())
+
+
+def in_order(model: Checkpoint, plan: Plan, sample: Sample) -> dict[str, Tensor]:
+    norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role.is_norm}
+    return norms | {spec.name: q.dequantize() for spec, q in quantize_in_order(model, plan, sample, SilentProgress())}
+
+
+def distilled(checkpoint: Checkpoint, plan: Plan, sample: Sample) -> dict[str, Tensor]:
+    with torch.inference_mode(False):
+        weights = StoredWeights(checkpoint, plan, distilled_weights(checkpoint, plan, sample, SilentProgress()))
+    return dict(Dequantized(weights).items())
+
+
 def ours(checkpoint: Checkpoint, sample: Sample, schemes: list[str], chosen: list[str]) -> Iterator[Entry]:
     int4 = find_target("gguf").recipe("int4")
     assert checkpoint.tokenizer_path is not None
@@ -156,25 +194,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, schemes: list[str], chosen: lis
 
     @cache
     def statistics() -> Statistics:
-        return collect(checkpoint, sample, hessian=any("gptq, statistics" in method for method in chosen))
-
-    def plan_of(scheme: str) -> Plan:
-        if scheme in gguf.quants:  # a recipe of llama.cpp's, with codes of ours
-            return resolve(with_own_codes(gguf.recipe(scheme)), checkpoint.config)
-        matrices, _, table = scheme.partition("+")
-        rules = (Rule(find_scheme(table or "int8-block32"), frozenset({Role.EMBEDDING, Role.LM_HEAD})), Rule(find_scheme(matrices)))
-        return resolve(Recipe(scheme, scheme, int4.activations, int4.norms, int4.scales, int4.fallback, 1.0, rules), checkpoint.config)
-
-    def each(model: Checkpoint, plan: Plan, find: Callable[[Tensor, WeightSpec, CodedScheme], Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for spec in model.specs.values():
-            scheme, weight = plan.schemes[spec.name], model.tensor(spec.name).to(torch.float32)
-            if isinstance(scheme, Float):
-                found[spec.name] = weight  # norms, which a fold changes
-            else:
-                assert isinstance(scheme, CodedScheme)
-                found[spec.name] = find(weight, spec, scheme)
-        return found
+        return collect(checkpoint, sample, hessian=any("awq" in method or method == "gptq, statistics" for method in chosen))
 
     def moments(model: Checkpoint, spec: WeightSpec) -> Any:
         found = statistics().moments(spec)
@@ -184,15 +204,6 @@ def ours(checkpoint: Checkpoint, sample: Sample, schemes: list[str], chosen: lis
         if spec.role is not Role.EMBEDDING:
             return gptq(weight, scheme, hessian).dequantize()
         return (quantize_table(weight, scheme, hessian) if scheme.is_coarse else quantize(weight, scheme)).dequantize()
-
-    def in_order(model: Checkpoint, plan: Plan) -> dict[str, Tensor]:
-        norms = {spec.name: model.tensor(spec.name).to(torch.float32) for spec in model.specs.values() if spec.role.is_norm}
-        return norms | {spec.name: q.dequantize() for spec, q in quantize_in_order(model, plan, sample, SilentProgress())}
-
-    def distilled(plan: Plan) -> dict[str, Tensor]:
-        with torch.inference_mode(False):
-            weights = StoredWeights(checkpoint, plan, distilled_weights(checkpoint, plan, sample, SilentProgress()))
-        return dict(Dequantized(weights).items())
 
     def llama_cpp_codes(scheme: str, *, weighted: bool) -> dict[str, Tensor]:
         """The codes of llama-quantize, by its library: also of models that its architecture does not take."""
@@ -215,7 +226,7 @@ def ours(checkpoint: Checkpoint, sample: Sample, schemes: list[str], chosen: lis
             return FoldedCheckpoint(checkpoint, awq_folds(checkpoint, lambda spec: plan.schemes[spec.name], statistics()))
 
         return {
-            "rtn": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k, "rtn").dequantize()),
+            "rtn": lambda: nearest(checkpoint, plan),
             "mse": lambda: each(checkpoint, plan, lambda w, s, k: quantize(w, k).dequantize()),
             "mse, statistics": lambda: each(
                 checkpoint, plan, lambda w, s, k: quantize(w, k, "mse", mean_square_of(statistics().moments)(s)).dequantize()
@@ -226,15 +237,15 @@ def ours(checkpoint: Checkpoint, sample: Sample, schemes: list[str], chosen: lis
             ),
             "gptq, statistics": lambda: each(checkpoint, plan, lambda w, s, k: by_hessian(w, s, k, moments(checkpoint, s).hessian)),
             "awq+gptq, statistics": lambda: each(folded(), plan, lambda w, s, k: by_hessian(w, s, k, moments(folded(), s).hessian)),
-            "gptq": lambda: in_order(checkpoint, plan),
-            "awq+gptq": lambda: in_order(folded(), plan),
-            "distill": lambda: distilled(plan),
+            "gptq": lambda: in_order(checkpoint, plan, sample),
+            "awq+gptq": lambda: in_order(folded(), plan, sample),
+            "distill": lambda: distilled(checkpoint, plan, sample),
             "llama.cpp": lambda: llama_cpp_codes(scheme, weighted=False),
             "llama.cpp+imatrix": lambda: llama_cpp_codes(scheme, weighted=True),
         }
 
     for scheme in schemes:
-        plan = plan_of(scheme)
+        plan = plan_of(checkpoint, scheme)
         for method, make in methods(scheme, plan).items():
             if (
                 method in chosen

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_time import SAVE
-from measure import Run, report, run_python
+from measure import finished, report, run_python
 
 SEARCHES = {"none": (), "--bits-per-weight 5.5": ("--bits-per-weight", "5.5"), "--max-drop 5": ("--max-drop", "5")}
 COLUMNS = {"model": "{model}", "search": "{search}", "wall s": "{wall_s:.0f}", "cpu s": "{cpu_s:.0f}", "peak MiB": "{peak_mib:.0f}"}
@@ -34,12 +34,12 @@ def main() -> int:
     for model in given.models:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            _done(run_python("-c", SAVE, model, str(folder / "model")))
+            finished(run_python("-c", SAVE, model, str(folder / "model")))
             for search, options in SEARCHES.items():
                 print(f"{model} {given.target}, search: {search}", file=sys.stderr, flush=True)
                 os.environ["ELMEXPORT_CACHE"] = str(folder / "cache")
                 command = ("elmexport", given.target, "--model", str(folder / "model"), "--out", str(folder / "out"), "--force", *options)
-                found = _done(run_python("-m", *command, *(() if options else ("--quant", "int4"))))
+                found = finished(run_python("-m", *command, *(() if options else ("--quant", "int4"))))
                 rows.append(
                     {
                         "model": model,
@@ -53,12 +53,6 @@ def main() -> int:
                 shutil.rmtree(folder / "cache", ignore_errors=True)
     report("search_time", rows, COLUMNS, as_json=given.json)
     return 0
-
-
-def _done(run: Run) -> Run:
-    if run.exit_code:
-        sys.exit(f"a command ended with {run.exit_code}:\n{run.stderr[-4000:]}")
-    return run
 
 
 if __name__ == "__main__":
